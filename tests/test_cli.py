@@ -1,0 +1,216 @@
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.tiny_bundle import rehash, write_bundle
+from xadapter_export import XAdapterSession
+from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.cli import command
+from xadapter_export.cli.main import _COMMANDS, xad
+
+BANANA = "the color of a banana is [MASK]."
+
+
+def call(*arguments: object, **settings: object) -> Result:
+    return CliRunner().invoke(xad, [str(argument) for argument in arguments], **settings)
+
+
+def script(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
+    line = "from xadapter_export.cli.main import xad; xad(prog_name='xad')"
+    return subprocess.run(
+        [sys.executable, "-c", line, *map(str, arguments)], capture_output=True, text=True, **settings
+    )
+
+
+def test_run_prints_the_answer_its_score_and_the_pictures(tiny):
+    result = call("run", tiny, BANANA, "--experts", "v")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == BANANA
+    assert lines[1].split()[:2] == ["yellow", "55.5%"]
+    assert lines[-1].strip().startswith("looked at: banana 0.33, ")
+    assert result.stderr == ""
+
+
+def test_run_reads_texts_from_stdin(tiny):
+    result = call(
+        "run", tiny, "-", "--json", "--top-k", 1, "--experts", "v", input=f"{BANANA}\n\na cherry is [MASK]\n"
+    )
+    replies = json.loads(result.stdout)["replies"]
+    assert [reply["answers"][0]["token"] for reply in replies] == ["yellow", "red"]
+    assert replies[1]["pictures"][0]["caption"] == "cherry"
+    assert [reply["experts"] for reply in replies] == ["v", "v"]
+
+
+def test_run_compares_the_expert_sets(tiny):
+    result = call("run", tiny, BANANA, "[MASK] lime", "--compare", "--candidates", "yellow,green,fruit")
+    head = result.stdout.splitlines()[1]
+    assert [name in head for name in EXPERT_SETS] == [True] * 4
+    best = result.stdout.splitlines()[3]
+    assert [cell.split()[0] for cell in best.split("\u2502")][1:] == ["yellow", "fruit", "fruit"]
+
+
+def test_run_numbers_several_masks(tiny):
+    result = call("run", tiny, "[MASK] lime is [MASK]", "--top-k", 1)
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["mask", "1"], ["mask", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "expected"),
+    [
+        ("text-classification", ["a lime", "--pair", "a cherry"], "sweet"),
+        ("feature-extraction", ["a lime", "a cherry"], "21 numbers"),
+        ("feature-extraction", ["a lime", "--compare"], "vt: 21 numbers"),
+    ],
+)
+def test_run_of_the_other_tasks(tmp_path, task, arguments, expected):
+    result = call("run", write_bundle(tmp_path / "b", task=task), *arguments)
+    assert result.exit_code == 0, result.output
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere", BANANA], 1, "Error: this is not a bundle: nowhere"),
+        (["{tiny}", "a lime"], 1, "Error: the text has no mask to fill: 'a lime'; write [MASK]"),
+        (["{tiny}", ""], 1, "Error: a text is empty"),
+        (["{tiny}", BANANA, "--candidates", "mauve"], 1, "Error: a candidate is not one token"),
+        (["{tiny}", BANANA, "--provider", "CUDAExecutionProvider"], 1, "Error: the execution provider CUDA"),
+        (["{tiny}", BANANA, "--pair", "x"], 1, "Error: --pair is for text-classification (got fill-mask)"),
+        (["{tiny}"], 2, "Error: Missing argument 'TEXT...'"),
+        (["{tiny}", BANANA, "--experts", "w"], 2, "Error: Invalid value for '--experts': 'w' is not one of"),
+        (["{tiny}", BANANA, "--experts", "v", "--compare"], 2, "Error: --compare shows every expert set"),
+        (["{tiny}", BANANA, "--top-k", "0"], 2, "Error: Invalid value for '--top-k'"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_on_stderr(tiny, arguments, code, message):
+    result = call("run", *(argument.format(tiny=tiny) for argument in arguments))
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(message)
+    assert code == 2 or len(result.stderr.splitlines()) == 1
+
+
+def test_candidates_of_another_task(tmp_path):
+    result = call("run", write_bundle(tmp_path / "b", task="feature-extraction"), "a", "--candidates", "red")
+    assert result.stderr == "Error: --candidates is for fill-mask (got feature-extraction)\n"
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    assert type(call("run", "nowhere", "x", "--debug").exception).__name__ == "BundleError"
+    monkeypatch.setenv("XAD_DEBUG", "1")
+    assert type(call("inspect", "nowhere").exception).__name__ == "BundleError"
+
+
+def test_a_warning_is_one_line_on_stderr(tiny):
+    result = script("run", tiny, "very " * 30 + BANANA, "--experts", "none")
+    assert result.returncode == 0
+    assert result.stderr.startswith("Warning: 1 of 1 texts (longest: 40 tokens) were cut to the 15 tokens")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_is_one_line_and_130(tiny, monkeypatch):
+    def stop(*_arguments: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(XAdapterSession, "load", stop)
+    result = call("run", tiny, BANANA)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "xad run: stopped\n")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(tiny):
+    line = f"{sys.executable} -c 'from xadapter_export.cli.main import xad; xad()' run {tiny} - --json | head -c 1"
+    result = subprocess.run(
+        line, shell=True, input=f"{BANANA}\n" * 2000, capture_output=True, text=True, check=True
+    )
+    assert result.stderr == ""
+
+
+def test_parity_prints_a_table_and_passes(tiny):
+    result = call("parity", tiny)
+    assert result.exit_code == 0, result.output
+    assert "x_adapter.0.v" in result.stdout
+    assert result.stderr == "parity: passed, 60 cells\n"
+    report = json.loads(call("parity", tiny, "--json", "--experts", "t").stdout)[str(tiny)]
+    assert report["passed"] is True
+    assert {cell["expert_set"] for cell in report["cells"]} == {"t"}
+    assert "batch_padded" in call("parity", tiny, "--every-cell").stdout
+
+
+def test_parity_that_fails_is_exit_1_with_its_table(broken):
+    data = broken / "onnx/model_t.onnx_data"
+    data.write_bytes(data.read_bytes().replace(b"\x00\x00\x80\x40", b"\x00\x00\x86\x40"))  # 4.0 to 4.19
+    rehash(broken)
+    result = call("parity", broken)
+    assert result.exit_code == 1
+    assert "NO" in result.stdout
+    assert result.stderr.startswith(
+        "Error: the graph does not say what PyTorch said in 10 of 60 cells: worst: t/"
+    )
+
+
+def test_inspect_shows_what_is_in_a_bundle(tiny, tmp_path):
+    result = call("inspect", tiny)
+    assert result.exit_code == 0, result.output
+    for fact in (
+        "fill-mask",
+        "hashes verified",
+        "vt (default)",
+        "logits (batch, masks, 21) float32",
+        "3 pictures",
+    ):
+        assert fact in result.stdout
+    assert json.loads(call("inspect", tiny, "--json").stdout)["opset"] == 17
+    text = call("inspect", write_bundle(tmp_path / "b", candidates=("red", "green")), "--no-verify").stdout
+    assert "red, green" in text
+    assert "hashes not verified" in text
+    text = call("inspect", write_bundle(tmp_path / "c", task="text-classification")).stdout
+    assert "sweet, sour" in text
+
+
+@pytest.mark.parametrize("name", ["run", "parity", "inspect"])
+def test_every_help_shows_an_example_whose_options_exist(name):
+    text = call(name, "--help").stdout
+    example = text.split("Example:")[1]
+    line = shlex.split(example.splitlines()[-1])
+    assert line[:2] == [f"xad-{name}", "bundle"]
+    module, attribute = _COMMANDS[name][0].split(":")
+    getattr(importlib.import_module(module), attribute).make_context(name, line[1:])
+
+
+def test_the_group_lists_its_commands_without_importing_them():
+    result = script("--help")
+    assert result.returncode == 0
+    assert [name in result.stdout for name in ("export", "parity", "run", "inspect")] == [True] * 4
+    code = "import sys; from xadapter_export.cli.main import xad\ntry: xad(['--help'])\nexcept SystemExit: pass\n"
+    code += "heavy = {'numpy', 'pydantic', 'rich', 'onnxruntime', 'tokenizers', 'torch'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_version_and_an_unknown_command():
+    assert call("--version").stdout.startswith("xadapter-export ")
+    result = call("fly")
+    assert result.exit_code == 2
+    assert "No such command 'fly'" in result.stderr
+
+
+def test_the_choices_are_those_of_the_manifest():
+    assert command.EXPERT_SETS == EXPERT_SETS
+
+
+def test_commands_can_be_entry_points_of_their_own():
+    from xadapter_export.cli.inspect import inspect
+    from xadapter_export.cli.parity import parity
+    from xadapter_export.cli.run import run
+
+    assert all(isinstance(entry, click.Command) for entry in (run, parity, inspect))
+    result = CliRunner().invoke(run, [str(Path("nowhere")), "x"])
+    assert result.exit_code == 1

@@ -1,0 +1,229 @@
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from rich.console import Console
+
+from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
+from xadapter_export.bundle import onnx_session
+from xadapter_export.bundle.onnx_session import create_session
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    HashMismatchError,
+    MissingExtraError,
+    ParityError,
+    ProviderError,
+)
+from xadapter_export.parity import ParityReport, prove_bundle
+from xadapter_export.parity.table import parity_table
+from xadapter_export.parity.taps import extra_outputs
+
+
+def scale_weight(path, name: str, factor: float) -> None:
+    """Multiply a weight of a graph, and write the graph with its weights inside."""
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
+    onnx.save(model, path)
+
+
+def change_reference(folder, change) -> None:
+    path = folder / "reference.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    change(arrays)
+    np.savez(path, **arrays)
+    rehash(folder)
+
+
+def render(table) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.capture() as capture:
+        console.print(table)
+    console.file.close()
+    return capture.get()
+
+
+@pytest.fixture(scope="module")
+def report(tiny) -> ParityReport:
+    return prove_bundle(tiny)
+
+
+def test_every_output_and_tap_of_every_set_is_compared_in_every_case(report):
+    assert report.passed
+    seen = {(cell.expert_set, cell.output, cell.case) for cell in report.cells}
+    outputs = {
+        "none": ["logits"],
+        "v": ["logits", "retrieved", "retrieved_scores", "x_adapter.0.v"],
+        "t": ["logits", "x_adapter.0.t"],
+        "vt": ["logits", "retrieved", "retrieved_scores", "x_adapter.0.v", "x_adapter.0.t"],
+    }
+    assert seen == {(s, o, case) for s, names in outputs.items() for o in names for case in CASES}
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_the_other_tasks(tmp_path, task):
+    report = prove_bundle(write_bundle(tmp_path / "b", task=task))
+    assert report.passed
+    logits = [cell for cell in report.cells if cell.output == "logits"]
+    assert bool(logits) == (task == "text-classification")
+    assert all(cell.argmax_agreement == 1 for cell in logits)
+
+
+@pytest.mark.parametrize(
+    ("experts", "weight"), [("v", "adapter_v"), ("t", "adapter_t"), ("vt", "adapter_t"), ("none", "plm")]
+)
+def test_a_weight_that_is_off_by_five_percent_fails(tmp_path, experts, weight):
+    folder = write_bundle(tmp_path / "b", sets=(experts,))
+    scale_weight(folder / "onnx/model.onnx", weight, 1.05)
+    rehash(folder)
+    report = prove_bundle(folder)
+    assert not report.passed
+    failed = {cell.output for cell in report.failures}
+    assert "logits" in failed
+    assert experts == "none" or f"x_adapter.0.{weight[-1]}" in failed
+    with pytest.raises(ParityError, match=r"does not say what PyTorch said in \d+ of \d+ cells: worst: "):
+        report.raise_if_failed()
+
+
+def test_only_the_sets_that_are_asked_for(tiny):
+    assert {cell.expert_set for cell in prove_bundle(tiny, ["t", "none"]).cells} == {"t", "none"}
+
+
+def test_a_set_that_is_not_there(tmp_path):
+    folder = write_bundle(tmp_path / "b", sets=("t",))
+    with pytest.raises(BundleError, match=r"this expert set: v \(expected one of t\)"):
+        prove_bundle(folder, ["v"])
+
+
+def test_a_changed_file_is_found_first(broken):
+    scale_weight(broken / "onnx/model_t.onnx", "adapter_t", 1.05)
+    with pytest.raises(BundleError, match=r"wrong size: .*model_t\.onnx"):
+        prove_bundle(broken)
+
+
+def test_a_same_sized_change_is_found_first(broken):
+    path = broken / "reference.npz"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(HashMismatchError, match=r"was changed: .*reference\.npz"):
+        prove_bundle(broken)
+
+
+def test_a_reference_that_lacks_an_array(broken):
+    change_reference(broken, lambda arrays: arrays.pop("batch_padded/t/tap/0.t"))
+    with pytest.raises(ParityError, match=r"the reference lacks an array: batch_padded/t/tap/0\.t"):
+        prove_bundle(broken)
+
+
+def test_a_reference_with_no_case(broken):
+    change_reference(broken, dict.clear)
+    with pytest.raises(ParityError, match="nothing to compare, which proves nothing"):
+        prove_bundle(broken)
+
+
+def test_a_reference_of_another_shape_is_a_failed_cell(broken):
+    def shorten(arrays):
+        arrays["batch_padded/none/out/logits"] = arrays["batch_padded/none/out/logits"][:, :1]
+
+    change_reference(broken, shorten)
+    (cell,) = prove_bundle(broken, ["none"]).failures
+    assert cell.problem == "shape (2, 2, 21), expected (2, 1, 21)"
+    table = render(parity_table({"b": prove_bundle(broken, ["none"])}))
+    assert "shape (2, 2, 21), expected (2, 1, 21)" in table
+
+
+def test_a_reference_that_is_a_pickle_is_refused(broken):
+    np.save(broken / "reference.npz", np.array([{}]), allow_pickle=True)
+    (broken / "reference.npz.npy").rename(broken / "reference.npz")
+    rehash(broken)
+    with pytest.raises(BundleError, match="the reference cannot be read"):
+        prove_bundle(broken)
+
+
+def test_inputs_that_the_graph_cannot_compute(broken):
+    def out_of_vocabulary(arrays):
+        arrays["single_typical/in/input_ids"] = arrays["single_typical/in/input_ids"] + 1000
+
+    change_reference(broken, out_of_vocabulary)
+    with pytest.raises(ParityError, match="cannot compute the reference inputs: .*case single_typical"):
+        prove_bundle(broken)
+
+
+def test_report_round_trip_and_what_the_manifest_keeps(report, tmp_path):
+    (tmp_path / "parity.json").write_text(report.to_json())
+    assert json.loads(report.to_json())["passed"] is True
+    assert ParityReport.read(tmp_path / "parity.json") == report
+    kept = report.variant_parity("vt")
+    assert kept.passed
+    assert kept.num_cells == 5 * len(CASES)
+    with pytest.raises(ParityError, match="nothing was compared: vt, int8"):
+        report.variant_parity("vt", "int8")
+    (tmp_path / "parity.json").write_text("{}")
+    with pytest.raises(BundleError, match="not a parity report"):
+        ParityReport.read(tmp_path / "parity.json")
+
+
+def test_the_table_has_a_line_for_each_set_and_output_or_for_each_cell(report):
+    lines = render(parity_table({"b": report})).splitlines()
+    assert sum("yes" in line for line in lines) == 12
+    every = render(parity_table({"b": report, "c": report}, every_cell=True)).splitlines()
+    assert sum("yes" in line for line in every) == 2 * len(report.cells)
+    assert "bundle" in every[0]
+
+
+def test_extra_outputs_are_what_protobuf_would_write():
+    names = ["x_adapter.0.v", "x" * 300]
+    extra = onnx.ModelProto(graph=onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names]))
+    assert extra_outputs(names) == extra.SerializeToString()
+
+
+def test_a_tap_that_is_not_in_the_graph(broken):
+    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest["expert_sets"]["t"]["taps"][0]["name"] = "no_such_value"
+    rewrite_manifest(broken, expert_sets=manifest["expert_sets"])
+    with pytest.raises(BundleError, match="onnxruntime cannot load the graph.*no_such_value"):
+        prove_bundle(broken, ["t"])
+
+
+def test_a_file_that_is_no_graph(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"cannot load the graph: .*m\.onnx"):
+        create_session(tmp_path / "m.onnx")
+
+
+def test_a_provider_that_is_not_there_is_named(tiny):
+    with pytest.raises(
+        ProviderError, match=r"CUDAExecutionProvider is not in this onnxruntime.*got .*CPU.*\[gpu\]"
+    ):
+        prove_bundle(tiny, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_a_provider_that_does_not_start_is_an_error(tiny, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: [])
+    with pytest.raises(ProviderError, match="CPUExecutionProvider did not start"):
+        prove_bundle(tiny)
+
+
+def test_threads_below_one(tiny):
+    with pytest.raises(ConfigError, match=r"num_threads must be at least 1 \(got 0\)"):
+        prove_bundle(tiny, num_threads=0)
+
+
+def test_without_onnxruntime_both_extras_are_named(tiny, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r'\[cpu\]" or pip install "xadapter-export\[gpu\]"'):
+        prove_bundle(tiny)
+    monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
+    with pytest.raises(MissingExtraError, match="overwrite each other's files: run pip uninstall -y"):
+        prove_bundle(tiny)
+
+
+def test_both_onnxruntimes_at_once_is_a_warning_where_it_works(tiny, monkeypatch):
+    monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
+    with pytest.warns(UserWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
+        create_session(tiny / "onnx/model.onnx")

@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tiny_bundle import WORDS, clip_tokenizer, plm_tokenizer
+from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.runtime.text import TextEncoder, TruncationWarning, clip_text
+
+MASK = WORDS.index("[MASK]")
+
+
+def make_encoder(max_seq: int = 16, context: int = 12, **changes: object) -> TextEncoder:
+    settings: dict = {
+        "max_seq": max_seq,
+        "mask_token": "[MASK]",
+        "pad_token_id": 0,
+        "has_token_type_ids": True,
+        "clip_context_length": context,
+        "clip_end_token_id": 2,
+    }
+    return TextEncoder(plm_tokenizer(), clip_tokenizer(), **(settings | changes))
+
+
+def words(ids: np.ndarray) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "pair", "expected"),
+    [
+        ("The color of [MASK].", None, "The color of ."),
+        ("  a \n[MASK]  b [MASK]", None, "a b"),
+        ("[MASK]", None, ""),
+        ("a [MASK]", " b\t", "a b"),
+    ],
+)
+def test_clip_reads_the_sentence_without_its_mask(text, pair, expected):
+    assert clip_text(text, "[MASK]", pair) == expected
+
+
+def test_clip_text_without_a_mask_token_keeps_everything():
+    assert clip_text("a <mask>", None) == "a <mask>"
+
+
+def test_a_batch_is_padded_to_its_longest_row():
+    arrays = make_encoder().encode(["the color of a lime is [MASK].", "[MASK] banana"])
+    assert all(array.dtype == np.int64 for array in arrays.values())
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "input_ids": (2, 10),
+        "attention_mask": (2, 10),
+        "token_type_ids": (2, 10),
+        "clip_input_ids": (2, 9),
+        "mask_positions": (2, 1),
+    }
+    assert words(arrays["input_ids"][1]) == "[CLS] [MASK] banana [SEP]" + " [PAD]" * 6
+    assert arrays["attention_mask"].sum(1).tolist() == [10, 4]
+    assert arrays["clip_input_ids"][1].tolist() == [1, 8, 2, 0, 0, 0, 0, 0, 0]
+    assert arrays["mask_positions"].tolist() == [[7], [1]]
+
+
+def test_a_pair_has_two_token_types_and_one_clip_sentence():
+    arrays = make_encoder().encode("a banana", "a cherry")
+    assert words(arrays["input_ids"][0]) == "[CLS] a banana [SEP] a cherry [SEP]"
+    assert arrays["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    assert arrays["clip_input_ids"].tolist() == [[1, 7, 8, 7, 9, 2]]
+
+
+def test_several_masks_and_rows_with_fewer():
+    arrays = make_encoder().encode(["[MASK] and [MASK]", "a [MASK]", "a lime"])
+    assert arrays["mask_positions"].tolist() == [[1, 3], [2, 2], [0, 0]]
+
+
+def test_only_what_is_needed_is_made():
+    encoder = TextEncoder(
+        plm_tokenizer(), None, max_seq=8, mask_token=None, pad_token_id=0, has_token_type_ids=False
+    )
+    assert list(encoder.encode("a lime")) == ["input_ids", "attention_mask"]
+    with pytest.raises(InputTextError, match="has no mask token"):
+        encoder.encode("a lime", require_mask=True)
+
+
+def test_the_tokenizers_own_limits_are_put_aside():
+    tokenizer = plm_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    encoder = TextEncoder(
+        tokenizer, None, max_seq=8, mask_token=None, pad_token_id=0, has_token_type_ids=False
+    )
+    assert encoder.encode("a banana is yellow")["input_ids"].shape == (1, 6)
+    assert tokenizer.truncation is not None  # the caller's own is left alone
+
+
+def test_a_long_text_keeps_its_beginning_and_warns():
+    with pytest.warns(
+        TruncationWarning, match=r"1 of 2 texts \(longest: 11 tokens\) were cut to the 6 tokens"
+    ):
+        ids = make_encoder(6, 20).encode(["a [MASK] lime is green and very very very", "a [MASK]"])[
+            "input_ids"
+        ]
+    assert words(ids[0]) == "[CLS] a [MASK] lime is [SEP]"
+
+
+def test_the_window_slides_to_the_mask_and_keeps_both_sides():
+    with pytest.warns(TruncationWarning, match="were cut to the 7 tokens that the language model"):
+        ids = make_encoder(7, 20).encode("the color of a lime is [MASK] and very very very")["input_ids"]
+    assert words(ids[0]) == "[CLS] lime is [MASK] and very [SEP]"
+
+
+def test_the_window_ends_with_the_text():
+    with pytest.warns(TruncationWarning, match="were cut to the 7"):
+        ids = make_encoder(7, 20).encode("the color of a lime is [MASK]")["input_ids"]
+    assert words(ids[0]) == "[CLS] of a lime is [MASK] [SEP]"
+
+
+def test_masks_too_far_apart():
+    with pytest.raises(InputTextError, match=r"too far apart.*'\[MASK\] very .*within 4 tokens, got 6"):
+        make_encoder(6).encode("[MASK] very very very very [MASK]")
+
+
+def test_the_longer_of_a_pair_gives_way_first():
+    with pytest.warns(TruncationWarning, match="were cut to the 9"):
+        ids = make_encoder(9, 20).encode("a lime", "a cherry is red and very very very")["input_ids"]
+    assert words(ids[0]) == "[CLS] a lime [SEP] a cherry is red [SEP]"
+
+
+def test_a_long_clip_text_keeps_end_of_text():
+    with pytest.warns(TruncationWarning, match="cut to the 5 tokens that CLIP can read"):
+        clip = make_encoder(16, 5).encode(["a very very very lime", "a"])["clip_input_ids"]
+    assert clip.tolist() == [[1, 7, 13, 13, 2], [1, 7, 2, 0, 0]]
+
+
+words_with_masks = st.lists(st.sampled_from(["very", "lime", "[MASK]"]), min_size=1, max_size=30)
+
+
+@pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
+@given(words_with_masks, st.none() | words_with_masks, st.integers(5, 20))
+def test_truncation_never_cuts_off_a_mask_silently(first, second, max_seq):
+    encoder = make_encoder(max_seq, 77)
+    pair = None if second is None else " ".join(second)
+    spans = [
+        len(part) - part.index("[MASK]") - part[::-1].index("[MASK]") if "[MASK]" in part else 0
+        for part in (first, second or [])
+    ]
+    num_special = 2 if second is None else 3
+    num_masks = first.count("[MASK]") + (second or []).count("[MASK]")
+    total = len(first) + len(second or []) + num_special
+    if total > max_seq and sum(spans) > max_seq - num_special:
+        with pytest.raises(InputTextError, match="too far apart"):
+            encoder.encode(" ".join(first), pair)
+        return
+    arrays = encoder.encode(" ".join(first), pair)
+    ids = arrays["input_ids"][0]
+    assert len(ids) == min(total, max_seq)
+    assert (ids == MASK).sum() == num_masks
+    assert ids[0] == WORDS.index("[CLS]")
+    assert ids[-1] == WORDS.index("[SEP]")
+    assert (ids == WORDS.index("[SEP]")).sum() == num_special - 1
+    positions = arrays["mask_positions"][0]
+    assert set(positions) == (set(np.flatnonzero(ids == MASK)) or {0})
+
+
+@pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
+@given(st.lists(st.text().filter(str.strip), min_size=1, max_size=4))
+def test_any_text_gives_arrays_within_the_limits(texts):
+    try:
+        arrays = make_encoder(8, 6).encode(texts)
+    except InputTextError as error:
+        assert "not valid Unicode" in str(error) or "too far apart" in str(error)  # noqa: PT017
+        return
+    assert arrays["input_ids"].shape[1] <= 8
+    assert arrays["clip_input_ids"].shape[1] <= 6
+    assert ((arrays["clip_input_ids"] == 2).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "no text was given"),
+        ("", r"a text is empty: number 0 of 1; write a sentence"),
+        (["a", " \n"], r"a text is empty: number 1 of 2"),
+        (["a", None], r"a text is not a string: number 1 of 2 \(got NoneType\)"),
+        ("a \udce9", "a text is not valid Unicode"),
+        ("a lime", r"no mask to fill: 'a lime'; write \[MASK\] where the word should go"),
+        ("very " * 100, r"no mask to fill: 'very .*\.\.\.'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
+def test_bad_texts(texts, message):
+    with pytest.raises(InputTextError, match=message):
+        make_encoder().encode(texts, require_mask=True)
+
+
+def test_not_one_pair_to_each_text():
+    with pytest.raises(InputTextError, match=r"not one pair to each text \(expected 2, got 1\)"):
+        make_encoder().encode(["a", "b"], ["c"])
+    with pytest.raises(InputTextError, match="a text pair is empty"):
+        make_encoder().encode("a", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_token": "<mask>"}, "does not know the mask token: <mask>"),
+        ({"max_seq": 2}, r"max_seq leaves no room \(expected more than 2, got 2\)"),
+        ({"clip_end_token_id": None}, "needs clip_context_length and clip_end_token_id"),
+        ({"clip_end_token_id": 7}, r"does not put a start and an end.*expected \[start, 7\].*got \[1, 2\]"),
+    ],
+)
+def test_rules_that_do_not_fit_the_tokenizers(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_encoder(**changes)

@@ -1,0 +1,336 @@
+"""A bundle small enough to check by eye: real tokenizers, real graphs, a PLM and a CLIP of one-hot vectors.
+
+The language model repeats the words of its sentence; the V-expert adds the colour of the pictures that it
+retrieves, the T-expert adds "fruit". The reference outputs come from numpy, written apart from the graphs.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from xadapter_export.bundle.folder import list_files
+from xadapter_export.bundle.manifest import Manifest
+
+Arrays = dict[str, NDArray[np.int64] | NDArray[np.float32]]
+
+WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the color of a banana cherry lime is . yellow red green fruit very and ##s"
+).split()
+CLIP_WORDS = "! <start> <end> <unk> the color of a banana cherry lime is . very and".split()
+PICTURES = (("1f34c", "banana", "yellow"), ("1f352", "cherry", "red"), ("1f34b", "lime", "green"))
+H, D, K = len(WORDS), len(CLIP_WORDS), 2
+MAX_SEQ, CONTEXT = 15, 14
+SETS = ("none", "v", "t", "vt")
+CASES = {
+    "single_shortest": (["[MASK]"], None),
+    "single_typical": (["the color of a banana is [MASK]."], None),
+    "single_longest": (["very " * 6 + "[MASK] cherry . the lime is ."], None),
+    "batch_unpadded": (["a banana is [MASK]", "a cherry is [MASK]"], None),
+    "batch_padded": (["the color of a lime is [MASK] and [MASK].", "[MASK] banana"], None),
+}
+
+
+def plm_tokenizer() -> Tokenizer:
+    """Return a WordPiece tokenizer over ``WORDS``."""
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return tokenizer
+
+
+def clip_tokenizer() -> Tokenizer:
+    """Return a word-level tokenizer over ``CLIP_WORDS`` that adds start and end."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(CLIP_WORDS)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return tokenizer
+
+
+def weights() -> dict[str, NDArray[np.float32]]:
+    """Return every weight of the model; ``bank`` rows have length 1."""
+    bank = np.zeros((len(PICTURES), D), np.float32)
+    to_color = np.zeros((D, H), np.float32)
+    for row, (_, name, color) in enumerate(PICTURES):
+        bank[row, CLIP_WORDS.index(name)] = 1
+        to_color[CLIP_WORDS.index(name), WORDS.index(color)] = 10
+    to_fruit = np.zeros((D, H), np.float32)
+    to_fruit[:, WORDS.index("fruit")] = 4
+    clip = np.eye(D, dtype=np.float32) + np.float32(0.01)
+    clip[0] = 0  # padding
+    rng = np.random.default_rng(0)
+    return {
+        "plm": np.eye(H, dtype=np.float32) + rng.normal(0, 0.01, (H, H)).astype(np.float32),
+        "clip": clip,
+        "bank": bank,
+        "adapter_v": to_color,
+        "adapter_t": to_fruit,
+        "head": rng.normal(0, 1, (H, 2)).astype(np.float32),
+    }
+
+
+def reference(inputs: Mapping[str, np.ndarray], experts: str, task: str, columns: list[int] | None) -> Arrays:
+    """Compute outputs and taps with numpy; taps under ``tap/0.v`` and ``tap/0.t``."""
+    w, out = weights(), {}
+    hidden = w["plm"][inputs["input_ids"]]  # (B, T, H)
+    mask = inputs["attention_mask"][..., None].astype(np.float32)
+    added = np.zeros_like(hidden)
+    if experts != "none":
+        text = w["clip"][inputs["clip_input_ids"]].sum(1)  # (B, D)
+        text /= np.linalg.norm(text, axis=-1, keepdims=True)
+        if "v" in experts:
+            scores = text @ w["bank"].T
+            rows = np.argsort(-scores, axis=-1, kind="stable")[:, :K]
+            near = np.take_along_axis(scores, rows, axis=-1)
+            read = (w["bank"][rows] * near[..., None]).sum(1) @ w["adapter_v"]
+            out["tap/0.v"] = np.broadcast_to(read[:, None], hidden.shape)
+            out["out/retrieved"], out["out/retrieved_scores"] = rows, near
+            added = added + out["tap/0.v"]
+        if "t" in experts:
+            out["tap/0.t"] = np.broadcast_to((text @ w["adapter_t"])[:, None], hidden.shape)
+            added = added + out["tap/0.t"]
+    hidden = hidden + added
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    if task == "fill-mask":
+        at_masks = np.take_along_axis(hidden, inputs["mask_positions"][..., None], axis=1)
+        logits = at_masks @ w["plm"].T
+        out["out/logits"] = logits if columns is None else logits[..., columns]
+    elif task == "text-classification":
+        out["out/logits"] = pooled @ w["head"]
+    else:
+        out["out/last_hidden_state"] = hidden
+        out["out/sentence_embedding"] = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
+    return {name: np.ascontiguousarray(value) for name, value in out.items()}
+
+
+def _graph(experts: str, task: str, columns: list[int] | None) -> onnx.ModelProto:
+    w = weights()
+    decoder = w["plm"].T if columns is None else w["plm"].T[:, columns]
+    constants: dict[str, np.ndarray] = {"plm": w["plm"], "one": np.array([1]), "two": np.array([2])}
+    nodes = []
+
+    def node(op: str, inputs: str, outputs: str, **attributes: object) -> None:
+        nodes.append(helper.make_node(op, inputs.split(), outputs.split(), **attributes))
+
+    node("Gather", "plm input_ids", "embedded")
+    node("Shape", "embedded", "shape")
+    hidden, names = "embedded", []
+    if experts != "none":
+        constants["clip"] = w["clip"]
+        node("Gather", "clip clip_input_ids", "clip_states")
+        node("ReduceSum", "clip_states one", "text_sum", keepdims=0)
+        node("ReduceL2", "text_sum", "text_length", axes=[-1], keepdims=1)
+        node("Div", "text_sum text_length", "text")
+    if "v" in experts:
+        constants |= {
+            "bank": w["bank"],
+            "bank_t": w["bank"].T,
+            "adapter_v": w["adapter_v"],
+            "k": np.array([K]),
+        }
+        node("MatMul", "text bank_t", "scores")
+        node("TopK", "scores k", "retrieved_scores retrieved")
+        node("Gather", "bank retrieved", "pictures")
+        node("Unsqueeze", "retrieved_scores two", "weights")
+        node("Mul", "pictures weights", "weighted")
+        node("ReduceSum", "weighted one", "seen", keepdims=0)
+        node("MatMul", "seen adapter_v", "read_v")
+        names.append("v")
+    if "t" in experts:
+        constants["adapter_t"] = w["adapter_t"]
+        node("MatMul", "text adapter_t", "read_t")
+        names.append("t")
+    for name in names:
+        node("Unsqueeze", f"read_{name} one", f"wide_{name}")
+        node("Expand", f"wide_{name} shape", f"x_adapter.0.{name}")
+        node("Add", f"{hidden} x_adapter.0.{name}", f"hidden_{name}")
+        hidden = f"hidden_{name}"
+    if task == "fill-mask":
+        constants["decoder"] = decoder
+        node("Unsqueeze", "mask_positions two", "where")
+        node("GatherND", f"{hidden} where", "at_masks", batch_dims=1)
+        node("MatMul", "at_masks decoder", "logits")
+    else:
+        node("Cast", "attention_mask", "mask", to=TensorProto.FLOAT)
+        node("Unsqueeze", "mask two", "mask3")
+        node("Mul", f"{hidden} mask3", "masked")
+        node("ReduceSum", "masked one", "summed", keepdims=0)
+        node("ReduceSum", "mask3 one", "length", keepdims=0)
+        node("Div", "summed length", "pooled")
+    if task == "text-classification":
+        constants["head"] = w["head"]
+        node("MatMul", "pooled head", "logits")
+    elif task == "feature-extraction":
+        node("Identity", hidden, "last_hidden_state")
+        node("ReduceL2", "pooled", "pooled_length", axes=[-1], keepdims=1)
+        node("Div", "pooled pooled_length", "sentence_embedding")
+
+    def value(spec: Mapping[str, object]) -> onnx.ValueInfoProto:
+        kind = TensorProto.INT64 if spec["dtype"] == "int64" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(str(spec["name"]), kind, list(spec["axes"]))  # type: ignore[call-overload]
+
+    inputs, outputs = _io(experts, task, columns)
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [value(spec) for spec in inputs],
+        [value(spec) for spec in outputs],
+        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _io(experts: str, task: str, columns: list[int] | None) -> tuple[list[dict], list[dict]]:
+    def spec(name: str, dtype: str, *axes: str | int) -> dict:
+        return {"name": name, "dtype": dtype, "axes": list(axes)}
+
+    inputs = [spec("input_ids", "int64", "batch", "seq")]
+    if task != "fill-mask":
+        inputs.append(spec("attention_mask", "int64", "batch", "seq"))
+    if experts != "none":
+        inputs.append(spec("clip_input_ids", "int64", "batch", "clip_seq"))
+    if task == "fill-mask":
+        inputs.append(spec("mask_positions", "int64", "batch", "masks"))
+    outputs = {
+        "fill-mask": [spec("logits", "float32", "batch", "masks", H if columns is None else len(columns))],
+        "text-classification": [spec("logits", "float32", "batch", 2)],
+        "feature-extraction": [
+            spec("last_hidden_state", "float32", "batch", "seq", H),
+            spec("sentence_embedding", "float32", "batch", H),
+        ],
+    }[task]
+    if "v" in experts:
+        outputs += [spec("retrieved", "int64", "batch", K), spec("retrieved_scores", "float32", "batch", K)]
+    return inputs, outputs
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    task: str = "fill-mask",
+    sets: tuple[str, ...] = SETS,
+    candidates: tuple[str, ...] | None = None,
+) -> Path:
+    """Write a whole bundle, hashes included, and return its folder."""
+    from xadapter_export.runtime.text import TextEncoder
+
+    (folder / "onnx").mkdir(parents=True)
+    plm_tokenizer().save(str(folder / "tokenizer.json"))
+    clip_tokenizer().save(str(folder / "clip_tokenizer.json"))
+    lines = [json.dumps({"id": key, "caption": caption}) for key, caption, _ in PICTURES]
+    (folder / "bank.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    encoder = TextEncoder(
+        plm_tokenizer(),
+        clip_tokenizer(),
+        max_seq=MAX_SEQ,
+        mask_token="[MASK]",
+        pad_token_id=0,
+        has_token_type_ids=False,
+        clip_context_length=CONTEXT,
+        clip_end_token_id=2,
+    )
+    columns = None if candidates is None else [WORDS.index(word) for word in candidates]
+    arrays: Arrays = {}
+    for case, (texts, _) in CASES.items():
+        inputs = encoder.encode(texts)
+        arrays |= {f"{case}/in/{name}": value for name, value in inputs.items()}
+        for experts in sets:
+            for key, value in reference(inputs, experts, task, columns).items():
+                arrays[f"{case}/{experts}/{key}"] = value
+    np.savez(folder / "reference.npz", **arrays)
+
+    sha, default = "0" * 64, sets[-1]
+    expert_sets, variants = {}, []
+    for experts in sets:
+        stem = "model" if experts == default else f"model_{experts}"
+        file, data = f"onnx/{stem}.onnx", f"onnx/{stem}.onnx_data"
+        onnx.save_model(
+            _graph(experts, task, columns),
+            str(folder / file),
+            save_as_external_data=True,
+            location=Path(data).name,
+            size_threshold=64,
+        )
+        inputs_spec, outputs_spec = _io(experts, task, columns)
+        taps = [e for e in "vt" if e in experts]
+        expert_sets[experts] = {
+            "inputs": inputs_spec,
+            "outputs": outputs_spec,
+            "taps": [{"name": f"x_adapter.0.{e}", "layer": 0, "expert": e} for e in taps],
+            "component_parameters": {"plm": H * H, "head": 0} | {f"adapter_{e}": D * H for e in taps},
+        }
+        size = (folder / file).stat().st_size + (folder / data).stat().st_size
+        variants.append(
+            {
+                "expert_set": experts,
+                "precision": "fp32",
+                "target": "onnx",
+                "file": file,
+                "weight_files": [data],
+                "size_bytes": size,
+                "parity": {"passed": True, "max_abs": 1e-7, "atol": 1e-4, "rtol": 1e-4, "num_cells": 9},
+            }
+        )
+    manifest = {
+        "format_version": 1,
+        "created_with": {"onnx": onnx.__version__},
+        "checkpoint": {"source": "tiny", "sha256": sha},
+        "task": task,
+        "labels": ["sweet", "sour"] if task == "text-classification" else None,
+        "candidates": candidates and [{"word": word, "token_id": WORDS.index(word)} for word in candidates],
+        "opset": 17,
+        "default_expert_set": default,
+        "expert_sets": expert_sets,
+        "plm": {
+            "family": "bert",
+            "source": "tiny",
+            "sha256": sha,
+            "hidden_size": H,
+            "vocab_size": H,
+            "max_seq": MAX_SEQ,
+            "mask_token": "[MASK]",
+            "mask_token_id": 4,
+            "pad_token_id": 0,
+            "has_token_type_ids": False,
+        },
+        "clip": {
+            "source": "tiny",
+            "sha256": sha,
+            "context_length": CONTEXT,
+            "start_token_id": 1,
+            "end_token_id": 2,
+            "embed_dim": D,
+            "text_width": D,
+        },
+        "bank": {"num_pictures": len(PICTURES), "dim": D, "sha256": sha, "retrieval": "topk", "k": K},
+        "variants": variants,
+        "files": {path: entry.model_dump() for path, entry in list_files(folder).items()},
+    }
+    text = Manifest.from_json(json.dumps(manifest)).to_json()
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def rewrite_manifest(folder: Path, **changes: object) -> None:
+    """Replace top-level keys of a manifest without any check."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
+
+
+def rehash(folder: Path) -> None:
+    """Record the files as they are now, so that only their content can be wrong."""
+    rewrite_manifest(folder, files={path: entry.model_dump() for path, entry in list_files(folder).items()})

@@ -1,0 +1,179 @@
+"""``python -m train.demo``: build the built-in checkpoint, say where it is and how good it is.
+
+Stages are kept under ``build/demo``; an interrupted run goes on after the last stage that was finished.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from xadapter_export.torchvision_cure import cure_torchvision
+
+cure_torchvision()
+
+from transformers import BertConfig, BertForMaskedLM  # noqa: E402  # torchvision must be cured first
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from train.demo import clip, pictures, plm, plugin, results, shipping, text  # noqa: E402
+from train.demo.stages import Stages  # noqa: E402
+from xadapter_export.bank import FeatureBank  # noqa: E402
+from xadapter_export.bundle.pictures import Picture  # noqa: E402
+from xadapter_export.model.config import RetrievalConfig, XAdapterConfig  # noqa: E402
+from xadapter_export.model.x_adapter_model import XAdapterModel  # noqa: E402
+
+_ROOT = Path(__file__).resolve().parents[2]
+_NOTES = (
+    "Held-out objects share no word of any name with an object that trained the plug-ins. The language model "
+    "and CLIP have read their names, but no sentence that ties one to a colour.",
+    "The V-expert answers from the held-out objects' own pictures, which are in the bank. The probe on those "
+    "pictures' pixels is the ceiling: how often emoji are drawn in the colour that CoDa's annotators named.",
+    "The T-expert knows colours because CLIP's text tower was trained to match these objects' names to their "
+    "pictures, with captions that name no colour.",
+    "An untrained language model with a V-expert answers colours too: the colour flows from the pictures "
+    "through the plug-in. What the trained language model adds is language, which is the second table.",
+    "Training objects that CoDa does not know are labelled with the main colour of their pictures.",
+)
+
+
+def main() -> None:
+    """Run all stages."""
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
+    parser.add_argument(
+        "--work", type=Path, default=_ROOT / "build" / "demo", help="where the stages are kept"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=_ROOT / "xadapter_export" / "builtin", help="where the checkpoint goes"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=_ROOT / "docs" / "results.md", help="where the tables go"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path(__file__).with_name("recipe.toml"), help="all settings"
+    )
+    options = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
+    torch.set_num_threads(2)  # a sum in another order is another number: the same on every machine
+    console = Console()
+    recipe: dict[str, Any] = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
+    seed: int = recipe["seed"]
+    stages = Stages(options.work, seed, console)
+
+    # Pictures and their names
+    packages = recipe["pictures"]["packages"]
+    npm = stages.run("npm", packages, (), lambda folder: pictures.pack_packages(packages, folder))
+    picture_folder = stages.run(
+        "pictures",
+        [recipe["pictures"], recipe["coda_names"]],
+        ("npm",),
+        lambda folder: pictures.make_pictures(
+            packages,
+            recipe["pictures"]["groups"],
+            recipe["pictures"]["size"],
+            recipe["coda_names"],
+            npm,
+            folder,
+        ),
+    )
+    material = pictures.read_material(picture_folder)
+    console.print(f"  {len(material.objects)} objects, {len(material.images)} pictures")
+
+    # The frozen models
+    clip_settings = clip.ClipSettings(**recipe["clip"])
+    clip_folder = stages.run(
+        "clip",
+        recipe["clip"],
+        ("pictures",),
+        lambda folder: clip.train_clip(material, clip_settings, seed, console, folder),
+    )
+    trained_clip = clip.Clip.load(clip_folder)
+    retrieval = results.measure_grid(
+        "CLIP: pictures found by name and by sentence",
+        {name: f"{100 * value:.1f} %" for name, value in clip.measure_clip(trained_clip, material).items()},
+    )
+    results.print_grid(retrieval, console)
+    facts = text.list_facts(material.objects)
+    text.check_colors_untied(facts)
+    plm_settings = plm.PlmSettings(**recipe["plm"])
+    plm_folder = stages.run(
+        "plm",
+        recipe["plm"],
+        ("pictures",),
+        lambda folder: plm.train_plm(material.objects, facts, plm_settings, seed, console, folder),
+    )
+
+    # The plug-ins
+    settings = plugin.PluginSettings(**recipe["plugin"])
+    bank = FeatureBank(
+        features=trained_clip.encode_images(material.images).numpy().astype(np.float16),
+        pictures=tuple(
+            Picture(id=picture_id, caption=material.objects[row].name)
+            for picture_id, row in zip(material.picture_ids, material.object_of.tolist(), strict=True)
+        ),
+    )
+    config = XAdapterConfig(
+        experts="vt",
+        layers=tuple(settings.layers),
+        adapter_width=settings.adapter_width,
+        num_heads=settings.num_heads,
+        retrieval=RetrievalConfig(mode="topk", k=settings.k),
+        task="fill-mask",
+    )
+    model = XAdapterModel.create(plm=plm_folder, clip=clip_folder, config=config, bank=bank)
+    torch.manual_seed(seed)
+    random_plm = BertForMaskedLM(BertConfig.from_pretrained(plm_folder))
+    random_plm.name_or_path = str(plm_folder)  # where its tokenizer is
+    untrained = XAdapterModel.create(plm=random_plm, clip=clip_folder, config=config, bank=bank)
+    corpus = plm.split_corpus(facts, plm_settings.held_out_share, seed)
+    laboratory = plugin.Laboratory(model, untrained, material, corpus, settings, seed, console)
+
+    def run_split(name: str, split: plugin.Split, split_seed: int) -> Path:
+        def make(folder: Path) -> None:
+            result = laboratory.run(split, split_seed, name)
+            (folder / "result.json").write_text(json.dumps(results.to_json(result), indent=1))
+            if name == "shipped":
+                held_out = [material.objects[row] for row in split.held_out]
+                size = shipping.write_checkpoint(model, clip_folder, held_out, seed, folder / "checkpoint")
+                answers = laboratory.answers(split)
+                (folder / "eval.json").write_text(json.dumps(answers, indent=1))
+                console.print(f"  checkpoint of {size / 1e6:.2f} MB")
+
+        return stages.run(name, [recipe["plugin"], split_seed], ("clip", "plm"), make)
+
+    folders = [
+        run_split(
+            f"split-{number}",
+            plugin.split_objects(material.objects, settings.held_out_share, (), seed + number),
+            seed + number,
+        )
+        for number in range(1, settings.splits + 1)
+    ]
+    shipped = plugin.split_objects(material.objects, settings.held_out_share, settings.always_held_out, seed)
+    shipped_folder = run_split("shipped", shipped, seed)
+
+    # What came of it
+    shutil.rmtree(options.output, ignore_errors=True)
+    shutil.copytree(shipped_folder / "checkpoint", options.output)
+    splits = [results.from_json(json.loads((folder / "result.json").read_text())) for folder in folders]
+    shipped_result = results.from_json(json.loads((shipped_folder / "result.json").read_text()))
+    grids = (results.color_grid(shipped_result, splits), results.language_grid(splits), retrieval)
+    for grid in grids[:2]:
+        results.print_grid(grid, console)
+    results.write_results(options.results, grids, _NOTES, seed)
+    total_s = sum(stages.elapsed_s(name) for name in stages.names)
+    console.print(
+        f"All stages took {total_s / 60:.1f} min. Checkpoint: {options.output}; tables: {options.results}; "
+        f"questions and answers of the shipped split: {shipped_folder / 'eval.json'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Static banks of CLIP image features."""
+
+from xadapter_export.bank.feature_bank import FeatureBank
+
+__all__ = ["FeatureBank"]

@@ -1,0 +1,258 @@
+"""Folders that are complete or not there: staged writing, and reading that verifies every file.
+
+A folder is written beside its final place, synced, and renamed. Reading trusts no path in the manifest: a
+file must lie inside the folder, symbolic links included, and be the one that was recorded.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xadapter_export.bundle.manifest import FileEntry, Manifest
+from xadapter_export.errors import BundleError, HashMismatchError, OutputExistsError, OutputWriteError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+CLIP_TOKENIZER_NAME = "clip_tokenizer.json"
+BANK_NAME = "bank.jsonl"
+REFERENCE_NAME = "reference.npz"
+PARITY_NAME = "parity.json"
+
+_UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG),
+}
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Return size and hash of every file under a folder but its manifest, by relative path with slashes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(
+            size_bytes=path.stat().st_size, sha256=sha256_file(path)
+        )
+        for path in paths
+    }
+
+
+class StagedFolder:
+    """A folder being written, at ``path``, that will be moved to ``final``."""
+
+    def __init__(self, path: Path, final: Path, marker: str) -> None:
+        self.path = path
+        self.final = final
+        self.rejected: Path | None = None
+        self._marker = marker
+
+    def __truediv__(self, relative: str) -> Path:
+        """Return a path inside the folder."""
+        return self.path / relative
+
+    def keep_as_rejected(self) -> Path:
+        """Move what was written to ``<name>.rejected`` for a look at it, and return that path.
+
+        An earlier rejected one there is replaced.
+
+        Raises:
+            OutputExistsError: If something of another kind is there.
+        """
+        rejected = self.final.with_name(f"{self.final.name}.rejected")
+        _check_replaceable(rejected, self._marker, force=True)
+        _move_into_place(self.path, rejected)
+        self.rejected = rejected
+        return rejected
+
+
+@contextmanager
+def staged_folder(
+    final: Path | str, *, force: bool = False, marker: str = MANIFEST_NAME
+) -> Iterator[StagedFolder]:
+    """Write a folder beside its final place, and move it there when the block ends well.
+
+    Whatever ends the block early, Ctrl-C included, removes the temporary folder and leaves the old one alone.
+
+    Args:
+        final: Where the folder goes. Missing parents are made.
+        force: Whether what is there may be replaced, if it is a folder with ``marker`` in it, or an empty one.
+            It is replaced only after the new one is complete.
+        marker: The file by which a folder is known to be of the same kind.
+
+    Raises:
+        OutputExistsError: If something is at ``final``, or, with ``force``, something of another kind.
+        OutputWriteError: If the disk is full or the place cannot be written.
+    """
+    final = Path(final).resolve()
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    staged = StagedFolder(temporary, final, marker)
+    made: list[Path] = []
+    try:
+        _check_replaceable(final, marker, force=force)
+        made = [parent for parent in final.parents if not parent.exists()]
+        temporary.mkdir(parents=True)
+        yield staged
+        if staged.rejected is None:
+            _sync(temporary)
+            _check_replaceable(final, marker, force=force)
+            _move_into_place(temporary, final)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or not _concerns(error, final):
+            raise
+        raise OutputWriteError(
+            "the output cannot be written",
+            where=final,
+            got=error.strerror,
+            mend="free some space, or choose a place that you may write to",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:  # innermost first; stays where it is no longer empty
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _concerns(error: OSError, final: Path) -> bool:
+    """Whether an error is about writing the folder, and not about some other file that was being read."""
+    if not isinstance(error.filename, str | bytes):
+        return True
+    path = Path(os.fsdecode(error.filename)).absolute()
+    return path.is_relative_to(final.parent) or final.is_relative_to(path)
+
+
+def _check_replaceable(final: Path, marker: str, *, force: bool) -> None:
+    if not final.exists():
+        return
+    if not force:
+        raise OutputExistsError(
+            "something is already at the output path",
+            where=final,
+            mend="choose another path, or replace it with --force (force=True)",
+        )
+    if not final.is_dir() or (any(final.iterdir()) and not (final / marker).is_file()):
+        raise OutputExistsError(
+            "what is at the output path is not ours to replace",
+            where=final,
+            expected=f"a folder with {marker}",
+            mend="choose another path, or remove it yourself",
+        )
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place."""
+    old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    try:
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file and folder below, and the folder itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and needs no flush
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read."""
+
+    folder: Path
+    manifest: Manifest
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a file of the bundle.
+
+        Raises:
+            BundleError: If it is missing, or leads out of the folder through a symbolic link.
+        """
+        path = self.folder / relative
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(
+                "a file of the bundle lies outside its folder",
+                where=path,
+                got=path.resolve(),
+                mend="copy the bundle with its links followed (cp -rL)",
+            )
+        if not path.is_file():
+            raise BundleError("a file of the bundle is missing", where=path, mend="copy the whole folder")
+        return path
+
+
+def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
+    """Read a bundle's manifest and check its files.
+
+    Args:
+        folder: The bundle.
+        verify: Whether to compare every file's hash. Presence, place and size are always checked.
+
+    Raises:
+        BundleError: If there is no bundle, its manifest is wrong, or a file is missing or cut short.
+        HashMismatchError: If a file is not the one that was recorded.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(
+            "this is not a bundle",
+            where=folder,
+            expected=f"a folder with {MANIFEST_NAME}",
+            got="no such folder" if not folder.is_dir() else "a folder without one",
+            mend="make one with: xad-export --experts t -o bundle",
+        )
+    manifest_file = folder / MANIFEST_NAME
+    try:
+        text = manifest_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError("the manifest cannot be read", where=manifest_file, got=error) from error
+    bundle = Bundle(folder, Manifest.from_json(text, where=str(manifest_file)))
+    for relative, entry in bundle.manifest.files.items():
+        path = bundle.file(relative)
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            raise BundleError(
+                "a file of the bundle has the wrong size",
+                where=path,
+                expected=f"{entry.size_bytes} bytes",
+                got=size,
+                mend="copy the bundle again",
+            )
+        if verify and (found := sha256_file(path)) != entry.sha256:
+            raise HashMismatchError(
+                "a file of the bundle was changed",
+                where=path,
+                expected=f"SHA-256 {entry.sha256}",
+                got=found,
+                mend="copy or export the bundle again",
+            )
+    return bundle

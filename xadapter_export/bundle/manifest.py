@@ -1,0 +1,248 @@
+"""What a bundle says about itself: the strict, frozen form of ``manifest.json``.
+
+An unknown key, a missing key or a reference to something that is not there is an error that names the key,
+so a manifest that was read can be relied on without further checks.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xadapter_export.errors import BundleError
+
+ExpertSet = Literal["none", "v", "t", "vt"]
+Expert = Literal["v", "t"]
+Task = Literal["fill-mask", "text-classification", "feature-extraction"]
+Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
+
+FORMAT_VERSION = 1
+EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
+
+
+def _inside(path: str) -> str:
+    """Refuse a path that is not relative, or that leaves the folder on any operating system."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        raise ValueError("must be a relative path with forward slashes that stays inside the bundle")
+    return path
+
+
+InnerPath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TensorSpec(_Strict):
+    """One input or output of a graph; an axis is a name where it varies and a number where it is fixed."""
+
+    name: str
+    dtype: Literal["int64", "float32"]
+    axes: tuple[str | Size, ...]
+
+
+class TapSpec(_Strict):
+    """A named value in the graph: what ``expert`` adds to the hidden states before PLM layer ``layer``."""
+
+    name: str
+    layer: Count
+    expert: Expert
+
+
+class ExpertSetSpec(_Strict):
+    """The IO contract of one expert set, and how many parameters each component of its graph has."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    taps: tuple[TapSpec, ...]
+    component_parameters: dict[Component, Count]
+
+
+class Candidate(_Strict):
+    """A word that the sliced head can answer, and its id in the PLM's vocabulary."""
+
+    word: str
+    token_id: Count
+
+
+class CheckpointIdentity(_Strict):
+    """Which checkpoint the bundle was made from; ``source`` is a name or hub id, never a local path."""
+
+    source: str
+    sha256: Sha256
+
+
+class PlmSpec(_Strict):
+    """The language model, as far as feeding it is concerned; ``max_seq`` counts special tokens."""
+
+    family: str
+    source: str
+    sha256: Sha256
+    hidden_size: Size
+    vocab_size: Size
+    max_seq: Size
+    mask_token: str | None
+    mask_token_id: Count | None
+    pad_token_id: Count
+    has_token_type_ids: bool
+
+
+class ClipSpec(_Strict):
+    """CLIP's text tower, as far as feeding it is concerned; ``context_length`` counts start and end."""
+
+    source: str
+    sha256: Sha256
+    context_length: Size
+    start_token_id: Count
+    end_token_id: Count
+    embed_dim: Size
+    text_width: Size
+
+
+class BankSpec(_Strict):
+    """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes."""
+
+    num_pictures: Size
+    dim: Size
+    sha256: Sha256
+    retrieval: Literal["topk", "static"]
+    k: Size
+
+
+class VariantParity(_Strict):
+    """The proof of one variant, in short; ``parity.json`` has every cell."""
+
+    passed: bool
+    max_abs: Annotated[float, Field(ge=0)]
+    atol: Annotated[float, Field(ge=0)]
+    rtol: Annotated[float, Field(ge=0)]
+    num_cells: Size
+
+
+class Variant(_Strict):
+    """One graph file.
+
+    Attributes:
+        weight_files: Files with the weights that the graph refers to; shared between variants.
+        size_bytes: Size of the graph file plus the bytes of the weights that it refers to.
+        parity: None only while the bundle is being made.
+    """
+
+    expert_set: ExpertSet
+    precision: Literal["fp32"]
+    target: Literal["onnx"]
+    file: InnerPath
+    weight_files: tuple[InnerPath, ...]
+    size_bytes: Size
+    parity: VariantParity | None
+
+
+class FileEntry(_Strict):
+    """Size and hash of one file of the bundle."""
+
+    size_bytes: Count
+    sha256: Sha256
+
+
+class Manifest(_Strict):
+    """The contents of ``manifest.json``; ``files`` lists every file but the manifest itself."""
+
+    format_version: Literal[1]
+    created_with: dict[str, str]
+    checkpoint: CheckpointIdentity
+    task: Task
+    labels: tuple[str, ...] | None
+    candidates: tuple[Candidate, ...] | None
+    opset: Size
+    default_expert_set: ExpertSet
+    expert_sets: dict[ExpertSet, ExpertSetSpec]
+    plm: PlmSpec
+    clip: ClipSpec | None
+    bank: BankSpec | None
+    variants: tuple[Variant, ...]
+    files: dict[InnerPath, FileEntry]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [text for text, wrong in self._checks() if wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _checks(self) -> Iterable[tuple[str, bool]]:
+        """Yield what each cross reference says when it is broken, and whether it is."""
+        sets = self.expert_sets
+        yield "default_expert_set is not among expert_sets", self.default_expert_set not in sets
+        covered = {variant.expert_set for variant in self.variants}
+        yield "variants and expert_sets do not name the same sets", covered != set(sets)
+        named = {path for variant in self.variants for path in (variant.file, *variant.weight_files)}
+        yield "variants name a file that files lacks", bool(self.files) and not named <= set(self.files)
+        inputs = {spec.name for item in sets.values() for spec in item.inputs}
+        outputs = {spec.name for item in sets.values() for spec in item.outputs}
+        yield "clip is null but a set takes clip_input_ids", self.clip is None and "clip_input_ids" in inputs
+        yield "bank is null but a set gives retrieved", self.bank is None and "retrieved" in outputs
+        has_mask = self.plm.mask_token is not None and self.plm.mask_token_id is not None
+        yield "fill-mask needs plm.mask_token and its id", self.task == "fill-mask" and not has_mask
+        needs_labels = self.task == "text-classification"
+        yield "labels go with text-classification, and only with it", needs_labels != bool(self.labels)
+        yield "candidates go only with fill-mask", self.candidates is not None and self.task != "fill-mask"
+        too_big = [c.word for c in self.candidates or () if c.token_id >= self.plm.vocab_size]
+        yield f"candidates outside the vocabulary: {too_big}", bool(too_big)
+
+    def variant(self, expert_set: ExpertSet) -> Variant:
+        """Return the variant to run for an expert set.
+
+        Raises:
+            BundleError: If the bundle does not hold that set.
+        """
+        for variant in self.variants:
+            if variant.expert_set == expert_set:
+                return variant
+        raise BundleError(
+            "the bundle does not hold this expert set",
+            where=expert_set,
+            expected=f"one of {', '.join(self.expert_sets)}",
+            mend="choose one of those, or export the checkpoint again with this set",
+        )
+
+    def to_json(self) -> str:
+        """Return the text of ``manifest.json``, keys in the order of the contract."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "manifest.json") -> Self:
+        """Parse ``manifest.json``.
+
+        Raises:
+            BundleError: If it is not JSON, is of another format version, or has a wrong key or value.
+        """
+        try:
+            version = json.loads(text).get("format_version", FORMAT_VERSION)
+        except (ValueError, AttributeError) as error:
+            raise BundleError("the manifest is not a JSON object", where=where, got=error) from error
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                "the manifest is of another format version",
+                where=where,
+                expected=FORMAT_VERSION,
+                got=version,
+                mend="export the bundle again, or install the version of xadapter-export that made it",
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise BundleError("the manifest is not valid", where=where, got=describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """Return what pydantic found wrong as one line, each complaint after the key that it is about."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'manifest'}: {item['msg']}" for item in error.errors()
+    )

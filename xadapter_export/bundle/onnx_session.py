@@ -1,0 +1,132 @@
+"""The one place where an onnxruntime session is made: providers, threads and clear errors."""
+
+import importlib.metadata
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
+
+Array = NDArray[np.int64] | NDArray[np.float32]
+Provider = str | tuple[str, dict[str, str]]
+
+_WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+_ERRORS_ONLY = 3  # onnxruntime's log severity: its warnings are about its own graph passes
+
+
+class _Value(Protocol):
+    name: str
+    shape: list[int | str | None]
+    type: str
+
+
+class OnnxSession(Protocol):
+    """The part of ``onnxruntime.InferenceSession`` that is used here."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
+        """Compute the named outputs."""
+        ...
+
+    def get_providers(self) -> list[str]:
+        """Return the active execution providers."""
+        ...
+
+    def get_inputs(self) -> Sequence[_Value]:
+        """Return the graph's inputs."""
+        ...
+
+    def get_outputs(self) -> Sequence[_Value]:
+        """Return the graph's outputs."""
+        ...
+
+
+def create_session(
+    model_file: Path,
+    *,
+    providers: Sequence[Provider] | None = None,
+    num_threads: int | None = None,
+    appended: bytes = b"",
+) -> OnnxSession:
+    """Load a graph into onnxruntime.
+
+    Args:
+        model_file: The ``.onnx`` file; its external weights are looked for in its folder.
+        providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
+        num_threads: Threads inside one operator; onnxruntime's choice if None.
+        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed.
+        ProviderError: If a provider that was named is not there or does not start.
+        ConfigError: If ``num_threads`` is below 1.
+        BundleError: If onnxruntime cannot load the graph.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError("num_threads must be at least 1", got=num_threads)
+    ort = _import_onnxruntime()
+    wanted = list(providers or ["CPUExecutionProvider"])
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    _check_active(names, ort.get_available_providers(), "is not in this onnxruntime")
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    model: str | bytes = str(model_file)
+    if appended:
+        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
+        model = model_file.read_bytes() + appended
+    try:
+        session: OnnxSession = ort.InferenceSession(model, options, providers=wanted)
+    except Exception as error:  # onnxruntime's own errors have no common base below Exception
+        raise BundleError("onnxruntime cannot load the graph", where=model_file, got=error) from error
+    _check_active(names, session.get_providers(), "did not start")
+    return session
+
+
+def _import_onnxruntime() -> ModuleType:
+    clash = _clash()
+    try:
+        ort = import_extra("onnxruntime", "cpu", "gpu")
+    except MissingExtraError as error:
+        if clash is None:
+            raise
+        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, mend=clash) from error
+    if clash is not None:
+        warnings.warn(clash, UserWarning, stacklevel=3)
+    return ort
+
+
+def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> None:
+    missing = [name for name in names if name not in active]
+    if missing:
+        raise ProviderError(
+            f"the execution provider {missing[0]} {problem}",
+            expected=", ".join(names),
+            got=", ".join(active),
+            mend=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
+        )
+
+
+def _clash() -> str | None:
+    """Return what to do about two onnxruntime packages in one place: they overwrite each other's files."""
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(found) < 2:
+        return None
+    return (
+        f"{' and '.join(found)} are both installed and overwrite each other's files: run "
+        f"pip uninstall -y {' '.join(found)} and install one of xadapter-export[cpu] and xadapter-export[gpu]"
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

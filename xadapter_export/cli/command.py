@@ -1,0 +1,141 @@
+"""What every command shares: errors as one line, warnings as one line, common options, lazy sub-commands."""
+
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, TextIO, TypeVar
+
+import click
+
+from xadapter_export.errors import XAdapterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXPERT_SETS: Final = ("none", "v", "t", "vt")
+WIDE_COLUMNS = 200
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class XadCommand(click.Command):
+    """A command whose foreseen errors are one line on stderr and exit 1; results alone go to stdout.
+
+    ``--debug``, or ``XAD_DEBUG=1``, shows the traceback instead.
+    """
+
+    def __init__(self, name: str | None, **settings: object) -> None:
+        super().__init__(name, **settings)  # type: ignore[arg-type]  # click's own settings, passed through
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                envvar="XAD_DEBUG",
+                expose_value=False,
+                callback=_remember_debug,
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; see the class."""
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except XAdapterError as error:
+                if ctx.meta.get("xad.debug"):
+                    raise
+                raise click.ClickException(str(error)) from error
+            except KeyboardInterrupt:
+                if ctx.meta.get("xad.debug"):
+                    raise
+                click.echo(f"{ctx.command_path}: stopped", err=True)
+                ctx.exit(INTERRUPTED)
+
+
+class LazyGroup(click.Group):
+    """A group that imports a sub-command only when it is asked for.
+
+    Args:
+        name: Name of the group.
+        lazy: ``"package.module:attribute"`` of each sub-command, by its name.
+        settings: click's own settings.
+    """
+
+    def __init__(self, name: str | None, *, lazy: Mapping[str, tuple[str, str]], **settings: object) -> None:
+        super().__init__(name, **settings)  # type: ignore[arg-type]  # click's own settings, passed through
+        self._lazy = dict(lazy)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the work."""
+        return list(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a sub-command."""
+        if cmd_name not in self._lazy:
+            return None
+        module, attribute = self._lazy[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the sub-commands by their summaries, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in self._lazy.items()])
+
+
+def session_options(function: F) -> F:
+    """Add ``--provider`` and ``--threads``."""
+    function = click.option(
+        "--threads", type=click.IntRange(min=1), help="Threads inside one operator. [default: onnxruntime's]"
+    )(function)
+    return click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        help="onnxruntime execution provider, such as CUDAExecutionProvider; may be repeated. [default: CPU]",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")(function)
+
+
+def example(*lines: str) -> str:
+    """Return a help epilog with an example that works as it stands."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def make_console() -> "Console":
+    """Return a console on stdout; where that is no terminal, one wide enough to cut nothing."""
+    from rich.console import Console
+
+    return Console(
+        markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE_COLUMNS
+    )
+
+
+def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.meta["xad.debug"] = value
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as one line, in the place of ``warnings.showwarning``."""
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)

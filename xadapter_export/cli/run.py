@@ -1,0 +1,178 @@
+"""``xad run``: ask a bundle."""
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from xadapter_export.cli.command import (
+    EXPERT_SETS,
+    XadCommand,
+    example,
+    json_option,
+    make_console,
+    print_json,
+    session_options,
+)
+from xadapter_export.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from xadapter_export.bundle.manifest import ExpertSet
+    from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
+    from xadapter_export.runtime.session import XAdapterSession
+
+BAR_COLUMNS = 24
+
+
+@click.command(
+    cls=XadCommand,
+    epilog=example(
+        "xad-export --experts v --opset 17 -o bundle",
+        'xad-run bundle "The color of a banana is [MASK]."',
+    ),
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@click.option(
+    "--experts", type=click.Choice(EXPERT_SETS), help="Expert set that answers. [default: the bundle's]"
+)
+@click.option("--compare", is_flag=True, help="Show every expert set of the bundle side by side.")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Words for each mask."
+)
+@click.option(
+    "--candidates", metavar="WORDS", help="Answer with one of these words only, separated by commas."
+)
+@click.option("--pair", metavar="TEXT", help="Second text, put after every TEXT (text-classification).")
+@session_options
+@json_option
+def run(
+    bundle: Path,
+    texts: tuple[str, ...],
+    experts: "ExpertSet | None",
+    compare: bool,
+    top_k: int,
+    candidates: str | None,
+    pair: str | None,
+    providers: tuple[str, ...],
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Ask a bundle; a TEXT of - reads texts from stdin, one a line.
+
+    Prints the answers with their scores and, where the experts read pictures, those that were looked at.
+    """
+    if compare and experts:
+        raise click.UsageError("--compare shows every expert set; leave --experts out.")
+    rows = [line for text in texts for line in (_read_stdin() if text == "-" else [text])]
+
+    from xadapter_export.runtime.session import XAdapterSession
+
+    session = XAdapterSession.load(bundle, experts=experts, providers=providers or None, num_threads=threads)
+    words = None if candidates is None else candidates.split(",")
+    sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)
+    replies = [reply for name in sets for reply in _ask(session.with_experts(name), rows, pair, top_k, words)]
+    if as_json:
+        print_json({"task": session.manifest.task, "replies": [asdict(reply) for reply in replies]})
+        return
+    console = make_console()
+    for number in range(len(rows)):
+        same_text = replies[number :: len(rows)]
+        console.print(rows[number], style="bold")
+        if compare and not same_text[0].embedding:
+            console.print(_side_by_side(same_text))
+        else:
+            for reply in same_text:
+                _show(console, reply, replies[0], label=reply.experts if compare else None)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one expert set said about one text."""
+
+    text: str
+    experts: str
+    answers: "list[FillMaskAnswer] | list[LabelAnswer]" = field(default_factory=list)
+    pictures: "list[RetrievedPicture]" = field(default_factory=list)
+    embedding: list[float] = field(default_factory=list)
+
+
+def _read_stdin() -> list[str]:
+    return [line for line in sys.stdin.read().splitlines() if line.strip()]
+
+
+def _ask(
+    session: "XAdapterSession", texts: list[str], pair: str | None, top_k: int, candidates: list[str] | None
+) -> list[Reply]:
+    task = session.manifest.task
+    if pair is not None and task != "text-classification":
+        raise UnsupportedError("--pair is for text-classification", got=task)
+    if candidates is not None and task != "fill-mask":
+        raise UnsupportedError("--candidates is for fill-mask", got=task)
+    pairs = None if pair is None else [pair] * len(texts)
+    replies = [Reply(text, session.experts) for text in texts]
+    if task == "fill-mask":
+        filled = session.fill_mask(texts, top_k=top_k, candidates=candidates)
+        replies = [replace(r, answers=answers) for r, answers in zip(replies, filled, strict=True)]
+    elif task == "text-classification":
+        labelled = session.classify(texts, pairs)
+        replies = [replace(r, answers=answers[:top_k]) for r, answers in zip(replies, labelled, strict=True)]
+    else:
+        rows = session.embed(texts).tolist()
+        replies = [replace(r, embedding=row) for r, row in zip(replies, rows, strict=True)]
+    if session.retrieves():
+        seen = session.retrieve(texts, pairs)
+        replies = [replace(r, pictures=pictures) for r, pictures in zip(replies, seen, strict=True)]
+    return replies
+
+
+def _show(console: "Console", reply: Reply, first: Reply, *, label: str | None) -> None:
+    """Print the answers as bars and the pictures as captions; an embedding as its cosine with the first."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 2))
+    block = "\u2588" if console.encoding.startswith("utf") else "#"
+    masks = {getattr(answer, "mask", 0) for answer in reply.answers}
+    for answer in reply.answers:
+        bar = block * round(answer.score * BAR_COLUMNS)
+        number = [f"mask {getattr(answer, 'mask', 0) + 1}"] if len(masks) > 1 else []
+        table.add_row(*number, _word(answer), f"{answer.score:6.1%}", bar)
+    if reply.embedding:
+        cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
+        start = ", ".join(f"{value:.3f}" for value in reply.embedding[:4])
+        name = f"{label}: " if label else ""
+        table.add_row(
+            f"{name}{len(reply.embedding)} numbers [{start}, ...], cosine with the first {cosine:.4f}"
+        )
+    console.print(table)
+    if reply.pictures:
+        console.print(f"  looked at: {_captions(reply.pictures)}")
+
+
+def _side_by_side(replies: list[Reply]) -> "Table":
+    """Return a table of one text: a column for each expert set, the best answers first."""
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    for reply in replies:
+        table.add_column(reply.experts)
+    cells = [[f"{_word(answer)} {answer.score:.1%}" for answer in reply.answers] for reply in replies]
+    for row in zip(*cells, strict=True):
+        table.add_row(*row)
+    if any(reply.pictures for reply in replies):
+        table.add_section()
+        table.add_row(*(_captions(reply.pictures) for reply in replies))
+    return table
+
+
+def _word(answer: "FillMaskAnswer | LabelAnswer") -> str:
+    return str(getattr(answer, "token", None) or getattr(answer, "label", ""))
+
+
+def _captions(pictures: "list[RetrievedPicture]") -> str:
+    return ", ".join(f"{picture.caption} {picture.score:.2f}" for picture in pictures)

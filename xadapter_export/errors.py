@@ -1,0 +1,109 @@
+"""Every error this package raises on purpose, and the one way to import a module of an extra.
+
+Each leaf also inherits the builtin that it specialises, so ``except ValueError`` still works for a caller who
+does not know this package, and ``except XAdapterError`` catches everything that was foreseen. A message is
+one line that says what, where, expected, got, and how to mend it.
+"""
+
+import importlib
+from types import ModuleType
+
+
+class XAdapterError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        what: What went wrong, as a clause without a full stop.
+        where: The file, key, tensor or text concerned.
+        expected: What would have been right.
+        got: What was found.
+        mend: What the reader can do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        mend: str | None = None,
+    ) -> None:
+        line = what if where is None else f"{what}: {where}"
+        facts = [f"{k} {v}" for k, v in (("expected", expected), ("got", got)) if v is not None]
+        if facts:
+            line += f" ({', '.join(facts)})"
+        if mend is not None:
+            line += f"; {mend}"
+        super().__init__(" ".join(line.split()))  # one line, whatever was quoted in it
+
+    def __str__(self) -> str:
+        """Return the line; ``OSError`` and ``ImportError`` would format their arguments their own way."""
+        return str(self.args[0])
+
+
+class ConfigError(XAdapterError, ValueError):
+    """A setting or an argument that makes no sense, alone or beside the others."""
+
+
+class UnsupportedError(XAdapterError, ValueError):
+    """Something real that this package does not handle: an unknown PLM family, an opset, a CLIP tower."""
+
+
+class CheckpointError(XAdapterError, ValueError):
+    """A checkpoint, PLM or CLIP folder that is missing, incomplete, or not what it says it is."""
+
+
+class BundleError(XAdapterError, ValueError):
+    """A bundle that is missing, incomplete, or not what its manifest says."""
+
+
+class HashMismatchError(CheckpointError, BundleError):
+    """A file or a set of weights that is not the one that was recorded."""
+
+
+class ShapeError(XAdapterError, ValueError):
+    """An array whose shape or dtype is not the one in the contract."""
+
+
+class InputTextError(XAdapterError, ValueError):
+    """A text that cannot be answered: empty, without a mask, or with masks too far apart."""
+
+
+class OutputExistsError(XAdapterError, FileExistsError):
+    """Something is already at the place where the output should go."""
+
+
+class OutputWriteError(XAdapterError, OSError):
+    """The output could not be written: no space, no permission, no such parent folder."""
+
+
+class ParityError(XAdapterError, ArithmeticError):
+    """A graph does not say what PyTorch said, or the comparison would have compared nothing."""
+
+
+class ProviderError(XAdapterError, RuntimeError):
+    """An execution provider that was asked for is not there, or did not start."""
+
+
+class MissingExtraError(XAdapterError, ImportError):
+    """A package that belongs to an optional extra is not installed."""
+
+
+def import_extra(module: str, *extras: str) -> ModuleType:
+    """Import a module that only an extra installs.
+
+    Args:
+        module: Dotted module name, ``"torch"``.
+        extras: The extra that brings it, ``"export"``, or several of which one is enough.
+
+    Raises:
+        MissingExtraError: If the module, or something it needs, cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        lines = " or ".join(f'pip install "xadapter-export[{extra}]"' for extra in extras)
+        raise MissingExtraError(
+            f"{module} cannot be imported", got=error, mend=f"install it with: {lines}"
+        ) from error

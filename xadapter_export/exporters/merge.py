@@ -1,0 +1,160 @@
+"""Merges the frozen PLM, the active experts, the bank and the CLIP text tower into the module that is traced.
+
+Only what the expert set and the task need is in it, so nothing of an inactive expert can reach the graph.
+
+Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text, H hidden size, V vocabulary, C candidates,
+R adapter width, K retrieved pictures, N bank size, D CLIP embedding size.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
+from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.x_adapter import XAdapterLayer
+from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool, take_positions, unit_length
+
+
+def tap_name(layer: int, expert: Expert) -> str:
+    """Name, in the graph, of what an expert adds before a PLM layer."""
+    return f"x_adapter.{layer}.{expert}"
+
+
+class MergedModel(nn.Module):
+    """One expert set of a checkpoint, ready to be traced.
+
+    Args:
+        model: The checkpoint; its parameters are shared, not copied.
+        expert_set: Experts that are switched on.
+        task: What the graph answers.
+        candidate_ids: Token ids that the MLM head is sliced to, or None for the whole vocabulary.
+    """
+
+    def __init__(
+        self, model: XAdapterModel, expert_set: ExpertSet, task: Task, candidate_ids: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.active = model.active_experts(expert_set)
+        self.plm = model.plm
+        self.adapters = nn.ModuleDict(
+            {
+                layer: nn.ModuleDict({expert: cast(nn.ModuleDict, experts)[expert] for expert in self.active})
+                for layer, experts in model.adapters.items()
+                if self.active
+            }
+        )
+        self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
+        self.k = model.config.retrieval.k
+        self.clip = model.clip if self.retrieves or "t" in self.active else None
+        if self.retrieves:
+            self.register_buffer("bank", model.bank_features)  # (N, D); rows have length 1, so a product is a cosine
+        elif "v" in self.active:
+            self._fold_bank(model.bank_features)
+        self.head = model.head if task == "text-classification" else None
+        self.candidate_decoder = self._slice_decoder(candidate_ids) if candidate_ids is not None else None
+
+    def _fold_bank(self, bank: Tensor) -> None:
+        """Replaces a static bank by its keys and values ``(1, N, R)``: they depend on nothing else.
+
+        With top-k retrieval the bank is searched and must stay, and projecting K rows costs less than keeping
+        2 R numbers per picture and layer; so it is folded in static mode only.
+        """
+        for layer, experts in self.adapters.items():
+            adapter = cast(XAdapterLayer, cast(nn.ModuleDict, experts)["v"])
+            with torch.no_grad():
+                keys, values = adapter.project_memory(bank[None])
+            self.register_buffer(f"bank_keys_{layer}", keys)
+            self.register_buffer(f"bank_values_{layer}", values)
+
+    def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
+        decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
+        sliced = nn.Linear(decoder.in_features, len(candidate_ids), bias=decoder.bias is not None)
+        rows = torch.tensor(list(candidate_ids))
+        with torch.no_grad():
+            sliced.weight.copy_(decoder.weight[rows])
+            if decoder.bias is not None:
+                sliced.bias.copy_(decoder.bias[rows])
+        return sliced.requires_grad_(False)
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph inputs, in the order of ``forward``'s arguments."""
+        names = ["input_ids", "attention_mask"]
+        names += ["token_type_ids"] if self.plm.has_token_type_ids else []
+        names += ["clip_input_ids"] if self.clip is not None else []
+        return names + (["mask_positions"] if self.task == "fill-mask" else [])
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph outputs, without the taps."""
+        answers = ["last_hidden_state", "sentence_embedding"] if self.task == "feature-extraction" else ["logits"]
+        return answers + (["retrieved", "retrieved_scores"] if self.retrieves else [])
+
+    @property
+    def taps(self) -> list[tuple[int, Expert]]:
+        """Layer and expert of every contribution, in the order in which ``forward`` returns them."""
+        return [(int(layer), expert) for layer in self.adapters for expert in self.active]
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Answers, what was retrieved, and the contributions.
+
+        Args:
+            inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` ``(B, T)``, ``clip_input_ids``
+                ``(B, S)``, ``mask_positions`` ``(B, P)``, all int64; those of ``input_names``.
+
+        Returns:
+            Tensors of ``output_names``, then ``(B, T, H) float32`` for each of ``taps``.
+        """
+        mask = additive_mask(inputs["attention_mask"])
+        memory, memory_masks, retrieved = self._memory(inputs.get("clip_input_ids"))
+        hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        contributions: list[Tensor] = []
+        for index in range(len(self.plm.layers)):
+            if str(index) in self.adapters:
+                added = [self._contribution(index, expert, hidden, memory, memory_masks) for expert in self.active]
+                contributions += added
+                hidden = sum(added, start=hidden)
+            hidden = self.plm.layer(index, hidden, mask)
+        answers: tuple[Tensor, ...]
+        if self.task == "fill-mask":
+            answers = (self._mlm_logits(take_positions(hidden, inputs["mask_positions"])),)
+        elif self.head is not None:
+            answers = (self.head(hidden),)
+        else:
+            answers = (hidden, mean_pool(hidden, inputs["attention_mask"]))
+        return (*answers, *retrieved, *contributions)
+
+    def _memory(
+        self, clip_input_ids: Tensor | None
+    ) -> tuple[dict[Expert, Tensor], dict[Expert, Tensor], tuple[Tensor, ...]]:
+        memory: dict[Expert, Tensor] = {}
+        masks: dict[Expert, Tensor] = {}
+        retrieved: tuple[Tensor, ...] = ()
+        if self.clip is not None and clip_input_ids is not None:
+            states = self.clip.token_states(clip_input_ids)  # (B, S, W)
+            if self.retrieves:
+                query = unit_length(self.clip.pool(states, clip_input_ids))  # (B, D)
+                bank = cast(Tensor, self.bank)
+                scores, rows = (query @ bank.T).topk(self.k)  # (B, K)
+                memory["v"], retrieved = bank[rows], (rows, scores)
+            if "t" in self.active:
+                memory["t"], masks["t"] = states, additive_mask(self.clip.token_mask(clip_input_ids))
+        return memory, masks, retrieved
+
+    def _contribution(
+        self, layer: int, expert: Expert, hidden: Tensor, memory: dict[Expert, Tensor], masks: dict[Expert, Tensor]
+    ) -> Tensor:
+        adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
+        if expert in memory:
+            return adapter(hidden, memory[expert], masks.get(expert))  # type: ignore[no-any-return]  # nn.Module call
+        keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
+        return adapter.attend(hidden, keys, values, None)
+
+    def _mlm_logits(self, hidden: Tensor) -> Tensor:
+        if self.candidate_decoder is None:
+            return self.plm.mlm_logits(hidden)
+        return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call

@@ -1,0 +1,239 @@
+"""Writes the files of a bundle: graphs that share one file of weights, tokenizers, rows, manifest, model card."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, TOKENIZER_NAME
+from xadapter_export.bundle.manifest import (
+    BankSpec,
+    Candidate,
+    CheckpointIdentity,
+    ClipSpec,
+    ExpertSet,
+    ExpertSetSpec,
+    Manifest,
+    PlmSpec,
+    TapSpec,
+    Task,
+    TensorSpec,
+    Variant,
+)
+from xadapter_export.exporters.check import component_parameters
+from xadapter_export.exporters.merge import MergedModel, tap_name
+from xadapter_export.model.weight_hash import weights_sha256
+from xadapter_export.model.x_adapter_model import XAdapterModel
+
+WEIGHTS_FILE = "onnx/model.onnx_data"
+_ALIGNMENT = 64  # bytes; vector loads from a memory map stay aligned
+_INLINE_LIMIT = 256  # bytes; smaller tensors stay in the graph, where shape inference sees them
+
+
+def graph_file(expert_set: ExpertSet, default: ExpertSet) -> str:
+    """Path of a set's graph; the default set has the name that transformers.js and optimum look for."""
+    return "onnx/model.onnx" if expert_set == default else f"onnx/model_{expert_set}.onnx"
+
+
+class SharedWeights:
+    """One file of weights in which equal tensors of all graphs stand once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = path.open("wb")
+        self._offsets: dict[bytes, int] = {}
+
+    def take(self, model: ir.Model) -> int:
+        """Moves the weights of a graph into the file; the graph then refers to them.
+
+        Returns:
+            Bytes of the file that the graph refers to.
+        """
+        used: dict[int, int] = {}
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_LIMIT:
+                continue
+            data = tensor.tobytes()
+            key = hashlib.sha256(data).digest()
+            if key not in self._offsets:
+                self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
+                self._offsets[key] = self._stream.tell()
+                self._stream.write(data)
+            offset = self._offsets[key]
+            used[offset] = len(data)
+            value.const_value = ir.ExternalTensor(
+                self.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=self.path.parent
+            )
+        return sum(used.values())
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._stream.close()
+
+
+def hide_taps(model: ir.Model, merged: MergedModel) -> None:
+    """Takes the experts' contributions off the outputs; they stay in the graph under their names."""
+    for _ in merged.taps:
+        del model.graph.outputs[-1]
+
+
+def write_graph(model: ir.Model, path: Path) -> None:
+    """Writes a graph without what can be inferred again: names of nodes, types of inner values."""
+    outer = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    renamed = 0
+    for node in model.graph:
+        node.name = None
+        for value in node.outputs:
+            if value not in outer and not str(value.name).startswith("x_adapter."):
+                value.name, renamed = f"v{renamed}", renamed + 1
+                value.shape = value.type = None
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def expert_set_spec(model: ir.Model, merged: MergedModel) -> ExpertSetSpec:
+    """Describes the graph's contract from the graph itself."""
+    return ExpertSetSpec(
+        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+        taps=tuple(TapSpec(name=tap_name(layer, expert), layer=layer, expert=expert) for layer, expert in merged.taps),
+        component_parameters=component_parameters(model),
+    )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    dtype = {ir.DataType.INT64: "int64", ir.DataType.FLOAT: "float32"}[value.dtype or ir.DataType.UNDEFINED]
+    axes = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+    return TensorSpec.model_validate({"name": str(value.name), "dtype": dtype, "axes": axes})
+
+
+def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, with_rows: bool) -> None:
+    """Writes what the runtime needs beside the graphs: PLM configuration, tokenizers, captions."""
+    config = model.plm.model.config.to_dict()
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    model.plm.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
+    if with_clip and model.clip is not None:
+        model.clip.tokenizer.save(str(folder / CLIP_TOKENIZER_NAME), pretty=False)
+    if with_rows and model.bank is not None:
+        model.bank.save_rows(folder / BANK_NAME)
+
+
+def make_manifest(
+    model: XAdapterModel,
+    source: str,
+    task: Task,
+    opset: int,
+    max_seq: int,
+    candidates: tuple[Candidate, ...] | None,
+    specs: Mapping[ExpertSet, ExpertSetSpec],
+    variants: tuple[Variant, ...],
+) -> Manifest:
+    """Describes the bundle, its files not yet listed."""
+    plm, clip, bank = model.frozen_parts()
+    special, tokenizer, tower, retrieval = model.plm.special, model.plm.tokenizer, model.clip, model.config.retrieval
+    mask_id = special.get("mask")
+    uses_clip = any("clip" in spec.component_parameters for spec in specs.values())
+    uses_bank = any("bank" in spec.component_parameters for spec in specs.values())
+    clip_spec = bank_spec = None
+    if uses_clip and tower is not None and clip is not None:
+        clip_spec = ClipSpec(
+            source=public_name(clip.source),
+            sha256=clip.sha256,
+            context_length=tower.config.context_length,
+            start_token_id=tower.tokenizer.encode("").ids[0],
+            end_token_id=tower.end_token_id,
+            embed_dim=tower.config.feature_dim,
+            text_width=tower.config.width,
+        )
+    if uses_bank and bank is not None:
+        k = retrieval.k if retrieval.mode == "topk" else bank.num_pictures
+        bank_spec = BankSpec(
+            num_pictures=bank.num_pictures, dim=bank.dim, sha256=bank.sha256, retrieval=retrieval.mode, k=k
+        )
+    packages = ("xadapter-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+    return Manifest(
+        format_version=1,
+        created_with={package: _version(package) for package in packages},
+        checkpoint=CheckpointIdentity(source=public_name(source), sha256=weights_sha256(model.trained_state())),
+        task=task,
+        labels=model.config.labels if task == "text-classification" else None,
+        candidates=candidates,
+        opset=opset,
+        default_expert_set=variants[0].expert_set,
+        expert_sets=dict(specs),
+        plm=PlmSpec(
+            family=plm.family,
+            source=public_name(plm.source),
+            sha256=plm.sha256,
+            hidden_size=model.plm.hidden_size,
+            vocab_size=model.plm.vocab_size,
+            max_seq=max_seq,
+            mask_token=None if mask_id is None else tokenizer.id_to_token(mask_id),
+            mask_token_id=mask_id,
+            pad_token_id=special["pad"],
+            has_token_type_ids=model.plm.has_token_type_ids,
+        ),
+        clip=clip_spec,
+        bank=bank_spec,
+        variants=variants,
+        files={},
+    )
+
+
+def public_name(source: str) -> str:
+    """A hub id as it is; of a path only the last part, so that nothing published tells of this machine."""
+    path = Path(source)
+    is_path = path.is_absolute() or path.exists() or source.startswith((".", "~")) or source.count("/") > 1
+    return path.name if is_path else source
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:  # PackageNotFoundError; onnxruntime-gpu stands in for onnxruntime
+        return version("onnxruntime-gpu") if package == "onnxruntime" else "unknown"
+
+
+def model_card(manifest: Manifest, name: str) -> str:
+    """Writes the bundle's README: what it is, how to run it, what was proven."""
+    sets = " | ".join(manifest.expert_sets)
+    lines = [
+        f"# {name}",
+        "",
+        f"An X-adapter bundle for {manifest.task}: a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads "
+        "a frozen CLIP through a trained plug-in, as ONNX graphs of standard operators, "
+        f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
+        "",
+        "## Run",
+        "",
+        "```console",
+        'pip install "xadapter-export[cpu]"',
+        f'xad-run . "{_example(manifest)}"',
+        "xad-parity .",
+        "```",
+        "",
+        "## Graphs",
+        "",
+        "| experts | file | size (MB) | parameters | largest difference to PyTorch | tolerance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in manifest.variants:
+        total = sum(manifest.expert_sets[variant.expert_set].component_parameters.values())
+        proof = variant.parity
+        measured = "-" if proof is None else f"{proof.max_abs:.1e}"
+        rule = "-" if proof is None else f"{proof.atol:.0e} + {proof.rtol:.0e} x reference"
+        lines.append(
+            f"| {variant.expert_set} | `{variant.file}` | {variant.size_bytes / 1e6:.1f} | {total:,} | {measured} | {rule} |"
+        )
+    lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
+    return "\n".join(lines)
+
+
+def _example(manifest: Manifest) -> str:
+    if manifest.task == "fill-mask":
+        return f"The color of a banana is {manifest.plm.mask_token}."
+    return "A banana is lying on the table."

@@ -1,0 +1,80 @@
+"""What PyTorch says: inputs of every kind, and the trained model's own outputs for them.
+
+The reference comes from ``XAdapterModel``, not from the merged module that is traced, so an error of the merge
+fails the proof like one of the trace.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xadapter_export.bundle.manifest import ExpertSet, Task
+from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.exporters.merge import MergedModel
+from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
+from xadapter_export.runtime.text import TextEncoder, TruncationWarning
+
+_WORDS = "on a warm day the children saw one small animal near two old trees and a river".split()
+
+
+def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dict[str, Array]]:
+    """Makes the inputs of every case: shortest, longest and typical, single, unpadded and padded batches.
+
+    Returns:
+        Arrays by input name, by case; see docs/design.md for the cases.
+    """
+    mask = (encoder.mask_token if with_masks else None) or "thing"
+    typical = f"The color of a banana is {mask}."
+    swapped = f"The color of a {mask} is banana."  # the same tokens, so that nothing is padded
+    longest = " ".join([mask, *(_WORDS * (encoder.max_seq // len(_WORDS) + 1))])
+    two_masks = f"In the summer a {mask} grows in the garden, and children like to eat the {mask} fruit."
+    cases = {
+        "single_shortest": [mask],
+        "single_typical": [typical],
+        "single_longest": [longest],
+        "batch_unpadded": [typical, swapped],
+        "batch_padded": [mask, two_masks, typical],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # the longest text is cut on purpose
+        return {case: dict(encoder.encode(texts, require_mask=with_masks)) for case, texts in cases.items()}
+
+
+def reference_outputs(
+    model: XAdapterModel,
+    merged: MergedModel,
+    expert_set: ExpertSet,
+    task: Task,
+    candidate_ids: Sequence[int] | None,
+    cases: Mapping[str, Mapping[str, Array]],
+) -> dict[str, Array]:
+    """Runs the trained model on every case.
+
+    Returns:
+        Arrays by their keys in ``reference.npz``, ``{case}/{set}/out/{output}`` and
+        ``{case}/{set}/tap/{layer}.{expert}``.
+    """
+    arrays: dict[str, Array] = {}
+    for case, inputs in cases.items():
+        tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items() if name in merged.input_names}
+        with torch.no_grad():
+            output = model(**tensors, experts=expert_set)
+        values: dict[str, Tensor | None] = {"last_hidden_state": output.last_hidden_state, "logits": output.logits}
+        values |= {"retrieved": output.memory.retrieved, "retrieved_scores": output.memory.retrieved_scores}
+        if task == "feature-extraction":
+            values["sentence_embedding"] = mean_pool(output.last_hidden_state, tensors["attention_mask"])
+        if candidate_ids is not None and output.logits is not None:
+            values["logits"] = output.logits[..., list(candidate_ids)]
+        for name in merged.output_names:
+            arrays[f"{case}/{expert_set}/out/{name}"] = _array(values[name])
+        for layer, expert in merged.taps:
+            arrays[f"{case}/{expert_set}/tap/{layer}.{expert}"] = _array(output.contributions[layer, expert])
+    return arrays
+
+
+def _array(tensor: Tensor | None) -> Array:
+    assert tensor is not None  # output_names names only what the task computes
+    return tensor.numpy()

@@ -1,0 +1,169 @@
+"""Traces a merged model into the portable graph: standard ONNX operators, the opset that was asked for.
+
+Whatever could leak or confuse is cleaned here: axes get their names, weights the names of their parameters,
+and node metadata (which holds local paths and source lines) is dropped.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import Tensor
+
+from xadapter_export.errors import UnsupportedError
+from xadapter_export.exporters.merge import MergedModel, tap_name
+
+MIN_OPSET, MAX_OPSET = 17, 21
+_LOWEST_TRACED = 18  # torch.onnx writes from here on; 17 is converted from it
+
+_AXES = {"clip_input_ids": ("batch", "clip_seq"), "mask_positions": ("batch", "masks")}
+_TOKEN_AXES = ("batch", "seq")
+
+
+def input_axes(name: str) -> tuple[str, str]:
+    """Names of the two axes of a graph input."""
+    return _AXES.get(name, _TOKEN_AXES)
+
+
+def check_opset(opset: int) -> None:
+    """Refuses an opset that cannot be written.
+
+    Raises:
+        UnsupportedError: If it is outside 17 to 21.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        why = (
+            "LayerNormalization is standard only since 17"
+            if opset < MIN_OPSET
+            else "the converter and the runtimes have been proven up to 21"
+        )
+        raise UnsupportedError(f"opset {opset} is not supported: expected {MIN_OPSET} to {MAX_OPSET}, {why}")
+
+
+def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq: int) -> ir.Model:
+    """Traces with named dynamic axes.
+
+    Args:
+        merged: What to trace, in evaluation mode.
+        inputs: Example inputs of ``merged.input_names``; two or more rows, all axes of different length.
+        opset: 17 to 21.
+        max_seq: Longest ``seq`` that the graph promises to take.
+
+    Returns:
+        The graph in memory, with the contributions of the experts as its last outputs.
+
+    Raises:
+        UnsupportedError: If the graph cannot be written in this opset.
+    """
+    check_opset(opset)
+    limits = {"seq": max_seq, "clip_seq": merged.clip.config.context_length if merged.clip else None}
+    dims = {axis: torch.export.Dim(axis, max=limits.get(axis)) for axis in ("batch", "seq", "clip_seq", "masks")}
+    shapes = {name: dict(enumerate(dims[axis] for axis in input_axes(name))) for name in merged.input_names}
+    example = {name: inputs[name] for name in merged.input_names}
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(merged, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            optimize=False,
+            opset_version=max(opset, _LOWEST_TRACED),
+            input_names=merged.input_names,
+            output_names=[*merged.output_names, *(tap_name(*tap) for tap in merged.taps)],
+            verbose=False,
+        )
+    if program is None:
+        raise UnsupportedError("torch.onnx returned no program")
+    model = program.model
+    tied = _shared_inputs(model)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(
+            model,
+            # A transposed copy of a tied weight would be a second decoder in the file.
+            should_fold=lambda node: False if node.op_type == "Transpose" and node.inputs[0] in tied else None,
+        )
+        model = _convert(model, opset)
+    ClearMetadataAndDocStringPass()(model)
+    _name_axes(model)
+    _name_weights(model, merged)
+    return model
+
+
+def _shared_inputs(model: ir.Model) -> set[ir.Value]:
+    """Weights that more than one node reads."""
+    return {value for value in model.graph.initializers.values() if len(value.uses()) > 1}
+
+
+def _convert(model: ir.Model, opset: int) -> ir.Model:
+    """Converts to the opset with the converter of the onnx package, which sees no large weights."""
+    if model.opset_imports[""] == opset:
+        return model
+    initializers = dict(model.graph.initializers)
+    large = {name: value for name, value in initializers.items() if value.const_value is not None and value.const_value.size > 16}
+    for name in large:  # the converter copies the whole model several times; as inputs they cost nothing
+        del model.graph.initializers[name]
+        model.graph.inputs.append(large[name])
+    try:
+        converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset))
+    except RuntimeError as error:
+        raise UnsupportedError(f"the graph cannot be written in opset {opset} ({error}); try {_LOWEST_TRACED} or more") from error
+    for value in [value for value in converted.graph.inputs if value.name in large]:
+        converted.graph.inputs.remove(value)
+        value.const_value = large[str(value.name)].const_value
+        converted.graph.register_initializer(value)
+    return converted
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Replaces the tracer's symbols (``s66``) by the names of the axes, everywhere in the graph."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, dim in zip(input_axes(str(value.name)), value.shape or (), strict=True):
+            names[str(dim)] = axis
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d)) for d in value.shape])
+
+
+def _name_weights(model: ir.Model, merged: MergedModel) -> None:
+    """Names weights after their parameters; a transposed copy, which the optimizer makes, ends in ``.T``."""
+    names: dict[bytes, str] = {}
+    for name, tensor in [*merged.named_parameters(), *merged.named_buffers()]:
+        array = tensor.detach().numpy()
+        names.setdefault(_content(array), name)
+        if array.ndim == 2:
+            names.setdefault(_content(array.T), f"{name}.T")
+    taken: set[str] = set()
+    for number, value in enumerate(list(model.graph.initializers.values())):
+        constant = value.const_value
+        assert constant is not None  # an initializer has a value
+        name = names.get(_content(constant.numpy()), f"constant_{number}") if constant.size > 1 else f"constant_{number}"
+        value.name = name if name not in taken else f"{name}.{number}"
+        taken.add(value.name)
+
+
+def _content(array: np.ndarray) -> bytes:
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says about its own insides; its errors are raised all the same."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,188 @@
+"""Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.folder import staged_folder
+from xadapter_export.errors import CheckpointError, HashMismatchError
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.clip_text import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, ClipTextTower, load_clip
+from xadapter_export.model.config import BankPart, CheckpointRecord, FrozenPart
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.weight_hash import weights_sha256
+from xadapter_export.model.x_adapter_model import XAdapterModel
+
+RECORD_NAME = "xadapter.json"
+PLUGIN_NAME = "xadapter.safetensors"
+_FILES = ("*.json", "*.jsonl", "*.safetensors", "plm/*", "clip/*")
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """Reads ``xadapter.json``.
+
+    Raises:
+        CheckpointError: If it is missing, is not what the format says, or has a key that is not known.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder that save_pretrained wrote")
+    try:
+        return CheckpointRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+        else:
+            reason = str(error)
+        raise CheckpointError(f"checkpoint {path}: {reason}") from error
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """Finds a checkpoint folder, fetching it from the hub where ``source`` is a hub id.
+
+    Raises:
+        CheckpointError: If it is neither a folder nor a hub id that can be reached.
+    """
+    if str(source) == BUILTIN:
+        return builtin_folder()
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
+        raise CheckpointError(
+            f"checkpoint {source} is neither a folder nor a hub id that can be reached; "
+            "give a folder that save_pretrained wrote, or leave it out for the built-in checkpoint"
+        ) from error
+
+
+def read_checkpoint(source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None) -> XAdapterModel:
+    """Reads a checkpoint; see ``XAdapterModel.from_pretrained``."""
+    folder = find_checkpoint(source)
+    record = read_record(folder)
+    _refuse_pickles(folder)
+    plm_source = plm or _local_or(folder / "plm", record.plm.source)
+    frozen_plm = load_plm(plm_source, record.config.task)
+    frozen_plm.source = record.plm.source
+    tower = None
+    if record.clip is not None:
+        tower = load_clip(clip or _local_or(folder / "clip", record.clip.source))
+        tower.source = record.clip.source
+    bank = FeatureBank.load(folder) if record.bank is not None else None
+
+    model = XAdapterModel(record.config, frozen_plm, tower, bank)
+    found: tuple[FrozenPart | BankPart | None, ...] = model.frozen_parts()
+    for name, recorded, part in zip(("PLM", "CLIP", "bank"), (record.plm, record.clip, record.bank), found, strict=True):
+        if recorded is not None and (part is None or part.sha256 != recorded.sha256):
+            raise HashMismatchError(
+                f"{name} of checkpoint {source} is not the one it was trained with: "
+                f"expected weights {recorded.sha256[:12]}, got {part.sha256[:12] if part else 'none'}; "
+                "get the original"
+            )
+    _load_plugin(model, folder / PLUGIN_NAME)
+    return model.eval()
+
+
+def _local_or(folder: Path, source: str) -> str | Path:
+    return folder if folder.is_dir() else source
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}:
+            raise CheckpointError(
+                f"checkpoint {folder}: {path.relative_to(folder)} is a pickle, which is refused; save weights as safetensors"
+            )
+
+
+def _load_plugin(model: XAdapterModel, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} is missing; it holds the trained plug-in")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); the file is truncated or no safetensors") from error
+    expected = model.trained_state()
+    for name in sorted(expected.keys() | state.keys()):
+        want = tuple(expected[name].shape) if name in expected else "no such tensor"
+        got = tuple(state[name].shape) if name in state else "none"
+        if want != got:
+            raise CheckpointError(f"checkpoint {path}: tensor {name} expected {want}, got {got}; it is of another configuration")
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"checkpoint {path}: tensor {name} has values that are not finite; train it again")
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()}, strict=False)
+
+
+def write_checkpoint(
+    model: XAdapterModel,
+    folder: Path,
+    *,
+    self_contained: bool,
+    dtype: torch.dtype,
+    training: dict[str, str | int | float | bool | None],
+) -> None:
+    """Writes a checkpoint; see ``XAdapterModel.save_pretrained``."""
+    plm, clip, bank = model.frozen_parts()
+    record = CheckpointRecord(config=model.config, plm=plm, clip=clip, bank=bank, training=training)
+    with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
+        staging = staged.path
+        (staging / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in model.trained_state().items()}, staging / PLUGIN_NAME)
+        if model.bank is not None:
+            model.bank.save(staging)
+        if self_contained:
+            _save_plm(model, staging / "plm", dtype)
+            if model.clip is not None:
+                save_clip_text(model.clip, staging / "clip", dtype)
+
+
+def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
+    _check_lossless(dict(model.plm.model.state_dict()), dtype, "PLM")
+    model.plm.model.to(dtype).save_pretrained(folder)
+    model.plm.model.to(torch.float32)
+    model.plm.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    mask = {"mask_token": model.text_encoder.mask_token} if model.text_encoder.mask_token else {}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.plm.max_seq,
+        "pad_token": model.plm.tokenizer.id_to_token(model.plm.special["pad"]),
+        **mask,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def save_clip_text(tower: ClipTextTower, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a text tower in open_clip's hub layout, without the image tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = tower.open_clip_state()
+    _check_lossless(state, dtype, "CLIP")
+    save_file({f"text.{k}": v.to(dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_NAME)
+    config = tower.config
+    text_cfg: dict[str, object] = {
+        name: getattr(config, name)
+        for name in ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id")
+    }
+    text_cfg |= {"proj_type": config.proj_type, "proj_bias": config.proj_bias, "ls_init_value": config.ls_init_value}
+    text_cfg |= {"act_kwargs": {"approximate": config.gelu_approximate}, "norm_kwargs": {"eps": config.norm_eps}}
+    if config.quick_gelu:
+        del text_cfg["act_kwargs"]
+    model_cfg = {"embed_dim": config.embed_dim, "quick_gelu": config.quick_gelu, "text_cfg": text_cfg}
+    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": model_cfg}, indent=2) + "\n", encoding="utf-8")
+    tower.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
+
+
+def _check_lossless(state: dict[str, Tensor], dtype: torch.dtype, what: str) -> None:
+    if dtype == torch.float32:
+        return
+    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    if weights_sha256(rounded) != weights_sha256(state):
+        raise CheckpointError(f"{what}: storing as {dtype} would change its weights; round them before training, or store float32")

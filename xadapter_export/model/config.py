@@ -1,0 +1,92 @@
+"""What a checkpoint says about itself: the plug-in's configuration and the identity of its frozen parts.
+
+Nothing here imports torch, so a checkpoint can be described without loading it.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from xadapter_export.bundle.manifest import Sha256, Task
+
+FORMAT_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RetrievalConfig(_Strict):
+    """Where the V-expert's memory comes from; fixed at training.
+
+    ``topk``: the ``k`` bank rows nearest (cosine) to CLIP's text embedding of the sentence.
+    ``static``: every row of a small bank of prototypes, with no CLIP tower at all; ``k`` is not used.
+    """
+
+    mode: Literal["topk", "static"] = "topk"
+    k: Annotated[int, Field(ge=1)] = 4
+
+
+class XAdapterConfig(_Strict):
+    """Shape and task of a plug-in.
+
+    Attributes:
+        experts: The experts that the plug-in holds, ``"v"``, ``"t"`` or ``"vt"``.
+        layers: PLM layers before which the experts are added, counted from 0, ascending.
+        adapter_width: R, width of the attention inside the plug-in; a multiple of ``num_heads``.
+        num_heads: Attention heads of each expert.
+        retrieval: The V-expert's retrieval mode.
+        task: What the model is for; decides head and outputs.
+        labels: Class names of ``text-classification``, in the order of the logits; else empty.
+    """
+
+    experts: Literal["v", "t", "vt"] = "vt"
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    adapter_width: Annotated[int, Field(ge=1)] = 64
+    num_heads: Annotated[int, Field(ge=1)] = 4
+    retrieval: RetrievalConfig = RetrievalConfig()
+    task: Task = "fill-mask"
+    labels: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.adapter_width % self.num_heads:
+            raise ValueError(f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
+        if (self.task == "text-classification") != (len(self.labels) >= 2):
+            raise ValueError("labels: text-classification needs two or more, every other task none")
+        return self
+
+
+class FrozenPart(_Strict):
+    """Identity of a frozen base model.
+
+    Attributes:
+        source: Hub id, open_clip ``model:tag`` or path it was loaded from.
+        family: PLM family, or ``open_clip`` for CLIP.
+        sha256: Hash of the weights that are used, as float32 (see ``weights_sha256``).
+    """
+
+    source: str
+    family: str
+    sha256: Sha256
+
+
+class BankPart(_Strict):
+    """Identity of a feature bank: ``num_pictures`` rows of width ``dim``; hash of the rows as float32."""
+
+    num_pictures: int
+    dim: int
+    sha256: Sha256
+
+
+class CheckpointRecord(_Strict):
+    """The contents of ``xadapter.json``."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    config: XAdapterConfig
+    plm: FrozenPart
+    clip: FrozenPart | None
+    bank: BankPart | None
+    training: dict[str, str | int | float | bool | None] = {}

@@ -1,0 +1,253 @@
+"""The narrow interface to a frozen PLM: embed, layers, MLM head; one table of families.
+
+Dimensions: B batch, T PLM tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from xadapter_export.bundle.manifest import Task
+from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.torchvision_cure import cure_torchvision
+
+cure_torchvision()
+
+from optimum.utils import NormalizedConfigManager  # noqa: E402  # torchvision must be cured first
+from transformers import (  # noqa: E402  # torchvision must be cured first
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+
+@dataclass(frozen=True)
+class PlmFamily:
+    """How to reach the parts of one family of post-norm encoders in transformers.
+
+    Attributes:
+        name: Family name, as it stands in checkpoints and manifests.
+        model_types: transformers' ``config.model_type`` values that belong to it.
+        base: Attribute of a task model that holds the encoder.
+        layers: Path from the encoder to its list of layers.
+        mlm_transform: What the MLM head does before the decoder, ``(..., H) -> (..., E)``.
+        decoder: Path from the task model to the linear decoder of the MLM head.
+        counts_positions_after_padding: RoBERTa's way: the first token has position ``pad_token_id + 1``.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base: str
+    layers: str
+    mlm_transform: Callable[[nn.Module, Tensor], Tensor]
+    decoder: str
+    counts_positions_after_padding: bool = False
+
+
+def _roberta_transform(plm: nn.Module, hidden: Tensor) -> Tensor:
+    head = plm.get_submodule("lm_head")
+    return head.get_submodule("layer_norm")(nn.functional.gelu(head.get_submodule("dense")(hidden)))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def _distilbert_transform(plm: nn.Module, hidden: Tensor) -> Tensor:
+    hidden = plm.get_submodule("activation")(plm.get_submodule("vocab_transform")(hidden))
+    return plm.get_submodule("vocab_layer_norm")(hidden)  # type: ignore[no-any-return]  # nn.Module call
+
+
+def _submodule_transform(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda plm, hidden: plm.get_submodule(path)(hidden)  # type: ignore[no-any-return]  # nn.Module call
+
+
+FAMILIES = (
+    PlmFamily(
+        "bert", ("bert",), "bert", "encoder.layer",
+        _submodule_transform("cls.predictions.transform"), "cls.predictions.decoder",
+    ),
+    PlmFamily(
+        "roberta", ("roberta", "xlm-roberta", "camembert"), "roberta", "encoder.layer",
+        _roberta_transform, "lm_head.decoder", counts_positions_after_padding=True,
+    ),
+    PlmFamily(
+        "electra", ("electra",), "electra", "encoder.layer",
+        _submodule_transform("generator_predictions"), "generator_lm_head",
+    ),
+    PlmFamily(
+        "distilbert", ("distilbert",), "distilbert", "transformer.layer",
+        _distilbert_transform, "vocab_projector",
+    ),
+)  # fmt: skip
+
+
+def family_of(config: PretrainedConfig) -> PlmFamily:
+    """Finds the family of a PLM.
+
+    Raises:
+        UnsupportedError: If no family takes its ``model_type``; the message lists those that are known.
+    """
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
+    known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+    raise UnsupportedError(
+        f"PLM family {config.model_type!r} is not supported; known families: {known}. Use a PLM of one of these"
+    )
+
+
+class FrozenPlm(nn.Module):
+    """A frozen PLM seen through its family: what an X-adapter needs of it, and no more.
+
+    Attributes:
+        model: The transformers model: with its MLM head for fill-mask, else the bare encoder.
+        source: Hub id or path it came from.
+        max_seq: Longest input in tokens, special tokens included.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, special: dict[str, int], source: str) -> None:
+        super().__init__()
+        self.family = family_of(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.special = special  # "mask" (absent where the PLM has none) and "pad" token ids
+        self.encoder: nn.Module = getattr(model, self.family.base, model)
+        layers = self.encoder.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)  # the family table says so
+        self.layers = layers
+        config = model.config
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        self.hidden_size = int(normalized.hidden_size)
+        self.vocab_size = int(normalized.vocab_size)
+        self.max_seq = int(config.max_position_embeddings)
+        if self.family.counts_positions_after_padding:
+            self.max_seq -= int(config.pad_token_id) + 1
+        self.has_token_type_ids = int(getattr(config, "type_vocab_size", 0)) > 1
+
+    def train(self, mode: bool = True) -> "FrozenPlm":
+        """Stays in evaluation mode: a frozen PLM has no dropout."""
+        return super().train(False)
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Embeds tokens.
+
+        Args:
+            input_ids: ``(B, T) int64``.
+            token_type_ids: ``(B, T) int64``; zeros if None. Not used where the PLM has none.
+
+        Returns:
+            ``(B, T, H) float32``. What the first layer reads.
+        """
+        arguments = {"input_ids": input_ids}
+        if self.family.name != "distilbert":
+            arguments["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        hidden = self.encoder.get_submodule("embeddings")(**arguments)
+        if hasattr(self.encoder, "embeddings_project"):
+            hidden = self.encoder.get_submodule("embeddings_project")(hidden)
+        return hidden  # type: ignore[no-any-return]  # nn.Module call
+
+    def layer(self, index: int, hidden: Tensor, additive_mask: Tensor) -> Tensor:
+        """Runs one layer: ``(B, T, H) float32`` with the mask of ``additive_mask`` to the same shape."""
+        output = self.layers[index](hidden, additive_mask)
+        return output[0] if isinstance(output, tuple) else output
+
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
+        """MLM head: ``(..., H) float32`` to ``(..., V) float32``."""
+        decoder = self.model.get_submodule(self.family.decoder)
+        return decoder(self.family.mlm_transform(self.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Makes the mask that attention adds to its scores, once for all layers.
+
+    Args:
+        attention_mask: ``(B, T)``, 1 or True at real tokens.
+        dtype: Floating-point type of the result.
+
+    Returns:
+        ``(B, 1, 1, T)``, 0 at real tokens and the dtype's lowest value at padding.
+    """
+    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+
+
+def load_plm(source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None) -> FrozenPlm:
+    """Loads a PLM and its tokenizer from a folder or hub id, or takes a loaded transformers model.
+
+    Args:
+        source: Folder in ``save_pretrained`` layout, hub id, or a model (its tokenizer is then read from
+            ``tokenizer_source`` or ``model.name_or_path``).
+        task: ``fill-mask`` needs a PLM with a trained MLM head.
+
+    Raises:
+        CheckpointError: If it cannot be found or read, holds a pickle instead of safetensors, has no MLM head
+            where the task needs one, or has no fast tokenizer.
+        UnsupportedError: If its family is not known.
+    """
+    if isinstance(source, PreTrainedModel):
+        model, name = source, str(source.name_or_path or type(source).__name__)
+        family_of(model.config)
+    else:
+        model, name = _load_model(source, task), str(source)
+    tokenizer, special = _load_tokenizer(tokenizer_source or name)
+    if task == "fill-mask" and "mask" not in special:
+        raise CheckpointError(f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM")
+    return FrozenPlm(model, tokenizer, special, name)
+
+
+def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
+    what = f"PLM {source}"
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        pickles = [p.name for p in Path(source).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+        found = f"found the pickle {pickles[0]}, which is refused" if pickles else "found none"
+        raise CheckpointError(f"{what}: expected model.safetensors, {found}. Save it with save_pretrained")
+    try:
+        family_of(AutoConfig.from_pretrained(source))
+        auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
+        extra = {} if task == "fill-mask" else {"add_pooling_layer": False}
+        try:
+            model, info = auto.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+                output_loading_info=True, **extra,
+            )  # fmt: skip
+        except TypeError:  # families without a pooling layer do not know the argument
+            model, info = auto.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+                output_loading_info=True,
+            )  # fmt: skip
+    except UnsupportedError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{what} could not be loaded: {reason}. Expected a save_pretrained folder or a hub id that can be reached"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        hint = "it has no MLM head, use task feature-extraction" if task == "fill-mask" else "the file is not complete"
+        raise CheckpointError(f"{what}: {len(missing)} weights are missing, first {missing[0]}; {hint}")
+    return model  # type: ignore[no-any-return]  # transformers' from_pretrained is untyped
+
+
+def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:
+    try:
+        auto = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"tokenizer of PLM {source} could not be loaded: {reason}. Expected tokenizer.json beside the weights"
+        ) from error
+    backend = getattr(auto, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"PLM {source} has no fast tokenizer (tokenizer.json), which a bundle needs")
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    special = {"pad": int(auto.pad_token_id if auto.pad_token_id is not None else 0)}
+    if auto.mask_token_id is not None:
+        special["mask"] = int(auto.mask_token_id)
+    return tokenizer, special

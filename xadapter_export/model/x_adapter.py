@@ -1,0 +1,70 @@
+"""One expert at one PLM layer: attention from the PLM's hidden states to what CLIP knows.
+
+Dimensions: B batch, T PLM tokens, H hidden size, R adapter width, A attention heads, M memory items
+(K retrieved pictures, S CLIP tokens or the prototypes of a static bank), C memory width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class XAdapterLayer(nn.Module):
+    """Attention of width R over a memory; its output is added to the hidden states that enter a PLM layer.
+
+    ``W_o`` starts at zero, so a fresh layer contributes exactly nothing.
+
+    Source:
+        X-adapter (arXiv 2305.07358), abstract: a plug-in with an image and a text sub-module, only added
+        parameters train. The layer equation is ours, see docs/design.md.
+    """
+
+    def __init__(self, hidden_size: int, memory_width: int, adapter_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_size)
+        self.memory_norm = nn.LayerNorm(memory_width)
+        self.query = nn.Linear(hidden_size, adapter_width)
+        self.key = nn.Linear(memory_width, adapter_width)
+        self.value = nn.Linear(memory_width, adapter_width)
+        self.out = nn.Linear(adapter_width, hidden_size)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns memory items into keys and values; depends on the memory alone, so a bank can be folded.
+
+        Args:
+            memory: ``(..., M, C) float32``.
+
+        Returns:
+            Keys and values, each ``(..., M, R) float32``.
+        """
+        memory = self.memory_norm(memory)
+        return self.key(memory), self.value(memory)
+
+    def attend(self, hidden: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Computes the expert's contribution.
+
+        Args:
+            hidden: ``(B, T, H) float32``. Hidden states that enter the PLM layer.
+            keys: ``(B, M, R) float32``, or ``(1, M, R)`` for a memory that the whole batch shares.
+            values: Like ``keys``.
+            memory_mask: ``(B, 1, 1, M) float32``, 0 at real items and very negative at padding, or None.
+
+        Returns:
+            ``(B, T, H) float32``, to be added to ``hidden``.
+        """
+        batch = hidden.shape[0]
+        query = self._split_heads(self.query(self.norm(hidden)))  # (B, A, T, R/A)
+        keys, values = self._split_heads(keys), self._split_heads(values)  # (B or 1, A, M, R/A)
+        if keys.shape[0] == 1:
+            keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=memory_mask)
+        return self.out(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module call
+
+    def forward(self, hidden: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """``attend`` over an unprojected memory ``(B, M, C) float32``; shapes as there."""
+        return self.attend(hidden, *self.project_memory(memory), memory_mask)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, R) -> (B, A, M, R/A)

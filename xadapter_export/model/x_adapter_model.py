@@ -1,0 +1,381 @@
+"""A frozen PLM that reads a frozen CLIP through a trained plug-in.
+
+Dimensions: B batch, T PLM tokens, S CLIP tokens, H hidden size, V vocabulary, K retrieved pictures, N bank
+size, D CLIP embedding size, W CLIP text width, P masks per text, L labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.manifest import Expert, ExpertSet
+from xadapter_export.errors import CheckpointError, ConfigError
+from xadapter_export.model.clip_text import ClipTextTower, load_clip
+from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
+from xadapter_export.model.plm import FrozenPlm, PreTrainedModel, additive_mask, load_plm
+from xadapter_export.model.weight_hash import weights_sha256
+from xadapter_export.model.x_adapter import XAdapterLayer
+from xadapter_export.runtime.text import TextEncoder
+
+EXPERTS: tuple[Expert, ...] = ("v", "t")
+
+
+def experts_of(expert_set: str) -> tuple[Expert, ...]:
+    """The experts of an expert set: ``"vt"`` to ``("v", "t")``, ``"none"`` to ``()``."""
+    return () if expert_set == "none" else tuple(expert for expert in EXPERTS if expert in expert_set)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the active experts attend to; computed by the frozen CLIP, so it can be cached.
+
+    Attributes:
+        v: ``(B, K, D) float32`` retrieved picture features, or ``(1, N, D)`` prototypes; None without V.
+        t: ``(B, S, W) float32`` CLIP token states; None without T.
+        t_mask: ``(B, S) bool``. True at real CLIP tokens, end-of-text included.
+        retrieved: ``(B, K) int64`` bank rows, best first; None without top-k retrieval.
+        retrieved_scores: ``(B, K) float32`` cosine similarities.
+    """
+
+    v: Tensor | None = None
+    t: Tensor | None = None
+    t_mask: Tensor | None = None
+    retrieved: Tensor | None = None
+    retrieved_scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class XAdapterOutput:
+    """Outputs of a forward pass; those that the task does not have are None.
+
+    Attributes:
+        logits: fill-mask: ``(B, P, V)`` at the mask positions, or ``(B, T, V)`` where none were given;
+            text-classification: ``(B, L)``. float32.
+        last_hidden_state: ``(B, T, H) float32``.
+        sentence_embedding: ``(B, H) float32``. Mean over real tokens, length 1; feature-extraction only.
+        memory: What the experts attended to.
+        contributions: ``(B, T, H) float32`` that each expert added before each layer, by (layer, expert).
+    """
+
+    last_hidden_state: Tensor
+    logits: Tensor | None = None
+    sentence_embedding: Tensor | None = None
+    memory: Memory = field(default_factory=Memory)
+    contributions: dict[tuple[int, Expert], Tensor] = field(default_factory=dict)
+
+
+class ClassificationHead(nn.Module):
+    """Trained head on the first token: dense, tanh, projection to the labels."""
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(B, T, H) float32`` to ``(B, L) float32``."""
+        return self.out_proj(torch.tanh(self.dense(hidden[:, 0])))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Sentence embedding: mean of ``(B, T, H)`` over real tokens of ``(B, T)``, length 1: ``(B, H) float32``."""
+    weights = attention_mask.to(hidden.dtype)[:, :, None]
+    return unit_length((hidden * weights).sum(1) / weights.sum(1))
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Scales ``(..., D) float32`` rows to length 1, by operators that are the same in every opset."""
+    return x / (x * x).sum(-1, keepdim=True).sqrt()
+
+
+class XAdapterModel(nn.Module):
+    """Frozen PLM, frozen CLIP text tower, static bank, and the plug-in that is trained between them.
+
+    Make one with ``create`` or ``from_pretrained``. Only the plug-in (and the classification head) has
+    parameters that require a gradient. A forward pass changes no state.
+    """
+
+    bank_features: Tensor
+
+    def __init__(
+        self, config: XAdapterConfig, plm: FrozenPlm, clip: ClipTextTower | None, bank: FeatureBank | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.plm = plm
+        self.clip = clip
+        self.bank = bank
+        self._check()
+        widths: dict[Expert, int] = {}
+        if "v" in config.experts and bank is not None:
+            widths["v"] = bank.features.shape[1]
+            rows = unit_length(torch.from_numpy(bank.features.astype(np.float32)))  # (N, D)
+            self.register_buffer("bank_features", rows, persistent=False)
+        if "t" in config.experts and clip is not None:
+            widths["t"] = clip.config.width
+        self.adapters = nn.ModuleDict(
+            {
+                str(layer): nn.ModuleDict(
+                    {
+                        expert: XAdapterLayer(plm.hidden_size, width, config.adapter_width, config.num_heads)
+                        for expert, width in widths.items()
+                    }
+                )
+                for layer in config.layers
+            }
+        )
+        self.head = (
+            ClassificationHead(plm.hidden_size, len(config.labels)) if config.task == "text-classification" else None
+        )
+        self.text_encoder = self.make_text_encoder(plm.max_seq)
+
+    def make_text_encoder(self, max_seq: int) -> TextEncoder:
+        """Both tokenizers with their rules, for inputs of at most ``max_seq`` PLM tokens."""
+        plm, clip = self.plm, self.clip
+        return TextEncoder(
+            plm.tokenizer,
+            clip.tokenizer if clip else None,
+            max_seq=max_seq,
+            mask_token=plm.tokenizer.id_to_token(plm.special["mask"]) if "mask" in plm.special else None,
+            pad_token_id=plm.special["pad"],
+            has_token_type_ids=plm.has_token_type_ids,
+            clip_context_length=clip.config.context_length if clip else None,
+            clip_end_token_id=clip.end_token_id if clip else None,
+        )
+
+    def _check(self) -> None:
+        config, clip, bank = self.config, self.clip, self.bank
+        if config.layers[-1] >= len(self.plm.layers):
+            raise ConfigError(f"layer {config.layers[-1]}: PLM {self.plm.source} has layers 0 to {len(self.plm.layers) - 1}")
+        if "v" in config.experts and bank is None:
+            raise ConfigError("the V-expert needs a feature bank and none was given; pass bank=")
+        needs_clip = "t" in config.experts or config.retrieval.mode == "topk"
+        if needs_clip and clip is None:
+            raise ConfigError(f"experts {config.experts!r} need a CLIP text tower and none was given; pass clip=")
+        if "v" in config.experts and config.retrieval.mode == "topk" and bank is not None and clip is not None:
+            if bank.features.shape[1] != clip.config.feature_dim:
+                raise ConfigError(
+                    f"bank features have width {bank.features.shape[1]}, CLIP {clip.source} has {clip.config.feature_dim}; "
+                    "build the bank with the same CLIP"
+                )
+            if config.retrieval.k > len(bank.features):
+                raise ConfigError(f"retrieval k={config.retrieval.k}, but the bank has {len(bank.features)} pictures")
+
+    @classmethod
+    def create(
+        cls,
+        plm: str | Path | PreTrainedModel,
+        clip: str | Path | nn.Module | None,
+        config: XAdapterConfig,
+        bank: str | Path | FeatureBank | None = None,
+    ) -> Self:
+        """Makes a model with a fresh plug-in, which leaves the PLM exactly as it was.
+
+        Args:
+            plm: Folder in ``save_pretrained`` layout, hub id, or transformers model.
+            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model; None for a static
+                bank without T-expert.
+            config: Shape and task of the plug-in.
+            bank: Bank or folder of one; needed by the V-expert.
+
+        Raises:
+            CheckpointError: If a part cannot be loaded.
+            UnsupportedError: If PLM or CLIP is of a kind that is not known.
+            ConfigError: If the parts do not fit together.
+        """
+        if isinstance(bank, str | Path):
+            bank = FeatureBank.load(bank)
+        return cls(config, load_plm(plm, config.task), None if clip is None else load_clip(clip), bank)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None) -> Self:
+        """Reads a checkpoint: a folder or a hub id.
+
+        Args:
+            source: Checkpoint folder or hub id.
+            plm: Where the PLM is, if not where the checkpoint says; its weights must have the recorded hash.
+            clip: Where CLIP is, likewise.
+
+        Raises:
+            CheckpointError: If anything is missing, broken or does not fit.
+            HashMismatchError: If PLM, CLIP or bank is not the one the plug-in was trained with.
+        """
+        from xadapter_export.model.checkpoint import read_checkpoint
+
+        return cast(Self, read_checkpoint(source, plm=plm, clip=clip))
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        self_contained: bool = False,
+        dtype: torch.dtype = torch.float32,
+        training: dict[str, str | int | float | bool | None] | None = None,
+    ) -> None:
+        """Writes a checkpoint folder; an existing checkpoint there is replaced when the new one is complete.
+
+        Args:
+            folder: Where to write.
+            self_contained: Also write PLM and CLIP text tower; else they are found by their source again.
+            dtype: Type of the stored PLM and CLIP weights; a narrower type must lose nothing.
+            training: How it was trained, free form, kept in ``xadapter.json``.
+
+        Raises:
+            CheckpointError: If ``dtype`` would change a weight.
+            OutputWriteError: If the folder cannot be written.
+        """
+        from xadapter_export.model.checkpoint import write_checkpoint
+
+        write_checkpoint(self, Path(folder), self_contained=self_contained, dtype=dtype, training=training or {})
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the plug-in; the frozen parts stay in evaluation mode."""
+        return super().train(mode)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint stores: the tensors of the plug-in and the classification head."""
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("adapters.", "head."))}
+
+    def frozen_parts(self) -> tuple[FrozenPart, FrozenPart | None, BankPart | None]:
+        """Identities of PLM, CLIP text tower and bank, with the hashes of the weights in memory."""
+        plm = FrozenPart(
+            source=self.plm.source,
+            family=self.plm.family.name,
+            sha256=weights_sha256(self.plm.model.state_dict()),
+        )
+        clip = bank = None
+        if self.clip is not None:
+            clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=weights_sha256(self.clip.open_clip_state()))
+        if self.bank is not None:
+            bank = BankPart(num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256)
+        return plm, clip, bank
+
+    def encode(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Tokenises texts for ``forward``: its arguments by name, int64, padded to the longest.
+
+        Raises:
+            InputTextError: For a text that is empty or, in fill-mask, has no mask.
+        """
+        arrays = self.text_encoder.encode(texts, text_pairs, require_mask=self.config.task == "fill-mask")
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def active_experts(self, expert_set: ExpertSet | None = None) -> tuple[Expert, ...]:
+        """Experts of a set, all that the plug-in holds for None.
+
+        Raises:
+            ConfigError: If the plug-in does not hold one of them.
+        """
+        experts = experts_of(self.config.experts if expert_set is None else expert_set)
+        if missing := [expert for expert in experts if expert not in self.config.experts]:
+            raise CheckpointError(
+                f"expert {missing[0]!r} is not in this checkpoint, which holds {self.config.experts!r}; "
+                f"choose from none, {', '.join(self.config.experts)}"
+            )
+        return experts
+
+    @torch.no_grad()
+    def memory(self, clip_input_ids: Tensor | None, experts: ExpertSet | None = None, *, k: int | None = None) -> Memory:
+        """Runs the frozen CLIP: what the experts will attend to.
+
+        Args:
+            clip_input_ids: ``(B, S) int64``, zero padded after end-of-text; not needed in static mode.
+            experts: Expert set; None for all that the plug-in holds.
+            k: Pictures to retrieve, if not the configured number.
+        """
+        active = self.active_experts(experts)
+        topk = "v" in active and self.config.retrieval.mode == "topk"
+        v = t = t_mask = rows = scores = None
+        if "v" in active and not topk:
+            v = self.bank_features[None]
+        if topk or "t" in active:
+            clip = cast(ClipTextTower, self.clip)
+            if clip_input_ids is None:
+                raise ConfigError(f"experts {active} read CLIP; pass clip_input_ids")
+            states = clip.token_states(clip_input_ids)  # (B, S, W)
+            if topk:
+                query = unit_length(clip.pool(states, clip_input_ids))  # (B, D)
+                scores, rows = (query @ self.bank_features.T).topk(k or self.config.retrieval.k)  # (B, K)
+                v = self.bank_features[rows]  # (B, K, D)
+            if "t" in active:
+                t, t_mask = states, clip.token_mask(clip_input_ids)
+        return Memory(v, t, t_mask, rows, scores)
+
+    @torch.no_grad()
+    def hidden_before(self, layer: int, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Frozen part below the first adapter: hidden states ``(B, T, H) float32`` that enter PLM layer ``layer``.
+
+        Depends on nothing that is trained if ``layer`` is at most ``config.layers[0]``: cache it while training.
+        """
+        hidden = self.plm.embed(input_ids, token_type_ids)
+        mask = additive_mask(attention_mask)
+        for index in range(layer):
+            hidden = self.plm.layer(index, hidden, mask)
+        return hidden
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        clip_input_ids: Tensor | None = None,
+        mask_positions: Tensor | None = None,
+        *,
+        experts: ExpertSet | None = None,
+        memory: Memory | None = None,
+        first_layer_input: Tensor | None = None,
+    ) -> XAdapterOutput:
+        """Runs the PLM with the experts of a set switched on.
+
+        Args:
+            input_ids: ``(B, T) int64``.
+            attention_mask: ``(B, T) int64``, 1 at real tokens.
+            token_type_ids: ``(B, T) int64`` or None for zeros.
+            clip_input_ids: ``(B, S) int64``; needed where an expert reads CLIP and no ``memory`` is given.
+            mask_positions: ``(B, P) int64``. Tokens at which fill-mask answers; None for all.
+            experts: Expert set; None for all that the plug-in holds, ``"none"`` for the plain PLM.
+            memory: From ``memory``, to save running CLIP.
+            first_layer_input: ``(B, T, H) float32`` from ``hidden_before(config.layers[0], ...)``, to save
+                running the layers below the plug-in.
+
+        Raises:
+            CheckpointError: If the plug-in does not hold an expert of the set.
+            ConfigError: If an expert needs CLIP tokens and has none.
+        """
+        active = self.active_experts(experts)
+        if memory is None:
+            memory = self.memory(clip_input_ids, experts) if active else Memory()
+        mask = additive_mask(attention_mask)
+        memory_masks = {"v": None, "t": None if memory.t_mask is None else additive_mask(memory.t_mask)}
+        memories = {"v": memory.v, "t": memory.t}
+
+        start = 0 if first_layer_input is None else self.config.layers[0]
+        hidden = self.plm.embed(input_ids, token_type_ids) if first_layer_input is None else first_layer_input
+        contributions: dict[tuple[int, Expert], Tensor] = {}
+        for index in range(start, len(self.plm.layers)):
+            if str(index) in self.adapters:
+                adapters = cast(nn.ModuleDict, self.adapters[str(index)])
+                for expert in active:
+                    contributions[index, expert] = adapters[expert](hidden, memories[expert], memory_masks[expert])
+                hidden = sum((contributions[index, expert] for expert in active), start=hidden)
+            hidden = self.plm.layer(index, hidden, mask)
+
+        logits = embedding = None
+        if self.config.task == "fill-mask":
+            at_masks = hidden if mask_positions is None else take_positions(hidden, mask_positions)
+            logits = self.plm.mlm_logits(at_masks)
+        elif self.head is not None:
+            logits = self.head(hidden)
+        else:
+            embedding = mean_pool(hidden, attention_mask)
+        return XAdapterOutput(hidden, logits, embedding, memory, contributions)
+
+
+def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Takes tokens: ``(B, T, H)`` at ``(B, P) int64`` to ``(B, P, H)``."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))

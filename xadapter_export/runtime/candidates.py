@@ -1,0 +1,43 @@
+"""Words that a fill-mask answer may be restricted to: each must be one token of the language model."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from xadapter_export.bundle.manifest import Candidate
+from xadapter_export.errors import ConfigError
+
+
+def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candidate, ...]:
+    """Return each word with its token, in the order given.
+
+    A word is looked up as it stands inside a sentence, after a space: byte-level and SentencePiece
+    vocabularies hold that as a token of its own.
+
+    Args:
+        tokenizer: The PLM's tokenizer.
+        words: The words; surrounding whitespace is ignored.
+
+    Raises:
+        ConfigError: If there is no word, one is not exactly one known token, or two are the same token.
+    """
+    unknown = {"[UNK]", "<unk>", getattr(tokenizer.model, "unk_token", None)}
+    found: dict[int, Candidate] = {}
+    for word in (word.strip() for word in words):
+        encoding = tokenizer.encode(f" {word}", add_special_tokens=False)
+        if len(encoding.ids) != 1 or encoding.tokens[0] in unknown:
+            raise ConfigError(
+                "a candidate is not one token of the language model",
+                where=repr(word),
+                got=" + ".join(encoding.tokens) or "no token",
+                mend="leave it out, or choose a word that the vocabulary holds whole",
+            )
+        token_id = encoding.ids[0]
+        if token_id in found:
+            raise ConfigError(
+                "two candidates are the same token", where=f"{found[token_id].word!r}, {word!r}"
+            )
+        found[token_id] = Candidate(word=word, token_id=token_id)
+    if not found:
+        raise ConfigError("no candidate was given", mend="name at least one word")
+    return tuple(found.values())

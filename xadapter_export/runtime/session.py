@@ -1,0 +1,402 @@
+"""Run a bundle in an app: texts in, answers out.
+
+Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retrieved pictures.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
+from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, create_session
+from xadapter_export.bundle.pictures import Picture, read_pictures
+from xadapter_export.errors import ConfigError, InputTextError, UnsupportedError
+from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
+from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.runtime.feed import check_feed
+from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
+
+Float32Array = NDArray[np.float32]
+TextList = list[str] | tuple[str, ...]
+
+
+class XAdapterSession:
+    """A loaded bundle. One session may be used from several threads.
+
+    Make one with ``load``. Where the bundle holds several expert sets, ``with_experts`` gives a view with
+    another one switched on, which shares everything that is loaded; every method also takes ``experts=``.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        experts: ExpertSet | None = None,
+        providers: Sequence[Provider] | None = None,
+        num_threads: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError("batch_size must be at least 1", got=batch_size)
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.experts = experts or manifest.default_expert_set
+        self.pictures: tuple[Picture, ...] = ()
+        if manifest.bank is not None and any(_retrieves(spec) for spec in manifest.expert_sets.values()):
+            path = bundle.file(BANK_NAME)
+            self.pictures = read_pictures(path, num_pictures=manifest.bank.num_pictures)
+        self._encoder, self._clip_encoder = load_encoders(bundle)
+        self._tokenizer = self._encoder.tokenizer
+        self._batch_size = batch_size
+        self._providers = providers
+        self._num_threads = num_threads
+        self._sessions: dict[ExpertSet, OnnxSession] = {}
+        self._lock = threading.Lock()
+        self._session(self.experts)  # what can go wrong goes wrong now, not at the first question
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Path | str,
+        *,
+        experts: ExpertSet | None = None,
+        providers: Sequence[Provider] | None = None,
+        num_threads: int | None = None,
+        batch_size: int = 32,
+        verify: bool = True,
+    ) -> Self:
+        """Load a bundle.
+
+        Args:
+            bundle: Its folder.
+            experts: The expert set that answers; the bundle's default if None.
+            providers: onnxruntime execution providers in order of preference; the CPU if None. One that does
+                not start is an error, never a silent fallback.
+            num_threads: Threads inside one operator; onnxruntime's choice if None.
+            batch_size: How many texts of a list go through the graph together.
+            verify: Whether to compare every file with its hash first.
+
+        Raises:
+            BundleError: If the bundle is not whole, or does not hold the expert set.
+            HashMismatchError: If a file was changed.
+            ProviderError: If a provider is not there or does not start.
+            MissingExtraError: If onnxruntime is not installed.
+            ConfigError: If ``num_threads`` or ``batch_size`` is below 1.
+        """
+        return cls(
+            read_bundle(bundle, verify=verify),
+            experts=experts,
+            providers=providers,
+            num_threads=num_threads,
+            batch_size=batch_size,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about itself."""
+        return self.bundle.manifest
+
+    def with_experts(self, experts: ExpertSet) -> Self:
+        """Return the same session with another expert set switched on; nothing is loaded twice.
+
+        Raises:
+            BundleError: If the bundle does not hold that set.
+        """
+        self.manifest.variant(experts)
+        other = copy.copy(self)  # shares the graphs and their lock
+        other.experts = experts
+        return other
+
+    @overload
+    def fill_mask(
+        self,
+        texts: str,
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> list[FillMaskAnswer]: ...
+
+    @overload
+    def fill_mask(
+        self,
+        texts: TextList,
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> list[list[FillMaskAnswer]]: ...
+
+    def fill_mask(
+        self,
+        texts: str | TextList,
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> list[FillMaskAnswer] | list[list[FillMaskAnswer]]:
+        """Say which words fill the masks.
+
+        Args:
+            texts: A text with one or more mask tokens, or a list of such texts.
+            top_k: How many words for each mask.
+            candidates: Answer with one of these words only.
+            experts: Expert set for this call.
+
+        Returns:
+            For one text, its answers: mask by mask, the best first. For a list, a list of these.
+
+        Raises:
+            InputTextError: If a text is empty, has no mask, or has masks too far apart.
+            ConfigError: If ``top_k`` is below 1, or a candidate is not one token.
+            UnsupportedError: If the bundle is for another task.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        self._require_task("fill-mask")
+        if top_k < 1:
+            raise ConfigError("top_k must be at least 1", got=top_k)
+        columns, choices = self._choose(candidates)
+        answers: list[list[FillMaskAnswer]] = []
+        for batch, inputs in self._encoded(texts, None, experts, require_mask=True):
+            logits = self.run(inputs, outputs=("logits",), experts=experts)["logits"]  # (B, M, V)
+            for text, rows, positions in zip(batch, logits, inputs["mask_positions"].tolist(), strict=True):
+                answers.append([])
+                for mask in range(len(set(positions))):  # unused slots repeat the first
+                    row = rows[mask] if columns is None else rows[mask, columns]
+                    for i, score in _best(row, top_k):
+                        word = self._word(i) if choices is None else choices[i]
+                        sequence = _fill(text, str(self.manifest.plm.mask_token), mask, word.word)
+                        answer = FillMaskAnswer(
+                            word.word, word.token_id, score, float(row[i]), sequence, mask
+                        )
+                        answers[-1].append(answer)
+        return answers[0] if isinstance(texts, str) else answers
+
+    @overload
+    def classify(
+        self, texts: str, text_pairs: str | None = None, *, experts: ExpertSet | None = None
+    ) -> list[LabelAnswer]: ...
+
+    @overload
+    def classify(
+        self,
+        texts: TextList,
+        text_pairs: TextList | None = None,
+        *,
+        experts: ExpertSet | None = None,
+    ) -> list[list[LabelAnswer]]: ...
+
+    def classify(
+        self,
+        texts: str | TextList,
+        text_pairs: str | TextList | None = None,
+        *,
+        experts: ExpertSet | None = None,
+    ) -> list[LabelAnswer] | list[list[LabelAnswer]]:
+        """Say which label a text, or a pair of texts, has.
+
+        Args:
+            texts: A text, or a list of texts.
+            text_pairs: Where the task takes two texts, the second one, or as many second ones.
+            experts: Expert set for this call.
+
+        Returns:
+            For one text, every label, the most probable first. For a list, a list of these.
+
+        Raises:
+            InputTextError: If a text is empty, or there is not one pair to each text.
+            UnsupportedError: If the bundle is for another task.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        self._require_task("text-classification")
+        labels = self.manifest.labels or ()
+        answers = []
+        for _, inputs in self._encoded(texts, text_pairs, experts):
+            for row in self.run(inputs, outputs=("logits",), experts=experts)["logits"]:  # (labels,)
+                best = _best(row, len(labels))
+                answers.append([LabelAnswer(labels[i], score, float(row[i])) for i, score in best])
+        return answers[0] if isinstance(texts, str) else answers
+
+    def embed(self, texts: str | TextList, *, experts: ExpertSet | None = None) -> Float32Array:
+        """Return sentence embeddings, ``(B, H) float32``, of length 1.
+
+        Raises:
+            InputTextError: If a text is empty.
+            UnsupportedError: If the bundle is for another task.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        self._require_task("feature-extraction")
+        outputs = ("sentence_embedding",)
+        batches = [
+            self.run(inputs, outputs=outputs, experts=experts)["sentence_embedding"]
+            for _, inputs in self._encoded(texts, None, experts)
+        ]
+        return np.concatenate(batches, dtype=np.float32)
+
+    @overload
+    def retrieve(
+        self, texts: str, text_pairs: str | None = None, *, experts: ExpertSet | None = None
+    ) -> list[RetrievedPicture]: ...
+
+    @overload
+    def retrieve(
+        self,
+        texts: TextList,
+        text_pairs: TextList | None = None,
+        *,
+        experts: ExpertSet | None = None,
+    ) -> list[list[RetrievedPicture]]: ...
+
+    def retrieve(
+        self,
+        texts: str | TextList,
+        text_pairs: str | TextList | None = None,
+        *,
+        experts: ExpertSet | None = None,
+    ) -> list[RetrievedPicture] | list[list[RetrievedPicture]]:
+        """Say which pictures the model looks at for a text.
+
+        Returns:
+            For one text, its pictures, the nearest first. For a list, a list of these.
+
+        Raises:
+            InputTextError: If a text is empty, or there is not one pair to each text.
+            UnsupportedError: If the expert set retrieves no pictures.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        if not self.retrieves(experts):
+            sets = [name for name, spec in self.manifest.expert_sets.items() if _retrieves(spec)]
+            raise UnsupportedError(
+                "this expert set looks at no pictures",
+                where=experts or self.experts,
+                mend=f"choose {' or '.join(sets)}"
+                if sets
+                else "export the checkpoint with --experts v or vt",
+            )
+        answers = []
+        names = ("retrieved", "retrieved_scores")
+        for _, inputs in self._encoded(texts, text_pairs, experts):
+            outputs = self.run(inputs, outputs=names, experts=experts)
+            for rows, scores in zip(*(outputs[name].tolist() for name in names), strict=True):
+                pictures = [(row, self.pictures[row], score) for row, score in zip(rows, scores, strict=True)]
+                answers.append([RetrievedPicture(row, p.id, p.caption, score) for row, p, score in pictures])
+        return answers[0] if isinstance(texts, str) else answers
+
+    def retrieves(self, experts: ExpertSet | None = None) -> bool:
+        """Whether an expert set retrieves pictures that ``retrieve`` can name.
+
+        Raises:
+            BundleError: If the bundle does not hold the expert set.
+        """
+        return _retrieves(self._spec(experts))
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> dict[str, Array]:
+        """Run the graph on arrays, as ``TextEncoder.encode`` makes them.
+
+        Args:
+            inputs: Arrays by name; what the expert set does not take is left aside.
+            outputs: Names of the outputs to compute; all of them if None.
+            experts: Expert set for this call.
+
+        Raises:
+            ShapeError: If an input is missing, or has another dtype or shape than the bundle's contract says.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        spec = self._spec(experts)
+        feed = check_feed(inputs, spec, self.manifest)
+        names = [tensor.name for tensor in spec.outputs] if outputs is None else list(outputs)
+        return dict(zip(names, self._session(experts or self.experts).run(names, feed), strict=True))
+
+    def _session(self, experts: ExpertSet) -> OnnxSession:
+        with self._lock:
+            if experts not in self._sessions:
+                self._sessions[experts] = create_session(
+                    self.bundle.file(self.manifest.variant(experts).file),
+                    providers=self._providers,
+                    num_threads=self._num_threads,
+                )
+            return self._sessions[experts]
+
+    def _spec(self, experts: ExpertSet | None) -> ExpertSetSpec:
+        return self.manifest.expert_sets[self.manifest.variant(experts or self.experts).expert_set]
+
+    def _encoder_for(self, experts: ExpertSet | None) -> TextEncoder:
+        """Return the encoder that makes what the expert set takes, and nothing that it does not."""
+        takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
+        return self._clip_encoder if takes_clip else self._encoder
+
+    def _encoded(
+        self,
+        texts: str | TextList,
+        text_pairs: str | TextList | None,
+        experts: ExpertSet | None,
+        *,
+        require_mask: bool = False,
+    ) -> Iterator[tuple[list[str], dict[str, Int64Array]]]:
+        """Yield the texts batch by batch, each with its arrays."""
+        firsts = check_texts(texts)
+        seconds = None if text_pairs is None else check_texts(text_pairs, "text pair")
+        if seconds is not None and len(seconds) != len(firsts):
+            raise InputTextError("not one pair to each text", expected=len(firsts), got=len(seconds))
+        encoder = self._encoder_for(experts)
+        for start in range(0, len(firsts), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            pairs = None if seconds is None else seconds[batch]
+            yield firsts[batch], encoder.encode(firsts[batch], pairs, require_mask=require_mask)
+
+    def _require_task(self, task: Task) -> None:
+        if self.manifest.task != task:
+            raise UnsupportedError("the bundle is for another task", expected=task, got=self.manifest.task)
+
+    def _choose(
+        self, candidates: Sequence[str] | None
+    ) -> tuple[list[int] | None, tuple[Candidate, ...] | None]:
+        """Return the columns of the logits to choose from, and the words they stand for; None for all."""
+        sliced = self.manifest.candidates
+        if candidates is None:
+            return None, sliced
+        chosen = find_candidates(self._tokenizer, candidates)
+        if sliced is None:
+            return [candidate.token_id for candidate in chosen], chosen
+        column_of = {candidate.token_id: column for column, candidate in enumerate(sliced)}
+        absent = [candidate.word for candidate in chosen if candidate.token_id not in column_of]
+        if absent:
+            raise ConfigError(
+                "the bundle was exported for other candidates",
+                where=", ".join(absent),
+                expected=f"some of {', '.join(candidate.word for candidate in sliced)}",
+            )
+        return [column_of[candidate.token_id] for candidate in chosen], chosen
+
+    def _word(self, token_id: int) -> Candidate:
+        word = self._tokenizer.decode([token_id], skip_special_tokens=False).strip()
+        return Candidate(word=word, token_id=token_id)
+
+
+def _retrieves(spec: ExpertSetSpec) -> bool:
+    return any(tensor.name == "retrieved" for tensor in spec.outputs)
+
+
+def _fill(text: str, mask_token: str, mask: int, word: str) -> str:
+    pieces = text.split(mask_token)
+    return mask_token.join(pieces[: mask + 1]) + word + mask_token.join(pieces[mask + 1 :])
+
+
+def _best(logits: Float32Array, top_k: int) -> list[tuple[int, float]]:
+    """Return the places of the largest of ``(n,) float32`` logits, best first, with their probabilities."""
+    shifted = np.exp(logits.astype(np.float64) - float(logits.max()))
+    scores = shifted / shifted.sum()
+    return [(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top_k]]

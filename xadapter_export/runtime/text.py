@@ -1,0 +1,258 @@
+"""From text to the integer inputs of the graph, the same for the training code and for the app.
+
+Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks. Every array is int64. Rows are padded to the
+longest of the batch, never to a fixed length: CLIP's text tower is causal, so running it at the true length
+is exact.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from xadapter_export.errors import ConfigError, InputTextError
+
+Int64Array = NDArray[np.int64]
+
+
+class TruncationWarning(UserWarning):
+    """A text was longer than the model can read, and only a part of it was used."""
+
+
+def clip_text(text: str, mask_token: str | None, text_pair: str | None = None) -> str:
+    """Return the sentence that CLIP reads: no mask token, whitespace collapsed, a pair joined by a space.
+
+    Args:
+        text: The sentence as the PLM gets it.
+        mask_token: The PLM's mask token, or None where it has none.
+        text_pair: The second sentence, where the task takes two.
+    """
+    joined = text if text_pair is None else f"{text} {text_pair}"
+    if mask_token:
+        joined = joined.replace(mask_token, " ")
+    return " ".join(joined.split())
+
+
+class TextEncoder:
+    """Both tokenizers of a model, with the rules for padding, truncation and masks.
+
+    Args:
+        tokenizer: The PLM's tokenizer, whose post-processor adds the special tokens.
+        clip_tokenizer: CLIP's tokenizer, which adds start and end of text, or None where no expert needs
+            CLIP.
+        max_seq: Longest PLM input in tokens, special tokens included.
+        mask_token: Text of the mask token, ``"[MASK]"`` or ``"<mask>"``, or None where the PLM has none.
+        pad_token_id: What ``input_ids`` are padded with.
+        has_token_type_ids: Whether the PLM takes ``token_type_ids``.
+        clip_context_length: Longest CLIP input in tokens, start and end included.
+        clip_end_token_id: CLIP's end-of-text token, which truncation keeps.
+
+    Raises:
+        ConfigError: If the numbers and the tokenizers do not belong together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        clip_tokenizer: Tokenizer | None,
+        *,
+        max_seq: int,
+        mask_token: str | None,
+        pad_token_id: int,
+        has_token_type_ids: bool,
+        clip_context_length: int | None = None,
+        clip_end_token_id: int | None = None,
+    ) -> None:
+        self.tokenizer = _without_limits(tokenizer)
+        self.max_seq = max_seq
+        self.mask_token = mask_token
+        self.pad_token_id = pad_token_id
+        self.has_token_type_ids = has_token_type_ids
+
+        self.mask_token_id: int | None = None
+        if mask_token is not None:
+            self.mask_token_id = tokenizer.token_to_id(mask_token)
+            if self.mask_token_id is None:
+                raise ConfigError("the PLM's tokenizer does not know the mask token", where=mask_token)
+        num_special = tokenizer.num_special_tokens_to_add(False)
+        if max_seq <= num_special:
+            raise ConfigError("max_seq leaves no room", expected=f"more than {num_special}", got=max_seq)
+        self._clip: tuple[Tokenizer, int, int] | None = None
+        if clip_tokenizer is not None:
+            if clip_context_length is None or clip_end_token_id is None:
+                raise ConfigError("a CLIP tokenizer needs clip_context_length and clip_end_token_id")
+            clip_tokenizer = _without_limits(clip_tokenizer)
+            empty = clip_tokenizer.encode("").ids
+            if len(empty) != 2 or empty[-1] != clip_end_token_id or clip_context_length < 2:
+                raise ConfigError(
+                    "the CLIP tokenizer does not put a start and an end token around the text",
+                    expected=f"[start, {clip_end_token_id}] for an empty text",
+                    got=empty,
+                )
+            self._clip = clip_tokenizer, clip_context_length, clip_end_token_id
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        text_pairs: str | Sequence[str] | None = None,
+        *,
+        require_mask: bool = False,
+    ) -> dict[str, Int64Array]:
+        """Turn texts into the arrays that the model and the graph take.
+
+        A text that is too long is cut to one window of it with a warning. The window is the beginning where
+        that holds every mask, and otherwise slides until it does, with as much text on the left of the masks
+        as on the right.
+
+        Args:
+            texts: B texts, or one.
+            text_pairs: As many second texts, or None.
+            require_mask: Whether a text without a mask is an error.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, ``(B, T) int64``; ``token_type_ids`` likewise where the PLM
+            has them; ``clip_input_ids``, ``(B, S) int64``, zero after end-of-text, where there is a CLIP
+            tokenizer; ``mask_positions``, ``(B, M) int64``, where the PLM has a mask token: the positions of
+            the masks in each row, unused slots repeating the first. M is at least 1; a row with no mask has
+            zeros.
+
+        Raises:
+            InputTextError: If a text is empty, is not a string, has no mask where one is required, or has
+                masks too far apart to be read together.
+        """
+        firsts = check_texts(texts, "text")
+        seconds = None if text_pairs is None else check_texts(text_pairs, "text pair")
+        if seconds is not None and len(seconds) != len(firsts):
+            raise InputTextError("not one pair to each text", expected=len(firsts), got=len(seconds))
+
+        sources = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
+        encodings = self.tokenizer.encode_batch(sources)
+        cut = [self._cut(encoding, text) for encoding, text in zip(encodings, firsts, strict=True)]
+        _warn_if_cut([len(encoding) for encoding in encodings], self.max_seq, "the language model")
+
+        ids = [row for row, _ in cut]
+        arrays = {
+            "input_ids": _padded(ids, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in ids], 0),
+        }
+        if self.has_token_type_ids:
+            arrays["token_type_ids"] = _padded([type_ids for _, type_ids in cut], 0)
+        if self._clip is not None:
+            pairs = [None] * len(firsts) if seconds is None else seconds
+            sentences = [clip_text(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
+            arrays["clip_input_ids"] = _encode_clip(sentences, *self._clip)
+        if self.mask_token_id is not None:
+            arrays["mask_positions"] = self._mask_positions(ids, firsts, require_mask)
+        elif require_mask:
+            raise InputTextError("this language model has no mask token, so it cannot fill a mask")
+        return arrays
+
+    def _cut(self, encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
+        """Return ids and type ids: all, or those of the special tokens and of a window of each text."""
+        ids, type_ids = encoding.ids, encoding.type_ids
+        if len(ids) <= self.max_seq:
+            return ids, type_ids
+        # Positions of the special tokens, of the first text and of the second.
+        spans: dict[int | None, list[int]] = {sequence: [] for sequence in (None, 0, 1)}
+        for position, sequence in enumerate(encoding.sequence_ids):
+            spans[sequence].append(position)
+        masks = [[i for i in spans[s] if ids[i] == self.mask_token_id] for s in (0, 1)]
+        needs = [m[-1] - m[0] + 1 if m else 0 for m in masks]
+        budget = self.max_seq - len(spans[None])
+        if sum(needs) > budget:
+            raise InputTextError(
+                "the masks of a text are too far apart to be read together",
+                where=_quoted(text),
+                expected=f"within {budget} tokens",
+                got=sum(needs),
+                mend="shorten the text between them or ask for one mask at a time",
+            )
+        # The longer text gives way first, but never so far that it loses a mask.
+        first = min(len(spans[0]), max(budget - len(spans[1]), budget - budget // 2))
+        first = min(max(first, needs[0]), budget - needs[1])
+        kept = spans[None]
+        for span, mask, size in ((spans[0], masks[0], first), (spans[1], masks[1], budget - first)):
+            start = 0
+            if mask and mask[-1] >= span[0] + size:
+                centred = (mask[0] + mask[-1] + 1 - size) // 2 - span[0]
+                start = min(centred, len(span) - size)
+            kept = kept + span[start : start + size]
+        kept.sort()
+        return [ids[i] for i in kept], [type_ids[i] for i in kept]
+
+    def _mask_positions(self, ids: list[list[int]], texts: list[str], require_mask: bool) -> Int64Array:
+        rows = [[i for i, token in enumerate(row) if token == self.mask_token_id] for row in ids]
+        for row, text in zip(rows, texts, strict=True):
+            if require_mask and not row:
+                raise InputTextError(
+                    "the text has no mask to fill",
+                    where=_quoted(text),
+                    mend=f"write {self.mask_token} where the word should go",
+                )
+        most = max(1, *(len(row) for row in rows))
+        return np.array([row + (row[:1] or [0]) * (most - len(row)) for row in rows], dtype=np.int64)
+
+
+def _encode_clip(sentences: list[str], tokenizer: Tokenizer, limit: int, end_token_id: int) -> Int64Array:
+    """Return ``(B, S) int64``: start, text, end-of-text, then zeros."""
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
+    _warn_if_cut([len(row) for row in rows], limit, "CLIP")
+    return _padded([row if len(row) <= limit else [*row[: limit - 1], end_token_id] for row in rows], 0)
+
+
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer without its own padding and truncation, which would hide what was cut."""
+    if tokenizer.padding is None and tokenizer.truncation is None:
+        return tokenizer
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def check_texts(texts: str | Sequence[str], name: str = "text") -> list[str]:
+    """Return the texts as a list, a single one as a list of one.
+
+    Raises:
+        InputTextError: If there is none, or one is empty, is not a string or is not valid Unicode.
+    """
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    if not rows:
+        raise InputTextError(f"no {name} was given")
+    for number, row in enumerate(rows):
+        where = f"number {number} of {len(rows)}"
+        if not isinstance(row, str):
+            raise InputTextError(f"a {name} is not a string", where=where, got=type(row).__name__)
+        if not row.strip():
+            raise InputTextError(f"a {name} is empty", where=where, mend="write a sentence")
+        try:
+            row.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputTextError(f"a {name} is not valid Unicode", where=where, got=error) from error
+    return rows
+
+
+def _warn_if_cut(lengths: list[int], limit: int, reader: str) -> None:
+    cut = [length for length in lengths if length > limit]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(lengths)} texts (longest: {max(cut)} tokens) were cut to the {limit} tokens "
+            f"that {reader} can read",
+            TruncationWarning,
+            stacklevel=3,
+        )
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> Int64Array:
+    """Return ``(rows, longest) int64``, padded on the right."""
+    padded = np.full((len(rows), max(len(row) for row in rows)), pad_id, dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def _quoted(text: str) -> str:
+    """Return the text in quotes, shortened so that an error stays one readable line."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
