@@ -11,25 +11,23 @@ from click.testing import CliRunner, Result
 
 from tests.tiny_bundle import rehash, write_bundle
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.bundle.manifest import EXPERT_SETS, Task
 from xadapter_export.cli import command
 from xadapter_export.cli.main import _COMMANDS, xad
 
 BANANA = "the color of a banana is [MASK]."
 
 
-def call(*arguments: object, **settings: object) -> Result:
-    return CliRunner().invoke(xad, [str(argument) for argument in arguments], **settings)
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(xad, [str(argument) for argument in arguments], input=stdin)
 
 
-def script(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
-    line = "from xadapter_export.cli.main import xad; xad(prog_name='xad')"
-    return subprocess.run(
-        [sys.executable, "-c", line, *map(str, arguments)], capture_output=True, text=True, **settings
-    )
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from xadapter_export.cli.main import xad; xad()", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
-def test_run_prints_the_answer_its_score_and_the_pictures(tiny):
+def test_run_prints_the_answer_its_score_and_the_pictures(tiny: Path) -> None:
     result = call("run", tiny, BANANA, "--experts", "v")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -39,17 +37,16 @@ def test_run_prints_the_answer_its_score_and_the_pictures(tiny):
     assert result.stderr == ""
 
 
-def test_run_reads_texts_from_stdin(tiny):
-    result = call(
-        "run", tiny, "-", "--json", "--top-k", 1, "--experts", "v", input=f"{BANANA}\n\na cherry is [MASK]\n"
-    )
+def test_run_reads_texts_from_stdin(tiny: Path) -> None:
+    texts = f"{BANANA}\n\na cherry is [MASK]\n"
+    result = call("run", tiny, "-", "--json", "--top-k", 1, "--experts", "v", stdin=texts)
     replies = json.loads(result.stdout)["replies"]
     assert [reply["answers"][0]["token"] for reply in replies] == ["yellow", "red"]
     assert replies[1]["pictures"][0]["caption"] == "cherry"
     assert [reply["experts"] for reply in replies] == ["v", "v"]
 
 
-def test_run_compares_the_expert_sets(tiny):
+def test_run_compares_the_expert_sets(tiny: Path) -> None:
     result = call("run", tiny, BANANA, "[MASK] lime", "--compare", "--candidates", "yellow,green,fruit")
     head = result.stdout.splitlines()[1]
     assert [name in head for name in EXPERT_SETS] == [True] * 4
@@ -57,7 +54,7 @@ def test_run_compares_the_expert_sets(tiny):
     assert [cell.split()[0] for cell in best.split("\u2502")][1:] == ["yellow", "fruit", "fruit"]
 
 
-def test_run_numbers_several_masks(tiny):
+def test_run_numbers_several_masks(tiny: Path) -> None:
     result = call("run", tiny, "[MASK] lime is [MASK]", "--top-k", 1)
     assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["mask", "1"], ["mask", "2"]]
 
@@ -70,7 +67,7 @@ def test_run_numbers_several_masks(tiny):
         ("feature-extraction", ["a lime", "--compare"], "vt: 21 numbers"),
     ],
 )
-def test_run_of_the_other_tasks(tmp_path, task, arguments, expected):
+def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str], expected: str) -> None:
     result = call("run", write_bundle(tmp_path / "b", task=task), *arguments)
     assert result.exit_code == 0, result.output
     assert expected in result.stdout
@@ -91,7 +88,9 @@ def test_run_of_the_other_tasks(tmp_path, task, arguments, expected):
         (["{tiny}", BANANA, "--top-k", "0"], 2, "Error: Invalid value for '--top-k'"),
     ],
 )
-def test_what_goes_wrong_is_one_line_on_stderr(tiny, arguments, code, message):
+def test_what_goes_wrong_is_one_line_on_stderr(
+    tiny: Path, arguments: list[str], code: int, message: str
+) -> None:
     result = call("run", *(argument.format(tiny=tiny) for argument in arguments))
     assert result.exit_code == code
     assert result.stdout == ""
@@ -99,25 +98,25 @@ def test_what_goes_wrong_is_one_line_on_stderr(tiny, arguments, code, message):
     assert code == 2 or len(result.stderr.splitlines()) == 1
 
 
-def test_candidates_of_another_task(tmp_path):
+def test_candidates_of_another_task(tmp_path: Path) -> None:
     result = call("run", write_bundle(tmp_path / "b", task="feature-extraction"), "a", "--candidates", "red")
     assert result.stderr == "Error: --candidates is for fill-mask (got feature-extraction)\n"
 
 
-def test_debug_shows_the_traceback(monkeypatch):
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(call("run", "nowhere", "x", "--debug").exception).__name__ == "BundleError"
     monkeypatch.setenv("XAD_DEBUG", "1")
     assert type(call("inspect", "nowhere").exception).__name__ == "BundleError"
 
 
-def test_a_warning_is_one_line_on_stderr(tiny):
+def test_a_warning_is_one_line_on_stderr(tiny: Path) -> None:
     result = script("run", tiny, "very " * 30 + BANANA, "--experts", "none")
     assert result.returncode == 0
     assert result.stderr.startswith("Warning: 1 of 1 texts (longest: 40 tokens) were cut to the 15 tokens")
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_ctrl_c_is_one_line_and_130(tiny, monkeypatch):
+def test_ctrl_c_is_one_line_and_130(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_arguments: object, **_settings: object) -> None:
         raise KeyboardInterrupt
 
@@ -126,15 +125,16 @@ def test_ctrl_c_is_one_line_and_130(tiny, monkeypatch):
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "xad run: stopped\n")
 
 
-def test_a_reader_that_goes_away_gets_no_traceback(tiny):
-    line = f"{sys.executable} -c 'from xadapter_export.cli.main import xad; xad()' run {tiny} - --json | head -c 1"
+def test_a_reader_that_goes_away_gets_no_traceback(tiny: Path) -> None:
+    python = f"{sys.executable} -c 'from xadapter_export.cli.main import xad; xad()'"
+    line = f"{python} run {tiny} - --json | head -c 1"
     result = subprocess.run(
         line, shell=True, input=f"{BANANA}\n" * 2000, capture_output=True, text=True, check=True
     )
     assert result.stderr == ""
 
 
-def test_parity_prints_a_table_and_passes(tiny):
+def test_parity_prints_a_table_and_passes(tiny: Path) -> None:
     result = call("parity", tiny)
     assert result.exit_code == 0, result.output
     assert "x_adapter.0.v" in result.stdout
@@ -145,7 +145,7 @@ def test_parity_prints_a_table_and_passes(tiny):
     assert "batch_padded" in call("parity", tiny, "--every-cell").stdout
 
 
-def test_parity_that_fails_is_exit_1_with_its_table(broken):
+def test_parity_that_fails_is_exit_1_with_its_table(broken: Path) -> None:
     data = broken / "onnx/model_t.onnx_data"
     data.write_bytes(data.read_bytes().replace(b"\x00\x00\x80\x40", b"\x00\x00\x86\x40"))  # 4.0 to 4.19
     rehash(broken)
@@ -157,7 +157,7 @@ def test_parity_that_fails_is_exit_1_with_its_table(broken):
     )
 
 
-def test_inspect_shows_what_is_in_a_bundle(tiny, tmp_path):
+def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
     result = call("inspect", tiny)
     assert result.exit_code == 0, result.output
     for fact in (
@@ -177,7 +177,7 @@ def test_inspect_shows_what_is_in_a_bundle(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run", "parity", "inspect"])
-def test_every_help_shows_an_example_whose_options_exist(name):
+def test_every_help_shows_an_example_whose_options_exist(name: str) -> None:
     text = call(name, "--help").stdout
     example = text.split("Example:")[1]
     line = shlex.split(example.splitlines()[-1])
@@ -186,27 +186,32 @@ def test_every_help_shows_an_example_whose_options_exist(name):
     getattr(importlib.import_module(module), attribute).make_context(name, line[1:])
 
 
-def test_the_group_lists_its_commands_without_importing_them():
+def test_the_group_lists_its_commands_without_importing_them() -> None:
     result = script("--help")
     assert result.returncode == 0
     assert [name in result.stdout for name in ("export", "parity", "run", "inspect")] == [True] * 4
-    code = "import sys; from xadapter_export.cli.main import xad\ntry: xad(['--help'])\nexcept SystemExit: pass\n"
-    code += "heavy = {'numpy', 'pydantic', 'rich', 'onnxruntime', 'tokenizers', 'torch'} & set(sys.modules)\nassert not heavy, heavy"
+    code = """
+import sys
+from xadapter_export.cli.main import xad
+xad(["--help"], standalone_mode=False)
+heavy = {"numpy", "pydantic", "rich", "onnxruntime", "tokenizers", "torch"} & set(sys.modules)
+assert not heavy, heavy
+"""
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_version_and_an_unknown_command():
+def test_version_and_an_unknown_command() -> None:
     assert call("--version").stdout.startswith("xadapter-export ")
     result = call("fly")
     assert result.exit_code == 2
     assert "No such command 'fly'" in result.stderr
 
 
-def test_the_choices_are_those_of_the_manifest():
+def test_the_choices_are_those_of_the_manifest() -> None:
     assert command.EXPERT_SETS == EXPERT_SETS
 
 
-def test_commands_can_be_entry_points_of_their_own():
+def test_commands_can_be_entry_points_of_their_own() -> None:
     from xadapter_export.cli.inspect import inspect
     from xadapter_export.cli.parity import parity
     from xadapter_export.cli.run import run

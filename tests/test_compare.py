@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from xadapter_export.errors import ParityError
 from xadapter_export.parity.compare import TIE, Place, Tolerance, compare, compare_retrieved
@@ -16,12 +17,12 @@ floats = hnp.arrays(
 )
 
 
-def f32(values: object) -> np.ndarray:
+def f32(values: object) -> NDArray[np.float32]:
     return np.array(values, np.float32)
 
 
 @given(floats)
-def test_an_array_equals_itself(array):
+def test_an_array_equals_itself(array: NDArray[np.float32]) -> None:
     cell = compare(array, array, TOLERANCE, LOGITS)
     assert cell.passed
     assert (cell.max_abs, cell.max_rel, cell.smallest_atol, cell.argmax_agreement) == (0, 0, 0, 1)
@@ -29,7 +30,9 @@ def test_an_array_equals_itself(array):
 
 
 @given(floats, st.data())
-def test_the_rule_element_by_element_and_the_smallest_atol_that_passes(ref, data):
+def test_the_rule_element_by_element_and_the_smallest_atol_that_passes(
+    ref: NDArray[np.float32], data: st.DataObject
+) -> None:
     noise = data.draw(hnp.arrays(np.float32, ref.shape, elements=st.floats(-1 / 64, 1 / 64, width=32)))
     got = ref + noise
     cell = compare(got, ref, TOLERANCE, LOGITS)
@@ -41,7 +44,7 @@ def test_the_rule_element_by_element_and_the_smallest_atol_that_passes(ref, data
         assert not compare(got, ref, Tolerance(cell.smallest_atol * 0.999, 1e-4), LOGITS).passed
 
 
-def test_the_relative_part_is_of_the_reference():
+def test_the_relative_part_is_of_the_reference() -> None:
     assert compare(f32([[1000.09]]), f32([[1000.0]]), TOLERANCE, LOGITS).passed
     assert not compare(f32([[1000.2]]), f32([[1000.0]]), TOLERANCE, LOGITS).passed
 
@@ -56,19 +59,21 @@ def test_the_relative_part_is_of_the_reference():
         (f32([[np.inf]]), f32([[np.inf]]), "the reference is not finite"),
     ],
 )
-def test_what_cannot_be_subtracted_fails(got, ref, problem):
+def test_what_cannot_be_subtracted_fails(
+    got: NDArray[np.float32], ref: NDArray[np.float32], problem: str
+) -> None:
     cell = compare(got, ref, TOLERANCE, LOGITS)
     assert not cell.passed
     assert cell.problem is not None
     assert cell.problem == problem.replace("\\", "")
 
 
-def test_nothing_compared_proves_nothing():
-    with pytest.raises(ParityError, match="nothing to compare.*t/case/logits.*shape \\(0, 8\\)"):
+def test_nothing_compared_proves_nothing() -> None:
+    with pytest.raises(ParityError, match=r"nothing to compare.*t/case/logits.*shape \(0, 8\)"):
         compare(np.zeros((0, 8), np.float32), np.zeros((0, 8), np.float32), TOLERANCE, LOGITS)
 
 
-def test_argmax_agreement_is_the_share_of_rows_and_only_for_logits():
+def test_argmax_agreement_is_the_share_of_rows_and_only_for_logits() -> None:
     got, ref = f32([[1, 2], [2, 1]]), f32([[1, 2], [1, 2]])
     assert compare(got, ref, TOLERANCE, LOGITS).argmax_agreement == 0.5
     assert compare(got, ref, TOLERANCE, Place("t", "fp32", "case", "x")).argmax_agreement is None
@@ -77,7 +82,7 @@ def test_argmax_agreement_is_the_share_of_rows_and_only_for_logits():
 @pytest.mark.parametrize(
     ("a", "b", "cosine"), [([0, 0], [0, 0], 1), ([0, 1], [0, 0], 0), ([1, 0], [-1, 0], -1)]
 )
-def test_cosine(a, b, cosine):
+def test_cosine(a: list[float], b: list[float], cosine: float) -> None:
     assert compare(f32([a]), f32([b]), TOLERANCE, LOGITS).cosine == cosine
 
 
@@ -85,19 +90,20 @@ RETRIEVED = Place("v", "fp32", "case", "retrieved")
 SCORES = f32([[0.9, 0.5, 0.1]])
 
 
-def retrieved(
-    got: list[int], got_scores: np.ndarray = SCORES, ref_scores: np.ndarray = SCORES
-) -> tuple[bool, int]:
+Scores = NDArray[np.float32]
+
+
+def retrieved(got: list[int], got_scores: Scores = SCORES, ref_scores: Scores = SCORES) -> tuple[bool, int]:
     cell = compare_retrieved(np.array([got]), np.array([[7, 8, 9]]), got_scores, ref_scores, RETRIEVED)
     assert cell.num_ties is not None
     return cell.passed, cell.num_ties
 
 
-def test_the_same_rows_pass():
+def test_the_same_rows_pass() -> None:
     assert retrieved([7, 8, 9]) == (True, 0)
 
 
-def test_another_row_fails_unless_it_ties():
+def test_another_row_fails_unless_it_ties() -> None:
     assert retrieved([7, 9, 8]) == (False, 0)
     tied = f32([[0.9, 0.1 + TIE / 2, 0.1]])
     assert retrieved([7, 9, 8], tied, tied) == (True, 2)
@@ -105,13 +111,13 @@ def test_another_row_fails_unless_it_ties():
     assert retrieved([7, 8, 5], f32([[0.9, 0.5, 0.2]])) == (False, 0)
 
 
-def test_a_row_with_the_right_score_but_from_another_place_fails():
+def test_a_row_with_the_right_score_but_from_another_place_fails() -> None:
     assert not retrieved([8, 7, 9])[0]
     assert not retrieved([7, 7, 7])[0]
     assert not retrieved([5, 8, 9])[0]  # row 7 cannot have left the list
 
 
-def test_retrieved_of_another_shape_fails():
+def test_retrieved_of_another_shape_fails() -> None:
     cell = compare_retrieved(np.array([[7]]), np.array([[7, 8]]), SCORES[:, :1], SCORES[:, :2], RETRIEVED)
     assert cell.problem == "shape (1, 1), expected (1, 2)"
     cell = compare_retrieved(np.array([[7, 8]]), np.array([[7, 8]]), SCORES, SCORES, RETRIEVED)

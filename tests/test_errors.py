@@ -18,34 +18,34 @@ LEAVES = [
 ]
 
 
-def test_message_says_what_where_expected_got_and_how_to_mend_it_on_one_line():
+def test_message_says_what_where_expected_got_and_how_to_mend_it_on_one_line() -> None:
     error = ShapeError("a bad\nshape", where="mask", expected=(2, 8), got=(2, 1), mend="pad it")
     assert str(error) == "a bad shape: mask (expected (2, 8), got (2, 1)); pad it"
 
 
-def test_a_zero_is_still_a_fact():
+def test_a_zero_is_still_a_fact() -> None:
     assert str(ShapeError("empty", got=0)) == "empty (got 0)"
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_every_leaf_specialises_a_builtin_and_keeps_its_message(leaf):
+def test_every_leaf_specialises_a_builtin_and_keeps_its_message(leaf: type[XAdapterError]) -> None:
     builtins = [base for base in leaf.__mro__ if base.__module__ == "builtins"]
     assert builtins[0] is not Exception
     error = pickle.loads(pickle.dumps(leaf("what", where="here")))
     assert str(error) == "what: here"
 
 
-def test_an_os_error_can_be_caught_as_one():
+def test_an_os_error_can_be_caught_as_one() -> None:
     with pytest.raises(OSError, match="no space: out"):
         raise OutputWriteError("no space", where="out")
 
 
-def test_missing_extra_gives_the_exact_line_to_install_it():
+def test_missing_extra_gives_the_exact_line_to_install_it() -> None:
     with pytest.raises(MissingExtraError, match=r'pip install "xadapter-export\[export\]"$'):
         import_extra("no_such_module_at_all", "export")
     with pytest.raises(ImportError, match=r'\[cpu\]" or pip install "xadapter-export\[gpu\]"$'):
         import_extra("no_such_module_at_all", "cpu", "gpu")
 
 
-def test_import_extra_returns_the_module():
+def test_import_extra_returns_the_module() -> None:
     assert import_extra("json", "export").loads("1") == 1

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,20 +10,18 @@ from xadapter_export.errors import MissingExtraError
 HEAVY = ("torch", "transformers", "open_clip", "onnx", "onnxscript", "optimum", "sklearn", "datasets")
 
 
-def python(code: str, **settings: object) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **settings
-    )
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_importing_the_package_pulls_nothing():
+def test_importing_the_package_pulls_nothing() -> None:
     pulled = python("import sys, xadapter_export; print(*sys.modules)").split()
     assert not set(pulled) & {*HEAVY, "numpy", "pydantic", "tokenizers", "onnxruntime", "click", "rich"}
 
 
-def test_a_bundle_runs_and_is_proven_with_everything_heavy_blocked(tiny):
+def test_a_bundle_runs_and_is_proven_with_everything_heavy_blocked(tiny: Path) -> None:
     python(f"""
 import sys
 for name in {HEAVY}:
@@ -35,7 +34,7 @@ assert prove_bundle({str(tiny)!r}).passed
 """)
 
 
-def test_what_needs_an_extra_says_which():
+def test_what_needs_an_extra_says_which() -> None:
     python(f"""
 import sys
 for name in {HEAVY}:
@@ -51,7 +50,7 @@ else:
     assert issubclass(MissingExtraError, ImportError)
 
 
-def test_public_names():
+def test_public_names() -> None:
     assert set(xadapter_export.__all__) <= set(dir(xadapter_export))
     assert xadapter_export.XAdapterSession.__name__ == "XAdapterSession"
     assert isinstance(xadapter_export.__version__, str)

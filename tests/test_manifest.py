@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,19 +8,20 @@ from xadapter_export.bundle.manifest import Manifest
 from xadapter_export.errors import BundleError
 
 
-def fields(bundle: Path) -> dict:
-    return json.loads((bundle / "manifest.json").read_text("utf-8"))
+def fields(bundle: Path) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    return parsed
 
 
-def test_round_trip(tiny):
+def test_round_trip(tiny: Path) -> None:
     text = (tiny / "manifest.json").read_text("utf-8")
     assert Manifest.from_json(text).to_json() == text
 
 
-def test_it_is_frozen(tiny):
+def test_it_is_frozen(tiny: Path) -> None:
     manifest = Manifest.from_json((tiny / "manifest.json").read_text("utf-8"))
     with pytest.raises(ValueError, match="frozen"):
-        manifest.opset = 18  # type: ignore[misc]
+        manifest.opset = 18
 
 
 @pytest.mark.parametrize(
@@ -42,25 +44,25 @@ def test_it_is_frozen(tiny):
         ({"files": {"x": {"size_bytes": 1, "sha256": "zz"}}}, r"files.x.sha256: String should match"),
     ],
 )
-def test_a_wrong_key_is_named(tiny, change, message):
+def test_a_wrong_key_is_named(tiny: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(json.dumps(fields(tiny) | change))
 
 
-def test_a_missing_key_is_named(tiny):
+def test_a_missing_key_is_named(tiny: Path) -> None:
     manifest = fields(tiny)
     del manifest["plm"]["max_seq"]
-    with pytest.raises(BundleError, match="plm.max_seq: Field required"):
+    with pytest.raises(BundleError, match=r"plm\.max_seq: Field required"):
         Manifest.from_json(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_what_is_no_json_object_is_one_clear_error(text):
-    with pytest.raises(BundleError, match="the manifest is not a JSON object: m.json"):
+def test_what_is_no_json_object_is_one_clear_error(text: str) -> None:
+    with pytest.raises(BundleError, match=r"not a JSON object: m\.json"):
         Manifest.from_json(text, where="m.json")
 
 
-def test_a_set_that_is_not_there_lists_those_that_are(tiny):
+def test_a_set_that_is_not_there_lists_those_that_are(tiny: Path) -> None:
     manifest = fields(tiny)
     manifest["expert_sets"] = {"t": manifest["expert_sets"]["t"]}
     manifest["variants"] = [v for v in manifest["variants"] if v["expert_set"] == "t"]

@@ -1,13 +1,19 @@
 import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
+from rich.table import Table
 
 from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
 from xadapter_export.bundle import onnx_session
+from xadapter_export.bundle.manifest import Task
 from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.errors import (
     BundleError,
@@ -22,7 +28,7 @@ from xadapter_export.parity.table import parity_table
 from xadapter_export.parity.taps import extra_outputs
 
 
-def scale_weight(path, name: str, factor: float) -> None:
+def scale_weight(path: Path, name: str, factor: float) -> None:
     """Multiply a weight of a graph, and write the graph with its weights inside."""
     model = onnx.load(path)
     tensor = next(t for t in model.graph.initializer if t.name == name)
@@ -30,7 +36,7 @@ def scale_weight(path, name: str, factor: float) -> None:
     onnx.save(model, path)
 
 
-def change_reference(folder, change) -> None:
+def change_reference(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "reference.npz"
     with np.load(path) as archive:
         arrays = dict(archive)
@@ -39,20 +45,19 @@ def change_reference(folder, change) -> None:
     rehash(folder)
 
 
-def render(table) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def render(table: Table) -> str:
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(table)
-    console.file.close()
     return capture.get()
 
 
 @pytest.fixture(scope="module")
-def report(tiny) -> ParityReport:
+def report(tiny: Path) -> ParityReport:
     return prove_bundle(tiny)
 
 
-def test_every_output_and_tap_of_every_set_is_compared_in_every_case(report):
+def test_every_output_and_tap_of_every_set_is_compared_in_every_case(report: ParityReport) -> None:
     assert report.passed
     seen = {(cell.expert_set, cell.output, cell.case) for cell in report.cells}
     outputs = {
@@ -65,7 +70,7 @@ def test_every_output_and_tap_of_every_set_is_compared_in_every_case(report):
 
 
 @pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
-def test_the_other_tasks(tmp_path, task):
+def test_the_other_tasks(tmp_path: Path, task: Task) -> None:
     report = prove_bundle(write_bundle(tmp_path / "b", task=task))
     assert report.passed
     logits = [cell for cell in report.cells if cell.output == "logits"]
@@ -76,7 +81,7 @@ def test_the_other_tasks(tmp_path, task):
 @pytest.mark.parametrize(
     ("experts", "weight"), [("v", "adapter_v"), ("t", "adapter_t"), ("vt", "adapter_t"), ("none", "plm")]
 )
-def test_a_weight_that_is_off_by_five_percent_fails(tmp_path, experts, weight):
+def test_a_weight_that_is_off_by_five_percent_fails(tmp_path: Path, experts: str, weight: str) -> None:
     folder = write_bundle(tmp_path / "b", sets=(experts,))
     scale_weight(folder / "onnx/model.onnx", weight, 1.05)
     rehash(folder)
@@ -89,43 +94,43 @@ def test_a_weight_that_is_off_by_five_percent_fails(tmp_path, experts, weight):
         report.raise_if_failed()
 
 
-def test_only_the_sets_that_are_asked_for(tiny):
+def test_only_the_sets_that_are_asked_for(tiny: Path) -> None:
     assert {cell.expert_set for cell in prove_bundle(tiny, ["t", "none"]).cells} == {"t", "none"}
 
 
-def test_a_set_that_is_not_there(tmp_path):
+def test_a_set_that_is_not_there(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "b", sets=("t",))
     with pytest.raises(BundleError, match=r"this expert set: v \(expected one of t\)"):
         prove_bundle(folder, ["v"])
 
 
-def test_a_changed_file_is_found_first(broken):
+def test_a_changed_file_is_found_first(broken: Path) -> None:
     scale_weight(broken / "onnx/model_t.onnx", "adapter_t", 1.05)
     with pytest.raises(BundleError, match=r"wrong size: .*model_t\.onnx"):
         prove_bundle(broken)
 
 
-def test_a_same_sized_change_is_found_first(broken):
+def test_a_same_sized_change_is_found_first(broken: Path) -> None:
     path = broken / "reference.npz"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(HashMismatchError, match=r"was changed: .*reference\.npz"):
         prove_bundle(broken)
 
 
-def test_a_reference_that_lacks_an_array(broken):
+def test_a_reference_that_lacks_an_array(broken: Path) -> None:
     change_reference(broken, lambda arrays: arrays.pop("batch_padded/t/tap/0.t"))
     with pytest.raises(ParityError, match=r"the reference lacks an array: batch_padded/t/tap/0\.t"):
         prove_bundle(broken)
 
 
-def test_a_reference_with_no_case(broken):
+def test_a_reference_with_no_case(broken: Path) -> None:
     change_reference(broken, dict.clear)
     with pytest.raises(ParityError, match="nothing to compare, which proves nothing"):
         prove_bundle(broken)
 
 
-def test_a_reference_of_another_shape_is_a_failed_cell(broken):
-    def shorten(arrays):
+def test_a_reference_of_another_shape_is_a_failed_cell(broken: Path) -> None:
+    def shorten(arrays: dict[str, Any]) -> None:
         arrays["batch_padded/none/out/logits"] = arrays["batch_padded/none/out/logits"][:, :1]
 
     change_reference(broken, shorten)
@@ -135,7 +140,7 @@ def test_a_reference_of_another_shape_is_a_failed_cell(broken):
     assert "shape (2, 2, 21), expected (2, 1, 21)" in table
 
 
-def test_a_reference_that_is_a_pickle_is_refused(broken):
+def test_a_reference_that_is_a_pickle_is_refused(broken: Path) -> None:
     np.save(broken / "reference.npz", np.array([{}]), allow_pickle=True)
     (broken / "reference.npz.npy").rename(broken / "reference.npz")
     rehash(broken)
@@ -143,16 +148,16 @@ def test_a_reference_that_is_a_pickle_is_refused(broken):
         prove_bundle(broken)
 
 
-def test_inputs_that_the_graph_cannot_compute(broken):
-    def out_of_vocabulary(arrays):
+def test_inputs_that_the_graph_cannot_compute(broken: Path) -> None:
+    def out_of_vocabulary(arrays: dict[str, Any]) -> None:
         arrays["single_typical/in/input_ids"] = arrays["single_typical/in/input_ids"] + 1000
 
     change_reference(broken, out_of_vocabulary)
-    with pytest.raises(ParityError, match="cannot compute the reference inputs: .*case single_typical"):
+    with pytest.raises(ParityError, match=r"cannot compute the reference inputs: .*case single_typical"):
         prove_bundle(broken)
 
 
-def test_report_round_trip_and_what_the_manifest_keeps(report, tmp_path):
+def test_report_round_trip_and_what_the_manifest_keeps(report: ParityReport, tmp_path: Path) -> None:
     (tmp_path / "parity.json").write_text(report.to_json())
     assert json.loads(report.to_json())["passed"] is True
     assert ParityReport.read(tmp_path / "parity.json") == report
@@ -166,7 +171,7 @@ def test_report_round_trip_and_what_the_manifest_keeps(report, tmp_path):
         ParityReport.read(tmp_path / "parity.json")
 
 
-def test_the_table_has_a_line_for_each_set_and_output_or_for_each_cell(report):
+def test_the_table_has_a_line_for_each_set_and_output_or_for_each_cell(report: ParityReport) -> None:
     lines = render(parity_table({"b": report})).splitlines()
     assert sum("yes" in line for line in lines) == 12
     every = render(parity_table({"b": report, "c": report}, every_cell=True)).splitlines()
@@ -174,34 +179,34 @@ def test_the_table_has_a_line_for_each_set_and_output_or_for_each_cell(report):
     assert "bundle" in every[0]
 
 
-def test_extra_outputs_are_what_protobuf_would_write():
+def test_extra_outputs_are_what_protobuf_would_write() -> None:
     names = ["x_adapter.0.v", "x" * 300]
     extra = onnx.ModelProto(graph=onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names]))
     assert extra_outputs(names) == extra.SerializeToString()
 
 
-def test_a_tap_that_is_not_in_the_graph(broken):
+def test_a_tap_that_is_not_in_the_graph(broken: Path) -> None:
     manifest = json.loads((broken / "manifest.json").read_text())
     manifest["expert_sets"]["t"]["taps"][0]["name"] = "no_such_value"
     rewrite_manifest(broken, expert_sets=manifest["expert_sets"])
-    with pytest.raises(BundleError, match="onnxruntime cannot load the graph.*no_such_value"):
+    with pytest.raises(BundleError, match=r"onnxruntime cannot load the graph.*no_such_value"):
         prove_bundle(broken, ["t"])
 
 
-def test_a_file_that_is_no_graph(tmp_path):
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"cannot load the graph: .*m\.onnx"):
         create_session(tmp_path / "m.onnx")
 
 
-def test_a_provider_that_is_not_there_is_named(tiny):
+def test_a_provider_that_is_not_there_is_named(tiny: Path) -> None:
     with pytest.raises(
         ProviderError, match=r"CUDAExecutionProvider is not in this onnxruntime.*got .*CPU.*\[gpu\]"
     ):
         prove_bundle(tiny, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
-def test_a_provider_that_does_not_start_is_an_error(tiny, monkeypatch):
+def test_a_provider_that_does_not_start_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: [])
@@ -209,13 +214,13 @@ def test_a_provider_that_does_not_start_is_an_error(tiny, monkeypatch):
         prove_bundle(tiny)
 
 
-def test_threads_below_one(tiny):
+def test_threads_below_one(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"num_threads must be at least 1 \(got 0\)"):
         prove_bundle(tiny, num_threads=0)
 
 
-def test_without_onnxruntime_both_extras_are_named(tiny, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+def test_without_onnxruntime_both_extras_are_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r'\[cpu\]" or pip install "xadapter-export\[gpu\]"'):
         prove_bundle(tiny)
     monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
@@ -223,7 +228,9 @@ def test_without_onnxruntime_both_extras_are_named(tiny, monkeypatch):
         prove_bundle(tiny)
 
 
-def test_both_onnxruntimes_at_once_is_a_warning_where_it_works(tiny, monkeypatch):
+def test_both_onnxruntimes_at_once_is_a_warning_where_it_works(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
     with pytest.warns(UserWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
         create_session(tiny / "onnx/model.onnx")

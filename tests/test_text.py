@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,13 +7,13 @@ from hypothesis import strategies as st
 
 from tests.tiny_bundle import WORDS, clip_tokenizer, plm_tokenizer
 from xadapter_export.errors import ConfigError, InputTextError
-from xadapter_export.runtime.text import TextEncoder, TruncationWarning, clip_text
+from xadapter_export.runtime.text import Int64Array, TextEncoder, TruncationWarning, clip_text
 
 MASK = WORDS.index("[MASK]")
 
 
-def make_encoder(max_seq: int = 16, context: int = 12, **changes: object) -> TextEncoder:
-    settings: dict = {
+def make_encoder(max_seq: int = 16, context: int = 12, **changes: Any) -> TextEncoder:
+    settings: dict[str, Any] = {
         "max_seq": max_seq,
         "mask_token": "[MASK]",
         "pad_token_id": 0,
@@ -22,7 +24,7 @@ def make_encoder(max_seq: int = 16, context: int = 12, **changes: object) -> Tex
     return TextEncoder(plm_tokenizer(), clip_tokenizer(), **(settings | changes))
 
 
-def words(ids: np.ndarray) -> str:
+def words(ids: Int64Array) -> str:
     return " ".join(WORDS[i] for i in ids)
 
 
@@ -35,15 +37,15 @@ def words(ids: np.ndarray) -> str:
         ("a [MASK]", " b\t", "a b"),
     ],
 )
-def test_clip_reads_the_sentence_without_its_mask(text, pair, expected):
+def test_clip_reads_the_sentence_without_its_mask(text: str, pair: str | None, expected: str) -> None:
     assert clip_text(text, "[MASK]", pair) == expected
 
 
-def test_clip_text_without_a_mask_token_keeps_everything():
+def test_clip_text_without_a_mask_token_keeps_everything() -> None:
     assert clip_text("a <mask>", None) == "a <mask>"
 
 
-def test_a_batch_is_padded_to_its_longest_row():
+def test_a_batch_is_padded_to_its_longest_row() -> None:
     arrays = make_encoder().encode(["the color of a lime is [MASK].", "[MASK] banana"])
     assert all(array.dtype == np.int64 for array in arrays.values())
     assert {name: array.shape for name, array in arrays.items()} == {
@@ -59,19 +61,19 @@ def test_a_batch_is_padded_to_its_longest_row():
     assert arrays["mask_positions"].tolist() == [[7], [1]]
 
 
-def test_a_pair_has_two_token_types_and_one_clip_sentence():
+def test_a_pair_has_two_token_types_and_one_clip_sentence() -> None:
     arrays = make_encoder().encode("a banana", "a cherry")
     assert words(arrays["input_ids"][0]) == "[CLS] a banana [SEP] a cherry [SEP]"
     assert arrays["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
     assert arrays["clip_input_ids"].tolist() == [[1, 7, 8, 7, 9, 2]]
 
 
-def test_several_masks_and_rows_with_fewer():
+def test_several_masks_and_rows_with_fewer() -> None:
     arrays = make_encoder().encode(["[MASK] and [MASK]", "a [MASK]", "a lime"])
     assert arrays["mask_positions"].tolist() == [[1, 3], [2, 2], [0, 0]]
 
 
-def test_only_what_is_needed_is_made():
+def test_only_what_is_needed_is_made() -> None:
     encoder = TextEncoder(
         plm_tokenizer(), None, max_seq=8, mask_token=None, pad_token_id=0, has_token_type_ids=False
     )
@@ -80,7 +82,7 @@ def test_only_what_is_needed_is_made():
         encoder.encode("a lime", require_mask=True)
 
 
-def test_the_tokenizers_own_limits_are_put_aside():
+def test_the_tokenizers_own_limits_are_put_aside() -> None:
     tokenizer = plm_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=50)
@@ -91,7 +93,7 @@ def test_the_tokenizers_own_limits_are_put_aside():
     assert tokenizer.truncation is not None  # the caller's own is left alone
 
 
-def test_a_long_text_keeps_its_beginning_and_warns():
+def test_a_long_text_keeps_its_beginning_and_warns() -> None:
     with pytest.warns(
         TruncationWarning, match=r"1 of 2 texts \(longest: 11 tokens\) were cut to the 6 tokens"
     ):
@@ -101,30 +103,30 @@ def test_a_long_text_keeps_its_beginning_and_warns():
     assert words(ids[0]) == "[CLS] a [MASK] lime is [SEP]"
 
 
-def test_the_window_slides_to_the_mask_and_keeps_both_sides():
+def test_the_window_slides_to_the_mask_and_keeps_both_sides() -> None:
     with pytest.warns(TruncationWarning, match="were cut to the 7 tokens that the language model"):
         ids = make_encoder(7, 20).encode("the color of a lime is [MASK] and very very very")["input_ids"]
     assert words(ids[0]) == "[CLS] lime is [MASK] and very [SEP]"
 
 
-def test_the_window_ends_with_the_text():
+def test_the_window_ends_with_the_text() -> None:
     with pytest.warns(TruncationWarning, match="were cut to the 7"):
         ids = make_encoder(7, 20).encode("the color of a lime is [MASK]")["input_ids"]
     assert words(ids[0]) == "[CLS] of a lime is [MASK] [SEP]"
 
 
-def test_masks_too_far_apart():
+def test_masks_too_far_apart() -> None:
     with pytest.raises(InputTextError, match=r"too far apart.*'\[MASK\] very .*within 4 tokens, got 6"):
         make_encoder(6).encode("[MASK] very very very very [MASK]")
 
 
-def test_the_longer_of_a_pair_gives_way_first():
+def test_the_longer_of_a_pair_gives_way_first() -> None:
     with pytest.warns(TruncationWarning, match="were cut to the 9"):
         ids = make_encoder(9, 20).encode("a lime", "a cherry is red and very very very")["input_ids"]
     assert words(ids[0]) == "[CLS] a lime [SEP] a cherry is red [SEP]"
 
 
-def test_a_long_clip_text_keeps_end_of_text():
+def test_a_long_clip_text_keeps_end_of_text() -> None:
     with pytest.warns(TruncationWarning, match="cut to the 5 tokens that CLIP can read"):
         clip = make_encoder(16, 5).encode(["a very very very lime", "a"])["clip_input_ids"]
     assert clip.tolist() == [[1, 7, 13, 13, 2], [1, 7, 2, 0, 0]]
@@ -135,7 +137,9 @@ words_with_masks = st.lists(st.sampled_from(["very", "lime", "[MASK]"]), min_siz
 
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
 @given(words_with_masks, st.none() | words_with_masks, st.integers(5, 20))
-def test_truncation_never_cuts_off_a_mask_silently(first, second, max_seq):
+def test_truncation_never_cuts_off_a_mask_silently(
+    first: list[str], second: list[str] | None, max_seq: int
+) -> None:
     encoder = make_encoder(max_seq, 77)
     pair = None if second is None else " ".join(second)
     spans = [
@@ -157,12 +161,28 @@ def test_truncation_never_cuts_off_a_mask_silently(first, second, max_seq):
     assert ids[-1] == WORDS.index("[SEP]")
     assert (ids == WORDS.index("[SEP]")).sum() == num_special - 1
     positions = arrays["mask_positions"][0]
-    assert set(positions) == (set(np.flatnonzero(ids == MASK)) or {0})
+    assert set(positions.tolist()) == (set(np.flatnonzero(ids == MASK).tolist()) or {0})
+
+
+plain_words = st.lists(st.sampled_from(["very", "lime", "is"]), min_size=1, max_size=30).map(" ".join)
+
+
+@pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
+@given(plain_words, st.none() | plain_words, st.integers(6, 20))
+def test_without_masks_it_cuts_as_the_tokenizers_package_does(
+    text: str, pair: str | None, max_seq: int
+) -> None:
+    tokenizer = plm_tokenizer()
+    tokenizer.enable_truncation(max_seq)
+    expected = tokenizer.encode(text, pair)
+    arrays = make_encoder(max_seq, 77).encode(text, pair)
+    assert arrays["input_ids"].tolist() == [expected.ids]
+    assert arrays["token_type_ids"].tolist() == [expected.type_ids]
 
 
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
 @given(st.lists(st.text().filter(str.strip), min_size=1, max_size=4))
-def test_any_text_gives_arrays_within_the_limits(texts):
+def test_any_text_gives_arrays_within_the_limits(texts: list[str]) -> None:
     try:
         arrays = make_encoder(8, 6).encode(texts)
     except InputTextError as error:
@@ -186,12 +206,12 @@ def test_any_text_gives_arrays_within_the_limits(texts):
     ],
 )
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
-def test_bad_texts(texts, message):
+def test_bad_texts(texts: str | list[str], message: str) -> None:
     with pytest.raises(InputTextError, match=message):
         make_encoder().encode(texts, require_mask=True)
 
 
-def test_not_one_pair_to_each_text():
+def test_not_one_pair_to_each_text() -> None:
     with pytest.raises(InputTextError, match=r"not one pair to each text \(expected 2, got 1\)"):
         make_encoder().encode(["a", "b"], ["c"])
     with pytest.raises(InputTextError, match="a text pair is empty"):
@@ -207,6 +227,6 @@ def test_not_one_pair_to_each_text():
         ({"clip_end_token_id": 7}, r"does not put a start and an end.*expected \[start, 7\].*got \[1, 2\]"),
     ],
 )
-def test_rules_that_do_not_fit_the_tokenizers(changes, message):
+def test_rules_that_do_not_fit_the_tokenizers(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_encoder(**changes)

@@ -7,6 +7,7 @@ retrieves, the T-expert adds "fruit". The reference outputs come from numpy, wri
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,12 +18,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from xadapter_export.bundle.folder import list_files
 from xadapter_export.bundle.manifest import Manifest
 
-Arrays = dict[str, NDArray[np.int64] | NDArray[np.float32]]
+Arrays = dict[str, NDArray[Any]]
+Spec = dict[str, Any]
 
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] the color of a banana cherry lime is . yellow red green fruit very and ##s"
-).split()
-CLIP_WORDS = "! <start> <end> <unk> the color of a banana cherry lime is . very and".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "color", "of", "a", "banana", "cherry", "lime"]
+WORDS += ["is", ".", "yellow", "red", "green", "fruit", "very", "and", "##s"]
+CLIP_WORDS = ["!", "<start>", "<end>", "<unk>", "the", "color", "of", "a", "banana", "cherry", "lime"]
+CLIP_WORDS += ["is", ".", "very", "and"]
 PICTURES = (("1f34c", "banana", "yellow"), ("1f352", "cherry", "red"), ("1f34b", "lime", "green"))
 H, D, K = len(WORDS), len(CLIP_WORDS), 2
 MAX_SEQ, CONTEXT = 15, 14
@@ -83,7 +85,9 @@ def weights() -> dict[str, NDArray[np.float32]]:
     }
 
 
-def reference(inputs: Mapping[str, np.ndarray], experts: str, task: str, columns: list[int] | None) -> Arrays:
+def reference(
+    inputs: Mapping[str, NDArray[Any]], experts: str, task: str, columns: list[int] | None
+) -> Arrays:
     """Compute outputs and taps with numpy; taps under ``tap/0.v`` and ``tap/0.t``."""
     w, out = weights(), {}
     hidden = w["plm"][inputs["input_ids"]]  # (B, T, H)
@@ -120,10 +124,10 @@ def reference(inputs: Mapping[str, np.ndarray], experts: str, task: str, columns
 def _graph(experts: str, task: str, columns: list[int] | None) -> onnx.ModelProto:
     w = weights()
     decoder = w["plm"].T if columns is None else w["plm"].T[:, columns]
-    constants: dict[str, np.ndarray] = {"plm": w["plm"], "one": np.array([1]), "two": np.array([2])}
+    constants: dict[str, NDArray[Any]] = {"plm": w["plm"], "one": np.array([1]), "two": np.array([2])}
     nodes = []
 
-    def node(op: str, inputs: str, outputs: str, **attributes: object) -> None:
+    def node(op: str, inputs: str, outputs: str, **attributes: Any) -> None:
         nodes.append(helper.make_node(op, inputs.split(), outputs.split(), **attributes))
 
     node("Gather", "plm input_ids", "embedded")
@@ -179,9 +183,9 @@ def _graph(experts: str, task: str, columns: list[int] | None) -> onnx.ModelProt
         node("ReduceL2", "pooled", "pooled_length", axes=[-1], keepdims=1)
         node("Div", "pooled pooled_length", "sentence_embedding")
 
-    def value(spec: Mapping[str, object]) -> onnx.ValueInfoProto:
+    def value(spec: Spec) -> onnx.ValueInfoProto:
         kind = TensorProto.INT64 if spec["dtype"] == "int64" else TensorProto.FLOAT
-        return helper.make_tensor_value_info(str(spec["name"]), kind, list(spec["axes"]))  # type: ignore[call-overload]
+        return helper.make_tensor_value_info(spec["name"], kind, spec["axes"])
 
     inputs, outputs = _io(experts, task, columns)
     graph = helper.make_graph(
@@ -194,8 +198,8 @@ def _graph(experts: str, task: str, columns: list[int] | None) -> onnx.ModelProt
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _io(experts: str, task: str, columns: list[int] | None) -> tuple[list[dict], list[dict]]:
-    def spec(name: str, dtype: str, *axes: str | int) -> dict:
+def _io(experts: str, task: str, columns: list[int] | None) -> tuple[list[Spec], list[Spec]]:
+    def spec(name: str, dtype: str, *axes: str | int) -> Spec:
         return {"name": name, "dtype": dtype, "axes": list(axes)}
 
     inputs = [spec("input_ids", "int64", "batch", "seq")]
@@ -251,7 +255,7 @@ def write_bundle(
         for experts in sets:
             for key, value in reference(inputs, experts, task, columns).items():
                 arrays[f"{case}/{experts}/{key}"] = value
-    np.savez(folder / "reference.npz", **arrays)
+    np.savez(folder / "reference.npz", **arrays)  # type: ignore[arg-type]  # keywords are arrays
 
     sha, default = "0" * 64, sets[-1]
     expert_sets, variants = {}, []

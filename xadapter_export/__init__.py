@@ -5,7 +5,6 @@ app that runs a bundle needs no PyTorch.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from xadapter_export.errors import XAdapterError, import_extra
@@ -48,9 +47,10 @@ def __getattr__(name: str) -> object:
     """
     value: object
     if name == "__version__":
+        metadata = import_module("importlib.metadata")  # slow to import, and seldom needed
         try:
-            value = version("xadapter-export")
-        except PackageNotFoundError:  # a source tree that was never installed
+            value = metadata.version("xadapter-export")
+        except metadata.PackageNotFoundError:  # a source tree that was never installed
             value = "0+unknown"
     elif name in _BASE:
         value = getattr(import_module(_BASE[name]), name)

@@ -32,16 +32,24 @@ class FeatureBank:
     pictures: tuple[Picture, ...]
 
     def __post_init__(self) -> None:
-        if self.features.ndim != 2 or self.features.dtype not in (np.float16, np.float32) or not len(self.features):
+        if (
+            self.features.ndim != 2
+            or self.features.dtype not in (np.float16, np.float32)
+            or not len(self.features)
+        ):
             raise ShapeError(
                 f"bank features: expected (N, D) float16 or float32 with N > 0, got {self.features.shape} {self.features.dtype}"
             )
         if len(self.pictures) != len(self.features):
-            raise ShapeError(f"bank: {len(self.features)} feature rows but {len(self.pictures)} captions; they must match")
+            raise ShapeError(
+                f"bank: {len(self.features)} feature rows but {len(self.pictures)} captions; they must match"
+            )
         lengths = np.linalg.norm(self.features.astype(np.float32), axis=1)
         if not np.all(np.isfinite(lengths)) or np.abs(lengths - 1).max() > 0.01:
             row = int(np.nanargmax(np.abs(np.where(np.isfinite(lengths), lengths, np.inf) - 1)))
-            raise ShapeError(f"bank row {row}: expected a feature of length 1, got {lengths[row]:.4g}; normalise the rows")
+            raise ShapeError(
+                f"bank row {row}: expected a feature of length 1, got {lengths[row]:.4g}; normalise the rows"
+            )
 
     @property
     def sha256(self) -> str:
@@ -56,7 +64,9 @@ class FeatureBank:
 
     def save_rows(self, path: Path) -> None:
         """Writes one JSON line per picture."""
-        path.write_text("".join(picture.model_dump_json() + "\n" for picture in self.pictures), encoding="utf-8")
+        path.write_text(
+            "".join(picture.model_dump_json() + "\n" for picture in self.pictures), encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureBank":
@@ -69,7 +79,9 @@ class FeatureBank:
         features_path, rows_path = Path(folder) / FEATURES_NAME, Path(folder) / BANK_NAME
         for path in (features_path, rows_path):
             if not path.is_file():
-                raise CheckpointError(f"bank: {path} is missing; a V-expert needs {FEATURES_NAME} and {BANK_NAME}")
+                raise CheckpointError(
+                    f"bank: {path} is missing; a V-expert needs {FEATURES_NAME} and {BANK_NAME}"
+                )
         try:
             features = load_file(features_path)["features"]
             pictures = read_pictures(rows_path, num_pictures=len(features))

@@ -86,7 +86,7 @@ def staged_folder(
 
     Args:
         final: Where the folder goes. Missing parents are made.
-        force: Whether what is there may be replaced, if it is a folder with ``marker`` in it, or an empty one.
+        force: Whether what is there may be replaced, if it is a folder with ``marker`` in it or an empty one.
             It is replaced only after the new one is complete.
         marker: The file by which a folder is known to be of the same kind.
 

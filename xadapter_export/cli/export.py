@@ -58,18 +58,27 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     help="Expert set; may be repeated: the sets share their weights, the first is the default. "
     "[default: all that the checkpoint holds]",
 )
-@click.option("--opset", type=int, default=17, callback=_check_opset, show_default=True, help="ONNX opset, 17 to 21.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle. [default: bundle-<experts>]"
+    "--opset", type=int, default=17, callback=_check_opset, show_default=True, help="ONNX opset, 17 to 21."
 )
-@click.option("--task", type=click.Choice(TASKS), help="What the graphs answer. [default: the checkpoint's task]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle. [default: bundle-<experts>]",
+)
+@click.option(
+    "--task", type=click.Choice(TASKS), help="What the graphs answer. [default: the checkpoint's task]"
+)
 @click.option(
     "--candidates",
     callback=_read_candidates,
     metavar="WORDS|FILE",
     help="Words that fill-mask chooses from, with commas or a file of one per line; the head is sliced to them.",
 )
-@click.option("--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]")
+@click.option(
+    "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", is_flag=True, help="No progress; errors only.")
 @json_option

@@ -23,12 +23,19 @@ def check_graph(model: ir.Model, merged: MergedModel, opset: int) -> None:
     _require(got == {"": opset}, "opset", {"": opset}, got)
     domains = {node.domain for node in model.graph if node.domain}
     _require(not domains, "operator domains", "standard ONNX only", domains)
-    _require([v.name for v in model.graph.inputs] == merged.input_names, "inputs", merged.input_names, model.graph.inputs)
+    _require(
+        [v.name for v in model.graph.inputs] == merged.input_names,
+        "inputs",
+        merged.input_names,
+        model.graph.inputs,
+    )
     outputs = [*merged.output_names, *(tap_name(*tap) for tap in merged.taps)]
     _require([v.name for v in model.graph.outputs] == outputs, "outputs", outputs, model.graph.outputs)
     for value in model.graph.inputs:
         axes = tuple(str(getattr(dim, "value", dim)) for dim in value.shape or ())
-        _require(axes == input_axes(str(value.name)), f"axes of {value.name}", input_axes(str(value.name)), axes)
+        _require(
+            axes == input_axes(str(value.name)), f"axes of {value.name}", input_axes(str(value.name)), axes
+        )
     allowed = {"plm", "head"}
     allowed |= {f"adapter_{expert}" for expert in merged.active}
     allowed |= {"clip"} if merged.clip is not None else set()

@@ -34,7 +34,11 @@ class MergedModel(nn.Module):
     """
 
     def __init__(
-        self, model: XAdapterModel, expert_set: ExpertSet, task: Task, candidate_ids: Sequence[int] | None = None
+        self,
+        model: XAdapterModel,
+        expert_set: ExpertSet,
+        task: Task,
+        candidate_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.task = task
@@ -51,7 +55,9 @@ class MergedModel(nn.Module):
         self.k = model.config.retrieval.k
         self.clip = model.clip if self.retrieves or "t" in self.active else None
         if self.retrieves:
-            self.register_buffer("bank", model.bank_features)  # (N, D); rows have length 1, so a product is a cosine
+            self.register_buffer(
+                "bank", model.bank_features
+            )  # (N, D); rows have length 1, so a product is a cosine
         elif "v" in self.active:
             self._fold_bank(model.bank_features)
         self.head = model.head if task == "text-classification" else None
@@ -91,7 +97,9 @@ class MergedModel(nn.Module):
     @property
     def output_names(self) -> list[str]:
         """Names of the graph outputs, without the taps."""
-        answers = ["last_hidden_state", "sentence_embedding"] if self.task == "feature-extraction" else ["logits"]
+        answers = (
+            ["last_hidden_state", "sentence_embedding"] if self.task == "feature-extraction" else ["logits"]
+        )
         return answers + (["retrieved", "retrieved_scores"] if self.retrieves else [])
 
     @property
@@ -115,7 +123,9 @@ class MergedModel(nn.Module):
         contributions: list[Tensor] = []
         for index in range(len(self.plm.layers)):
             if str(index) in self.adapters:
-                added = [self._contribution(index, expert, hidden, memory, memory_masks) for expert in self.active]
+                added = [
+                    self._contribution(index, expert, hidden, memory, memory_masks) for expert in self.active
+                ]
                 contributions += added
                 hidden = sum(added, start=hidden)
             hidden = self.plm.layer(index, hidden, mask)
@@ -146,7 +156,12 @@ class MergedModel(nn.Module):
         return memory, masks, retrieved
 
     def _contribution(
-        self, layer: int, expert: Expert, hidden: Tensor, memory: dict[Expert, Tensor], masks: dict[Expert, Tensor]
+        self,
+        layer: int,
+        expert: Expert,
+        hidden: Tensor,
+        memory: dict[Expert, Tensor],
+        masks: dict[Expert, Tensor],
     ) -> Tensor:
         adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
         if expert in memory:

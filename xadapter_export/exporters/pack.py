@@ -66,7 +66,13 @@ class SharedWeights:
             offset = self._offsets[key]
             used[offset] = len(data)
             value.const_value = ir.ExternalTensor(
-                self.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=self.path.parent
+                self.path.name,
+                offset,
+                len(data),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=self.path.parent,
             )
         return sum(used.values())
 
@@ -99,7 +105,9 @@ def expert_set_spec(model: ir.Model, merged: MergedModel) -> ExpertSetSpec:
     return ExpertSetSpec(
         inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
-        taps=tuple(TapSpec(name=tap_name(layer, expert), layer=layer, expert=expert) for layer, expert in merged.taps),
+        taps=tuple(
+            TapSpec(name=tap_name(layer, expert), layer=layer, expert=expert) for layer, expert in merged.taps
+        ),
         component_parameters=component_parameters(model),
     )
 
@@ -134,7 +142,12 @@ def make_manifest(
 ) -> Manifest:
     """Describes the bundle, its files not yet listed."""
     plm, clip, bank = model.frozen_parts()
-    special, tokenizer, tower, retrieval = model.plm.special, model.plm.tokenizer, model.clip, model.config.retrieval
+    special, tokenizer, tower, retrieval = (
+        model.plm.special,
+        model.plm.tokenizer,
+        model.clip,
+        model.config.retrieval,
+    )
     mask_id = special.get("mask")
     uses_clip = any("clip" in spec.component_parameters for spec in specs.values())
     uses_bank = any("bank" in spec.component_parameters for spec in specs.values())
@@ -154,11 +167,22 @@ def make_manifest(
         bank_spec = BankSpec(
             num_pictures=bank.num_pictures, dim=bank.dim, sha256=bank.sha256, retrieval=retrieval.mode, k=k
         )
-    packages = ("xadapter-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+    packages = (
+        "xadapter-export",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "tokenizers",
+        "numpy",
+    )
     return Manifest(
         format_version=1,
         created_with={package: _version(package) for package in packages},
-        checkpoint=CheckpointIdentity(source=public_name(source), sha256=weights_sha256(model.trained_state())),
+        checkpoint=CheckpointIdentity(
+            source=public_name(source), sha256=weights_sha256(model.trained_state())
+        ),
         task=task,
         labels=model.config.labels if task == "text-classification" else None,
         candidates=candidates,

@@ -123,7 +123,9 @@ def _plan(
     candidates: Sequence[str] | None,
     max_seq: int | None,
 ) -> _Plan:
-    wanted: Sequence[ExpertSet] = (experts,) if isinstance(experts, str) else experts or (model.config.experts,)
+    wanted: Sequence[ExpertSet] = (
+        (experts,) if isinstance(experts, str) else experts or (model.config.experts,)
+    )
     expert_sets = tuple(dict.fromkeys(wanted))
     for expert_set in expert_sets:
         model.active_experts(expert_set)

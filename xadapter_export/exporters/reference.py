@@ -30,7 +30,7 @@ def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dic
     typical = f"The color of a banana is {mask}."
     swapped = f"The color of a {mask} is banana."  # the same tokens, so that nothing is padded
     longest = " ".join([mask, *(_WORDS * (encoder.max_seq // len(_WORDS) + 1))])
-    two_masks = f"In the summer a {mask} grows in the garden, and children like to eat the {mask} fruit."
+    two_masks = f"A {mask} {mask} grows in the garden in summer, and children like to eat its sweet fruit."
     cases = {
         "single_shortest": [mask],
         "single_typical": [typical],
@@ -59,10 +59,17 @@ def reference_outputs(
     """
     arrays: dict[str, Array] = {}
     for case, inputs in cases.items():
-        tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items() if name in merged.input_names}
+        tensors = {
+            name: torch.from_numpy(np.asarray(array))
+            for name, array in inputs.items()
+            if name in merged.input_names
+        }
         with torch.no_grad():
             output = model(**tensors, experts=expert_set)
-        values: dict[str, Tensor | None] = {"last_hidden_state": output.last_hidden_state, "logits": output.logits}
+        values: dict[str, Tensor | None] = {
+            "last_hidden_state": output.last_hidden_state,
+            "logits": output.logits,
+        }
         values |= {"retrieved": output.memory.retrieved, "retrieved_scores": output.memory.retrieved_scores}
         if task == "feature-extraction":
             values["sentence_embedding"] = mean_pool(output.last_hidden_state, tensors["attention_mask"])

@@ -65,7 +65,9 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
     """
     check_opset(opset)
     limits = {"seq": max_seq, "clip_seq": merged.clip.config.context_length if merged.clip else None}
-    dims = {axis: torch.export.Dim(axis, max=limits.get(axis)) for axis in ("batch", "seq", "clip_seq", "masks")}
+    dims = {
+        axis: torch.export.Dim(axis, max=limits.get(axis)) for axis in ("batch", "seq", "clip_seq", "masks")
+    }
     shapes = {name: dict(enumerate(dims[axis] for axis in input_axes(name))) for name in merged.input_names}
     example = {name: inputs[name] for name in merged.input_names}
     with _quiet(), torch.no_grad():
@@ -82,12 +84,11 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
     if program is None:
         raise UnsupportedError("torch.onnx returned no program")
     model = program.model
-    tied = _shared_inputs(model)
+    kept = _kept_whole(model)
     with _quiet():
         onnxscript.optimizer.optimize_ir(
             model,
-            # A transposed copy of a tied weight would be a second decoder in the file.
-            should_fold=lambda node: False if node.op_type == "Transpose" and node.inputs[0] in tied else None,
+            should_fold=lambda node: False if kept.intersection(node.inputs) else None,
         )
         model = _convert(model, opset)
     ClearMetadataAndDocStringPass()(model)
@@ -96,9 +97,15 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
     return model
 
 
-def _shared_inputs(model: ir.Model) -> set[ir.Value]:
-    """Weights that more than one node reads."""
-    return {value for value in model.graph.initializers.values() if len(value.uses()) > 1}
+def _kept_whole(model: ir.Model) -> set[ir.Value | None]:
+    """Weights of which no changed copy may be made.
+
+    These are the weights that more than one node reads, since a transposed copy of the embedding table would be a
+    second decoder in the file, and the bank, whose size the manifest tells.
+    """
+    return {
+        v for v in model.graph.initializers.values() if len(v.uses()) > 1 or str(v.name).startswith("bank")
+    }
 
 
 def _convert(model: ir.Model, opset: int) -> ir.Model:
@@ -106,14 +113,20 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
     if model.opset_imports[""] == opset:
         return model
     initializers = dict(model.graph.initializers)
-    large = {name: value for name, value in initializers.items() if value.const_value is not None and value.const_value.size > 16}
+    large = {
+        name: value
+        for name, value in initializers.items()
+        if value.const_value is not None and value.const_value.size > 16
+    }
     for name in large:  # the converter copies the whole model several times; as inputs they cost nothing
         del model.graph.initializers[name]
         model.graph.inputs.append(large[name])
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset))
     except RuntimeError as error:
-        raise UnsupportedError(f"the graph cannot be written in opset {opset} ({error}); try {_LOWEST_TRACED} or more") from error
+        raise UnsupportedError(
+            f"the graph cannot be written in opset {opset} ({error}); try {_LOWEST_TRACED} or more"
+        ) from error
     for value in [value for value in converted.graph.inputs if value.name in large]:
         converted.graph.inputs.remove(value)
         value.const_value = large[str(value.name)].const_value
@@ -145,7 +158,11 @@ def _name_weights(model: ir.Model, merged: MergedModel) -> None:
     for number, value in enumerate(list(model.graph.initializers.values())):
         constant = value.const_value
         assert constant is not None  # an initializer has a value
-        name = names.get(_content(constant.numpy()), f"constant_{number}") if constant.size > 1 else f"constant_{number}"
+        name = (
+            names.get(_content(constant.numpy()), f"constant_{number}")
+            if constant.size > 1
+            else f"constant_{number}"
+        )
         value.name = name if name not in taken else f"{name}.{number}"
         taken.add(value.name)
 

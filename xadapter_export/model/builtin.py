@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import xadapter_export
-
 BUILTIN = "builtin"
 
 
 def builtin_folder() -> Path:
     """Folder of the built-in checkpoint."""
-    return Path(xadapter_export.__file__).parent / "builtin"
+    return Path(__file__).parents[1] / "builtin"

@@ -13,7 +13,13 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.folder import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.clip_text import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, ClipTextTower, load_clip
+from xadapter_export.model.clip_text import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    ClipTextTower,
+    load_clip,
+)
 from xadapter_export.model.config import BankPart, CheckpointRecord, FrozenPart
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.weight_hash import weights_sha256
@@ -32,7 +38,9 @@ def read_record(folder: Path) -> CheckpointRecord:
     """
     path = folder / RECORD_NAME
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder that save_pretrained wrote")
+        raise CheckpointError(
+            f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder that save_pretrained wrote"
+        )
     try:
         return CheckpointRecord.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
@@ -65,7 +73,9 @@ def find_checkpoint(source: str | Path) -> Path:
         ) from error
 
 
-def read_checkpoint(source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None) -> XAdapterModel:
+def read_checkpoint(
+    source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None
+) -> XAdapterModel:
     """Reads a checkpoint; see ``XAdapterModel.from_pretrained``."""
     folder = find_checkpoint(source)
     record = read_record(folder)
@@ -81,7 +91,9 @@ def read_checkpoint(source: str | Path, *, plm: str | Path | None = None, clip: 
 
     model = XAdapterModel(record.config, frozen_plm, tower, bank)
     found: tuple[FrozenPart | BankPart | None, ...] = model.frozen_parts()
-    for name, recorded, part in zip(("PLM", "CLIP", "bank"), (record.plm, record.clip, record.bank), found, strict=True):
+    for name, recorded, part in zip(
+        ("PLM", "CLIP", "bank"), (record.plm, record.clip, record.bank), found, strict=True
+    ):
         if recorded is not None and (part is None or part.sha256 != recorded.sha256):
             raise HashMismatchError(
                 f"{name} of checkpoint {source} is not the one it was trained with: "
@@ -110,15 +122,21 @@ def _load_plugin(model: XAdapterModel, path: Path) -> None:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); the file is truncated or no safetensors") from error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error}); the file is truncated or no safetensors"
+        ) from error
     expected = model.trained_state()
     for name in sorted(expected.keys() | state.keys()):
         want = tuple(expected[name].shape) if name in expected else "no such tensor"
         got = tuple(state[name].shape) if name in state else "none"
         if want != got:
-            raise CheckpointError(f"checkpoint {path}: tensor {name} expected {want}, got {got}; it is of another configuration")
+            raise CheckpointError(
+                f"checkpoint {path}: tensor {name} expected {want}, got {got}; it is of another configuration"
+            )
         if not torch.isfinite(state[name]).all():
-            raise CheckpointError(f"checkpoint {path}: tensor {name} has values that are not finite; train it again")
+            raise CheckpointError(
+                f"checkpoint {path}: tensor {name} has values that are not finite; train it again"
+            )
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()}, strict=False)
 
 
@@ -136,7 +154,10 @@ def write_checkpoint(
     with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
         staging = staged.path
         (staging / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in model.trained_state().items()}, staging / PLUGIN_NAME)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.trained_state().items()},
+            staging / PLUGIN_NAME,
+        )
         if model.bank is not None:
             model.bank.save(staging)
         if self_contained:
@@ -169,10 +190,26 @@ def save_clip_text(tower: ClipTextTower, folder: Path, dtype: torch.dtype = torc
     config = tower.config
     text_cfg: dict[str, object] = {
         name: getattr(config, name)
-        for name in ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id")
+        for name in (
+            "context_length",
+            "vocab_size",
+            "width",
+            "heads",
+            "layers",
+            "mlp_ratio",
+            "pool_type",
+            "eos_id",
+        )
     }
-    text_cfg |= {"proj_type": config.proj_type, "proj_bias": config.proj_bias, "ls_init_value": config.ls_init_value}
-    text_cfg |= {"act_kwargs": {"approximate": config.gelu_approximate}, "norm_kwargs": {"eps": config.norm_eps}}
+    text_cfg |= {
+        "proj_type": config.proj_type,
+        "proj_bias": config.proj_bias,
+        "ls_init_value": config.ls_init_value,
+    }
+    text_cfg |= {
+        "act_kwargs": {"approximate": config.gelu_approximate},
+        "norm_kwargs": {"eps": config.norm_eps},
+    }
     if config.quick_gelu:
         del text_cfg["act_kwargs"]
     model_cfg = {"embed_dim": config.embed_dim, "quick_gelu": config.quick_gelu, "text_cfg": text_cfg}
@@ -185,4 +222,6 @@ def _check_lossless(state: dict[str, Tensor], dtype: torch.dtype, what: str) -> 
         return
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     if weights_sha256(rounded) != weights_sha256(state):
-        raise CheckpointError(f"{what}: storing as {dtype} would change its weights; round them before training, or store float32")
+        raise CheckpointError(
+            f"{what}: storing as {dtype} would change its weights; round them before training, or store float32"
+        )

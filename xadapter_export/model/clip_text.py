@@ -82,11 +82,15 @@ class ClipTextConfig:
         """
         text_cfg = model_cfg.get("text_cfg")
         if not isinstance(text_cfg, dict) or not isinstance(model_cfg.get("embed_dim"), int):
-            raise CheckpointError(f"CLIP {source}: model_cfg needs embed_dim and text_cfg, as open_clip writes them")
+            raise CheckpointError(
+                f"CLIP {source}: model_cfg needs embed_dim and text_cfg, as open_clip writes them"
+            )
         settings = dict(text_cfg)
 
         def refuse(setting: str, value: object) -> UnsupportedError:
-            return UnsupportedError(f"CLIP {source}: text tower with {setting}={value!r} is not supported; use one of {_SUPPORTED}")
+            return UnsupportedError(
+                f"CLIP {source}: text tower with {setting}={value!r} is not supported; use one of {_SUPPORTED}"
+            )
 
         for name, only in _FIXED_SETTINGS.items():
             if (value := settings.pop(name, only)) != only:
@@ -95,7 +99,9 @@ class ClipTextConfig:
             raise refuse("pool_type", settings["pool_type"])
         if settings.get("proj_type", "linear") not in {"linear", "none"}:
             raise refuse("proj_type", settings["proj_type"])
-        if (tokenizer_kwargs := settings.pop("tokenizer_kwargs", None)) and tokenizer_kwargs.get("clean", "lower") != "lower":
+        if (tokenizer_kwargs := settings.pop("tokenizer_kwargs", None)) and tokenizer_kwargs.get(
+            "clean", "lower"
+        ) != "lower":
             raise refuse("tokenizer_kwargs", tokenizer_kwargs)
         act, norm = settings.pop("act_kwargs", None) or {}, settings.pop("norm_kwargs", None) or {}
         settings = {name: value for name, value in settings.items() if name not in _IGNORED_SETTINGS}
@@ -108,7 +114,9 @@ class ClipTextConfig:
                 **settings,
             )
         except TypeError as error:
-            raise UnsupportedError(f"CLIP {source}: text_cfg has a setting that is not known ({error})") from error
+            raise UnsupportedError(
+                f"CLIP {source}: text_cfg has a setting that is not known ({error})"
+            ) from error
 
     @property
     def feature_dim(self) -> int:
@@ -185,7 +193,9 @@ class ClipTextTower(nn.Module):
         self.source = source
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(_Block(config) for _ in range(config.layers))})
+        self.transformer = nn.ModuleDict(
+            {"resblocks": nn.ModuleList(_Block(config) for _ in range(config.layers))}
+        )
         self.ln_final = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.text_projection: nn.Parameter | nn.Linear | None = None
         if config.proj_type == "linear" and config.proj_bias:
@@ -217,7 +227,9 @@ class ClipTextTower(nn.Module):
         for name, tensor in state.items():
             block, found, kind = name.partition(".attn.in_proj_")
             if found:
-                own |= {f"{block}.attn.{part}.{kind}": x for part, x in zip(_PACKED, tensor.chunk(3), strict=True)}
+                own |= {
+                    f"{block}.attn.{part}.{kind}": x for part, x in zip(_PACKED, tensor.chunk(3), strict=True)
+                }
             else:
                 own[name] = tensor
         self.load_state_dict(own)
@@ -276,7 +288,9 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
         folder = _download(name)
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
-        raise CheckpointError(f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. Save it in open_clip's hub layout")
+        raise CheckpointError(
+            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. Save it in open_clip's hub layout"
+        )
     if not weights_path.is_file():
         raise CheckpointError(
             f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). Save the weights as safetensors"
@@ -285,12 +299,16 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
         model_cfg = json.loads(config_path.read_text(encoding="utf-8"))["model_cfg"]
         weights = load_file(weights_path)
     except (ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})"
+        ) from error
     config = ClipTextConfig.from_open_clip(model_cfg, name)
     return _build(config, weights, _tokenizer_for(config, folder / TOKENIZER_NAME, name), name)
 
 
-def _build(config: ClipTextConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, source: str) -> ClipTextTower:
+def _build(
+    config: ClipTextConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, source: str
+) -> ClipTextTower:
     tower = ClipTextTower(config, tokenizer, source)
     prefix = "text." if "text.token_embedding.weight" in weights else ""
     state: dict[str, Tensor] = {}
@@ -298,7 +316,9 @@ def _build(config: ClipTextConfig, weights: dict[str, Tensor], tokenizer: Tokeni
         tensor = weights.get(prefix + name)
         if tensor is None or tensor.shape != parameter.shape:
             found = "none" if tensor is None else str(tuple(tensor.shape))
-            raise CheckpointError(f"CLIP {source}: weight {prefix + name} expected {tuple(parameter.shape)}, found {found}")
+            raise CheckpointError(
+                f"CLIP {source}: weight {prefix + name} expected {tuple(parameter.shape)}, found {found}"
+            )
         state[name] = tensor.to(torch.float32)
     tower.load_open_clip_state(state)
     return tower
@@ -313,7 +333,9 @@ def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer
         )
     tokenizer = Tokenizer.from_file(str(path))
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise CheckpointError(f"CLIP {source}: {path.name} has {tokenizer.get_vocab_size()} tokens, the tower {config.vocab_size}")
+        raise CheckpointError(
+            f"CLIP {source}: {path.name} has {tokenizer.get_vocab_size()} tokens, the tower {config.vocab_size}"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -323,10 +345,18 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
     """Reads the text tower of a model that open_clip built; the shape is read off its modules."""
     text = getattr(model, "text", model)
     blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
-    if blocks is None or getattr(text, "token_embedding", None) is None or getattr(text, "cls_emb", None) is not None:
-        raise UnsupportedError(f"CLIP {type(model).__name__}: not an open_clip transformer text tower; use one of {_SUPPORTED}")
+    if (
+        blocks is None
+        or getattr(text, "token_embedding", None) is None
+        or getattr(text, "cls_emb", None) is not None
+    ):
+        raise UnsupportedError(
+            f"CLIP {type(model).__name__}: not an open_clip transformer text tower; use one of {_SUPPORTED}"
+        )
     if getattr(text, "attn_mask", None) is None or type(blocks[0]).__name__ != "ResidualAttentionBlock":
-        raise UnsupportedError(f"CLIP {type(model).__name__}: text tower without causal attention; use one of {_SUPPORTED}")
+        raise UnsupportedError(
+            f"CLIP {type(model).__name__}: text tower without causal attention; use one of {_SUPPORTED}"
+        )
     projection = text.text_projection
     width = text.token_embedding.embedding_dim
     biased = isinstance(projection, nn.Linear)
@@ -350,7 +380,9 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
         norm_eps=text.ln_final.eps,
     )
     if config.pool_type not in {"argmax", "eos"}:
-        raise UnsupportedError(f"CLIP {type(model).__name__}: pool_type {config.pool_type!r}; use one of {_SUPPORTED}")
+        raise UnsupportedError(
+            f"CLIP {type(model).__name__}: pool_type {config.pool_type!r}; use one of {_SUPPORTED}"
+        )
     name = type(model).__name__
     return _build(config, dict(text.state_dict()), _tokenizer_for(config, Path(TOKENIZER_NAME), name), name)
 
@@ -370,7 +402,9 @@ def _download(name: str) -> Path:
         pretrained = open_clip.pretrained.get_pretrained_cfg(model_name, tag)
         if not pretrained.get("hf_hub"):
             known = ", ".join(open_clip.pretrained.list_pretrained_tags_by_model(model_name)) or "none"
-            raise CheckpointError(f"CLIP {name}: open_clip has no safetensors for this tag; tags of {model_name}: {known}")
+            raise CheckpointError(
+                f"CLIP {name}: open_clip has no safetensors for this tag; tags of {model_name}: {known}"
+            )
         repo = str(pretrained["hf_hub"]).rstrip("/")
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME]))

@@ -12,6 +12,7 @@ from xadapter_export.errors import import_extra
 START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
 OPEN_CLIP_VOCAB_SIZE = 49408
 _NUM_MERGES = OPEN_CLIP_VOCAB_SIZE - 2 * 256 - 2
+_SPACE = r"[\s\x1c-\x1f\x85]+"  # what Python's str.split splits at
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -24,7 +25,8 @@ def clip_tokenizer() -> Tokenizer:
 
     Source:
         ``SimpleTokenizer`` of open_clip 3.3. Ids are equal, except that text is taken as it is given:
-        HTML entities are not decoded and broken encodings are not repaired (ftfy).
+        HTML entities are not decoded and broken encodings are not repaired (ftfy); code points without a
+        character may be split elsewhere.
     """
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
@@ -42,10 +44,18 @@ def build_clip_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
     End-of-text has the highest id, which is how open_clip's ``argmax`` pooling finds it.
     """
     alphabet = _byte_symbols()
-    symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *(a + b for a, b in merges), START_TOKEN, END_TOKEN]
+    symbols = [
+        *alphabet,
+        *(symbol + "</w>" for symbol in alphabet),
+        *(a + b for a, b in merges),
+        START_TOKEN,
+        END_TOKEN,
+    ]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(_SPACE), " "), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
@@ -63,6 +73,10 @@ def build_clip_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
 
 def _byte_symbols() -> list[str]:
     """GPT-2's printable stand-ins for the 256 bytes, in open_clip's order: printable bytes first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]

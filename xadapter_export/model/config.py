@@ -51,7 +51,9 @@ class XAdapterConfig(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.adapter_width % self.num_heads:
-            raise ValueError(f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}"
+            )
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
         if (self.task == "text-classification") != (len(self.labels) >= 2):

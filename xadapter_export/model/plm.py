@@ -3,7 +3,8 @@
 Dimensions: B batch, T PLM tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import (  # noqa: E402  # torchvision must be cured first
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class FrozenPlm(nn.Module):
         max_seq: Longest input in tokens, special tokens included.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, special: dict[str, int], source: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, special: dict[str, int], source: str
+    ) -> None:
         super().__init__()
         self.family = family_of(model.config)
         self.model = model.eval().requires_grad_(False)
@@ -145,7 +149,9 @@ class FrozenPlm(nn.Module):
         """
         arguments = {"input_ids": input_ids}
         if self.family.name != "distilbert":
-            arguments["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            arguments["token_type_ids"] = (
+                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            )
         hidden = self.encoder.get_submodule("embeddings")(**arguments)
         if hasattr(self.encoder, "embeddings_project"):
             hidden = self.encoder.get_submodule("embeddings_project")(hidden)
@@ -175,7 +181,9 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) ->
     return (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
 
 
-def load_plm(source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None) -> FrozenPlm:
+def load_plm(
+    source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None
+) -> FrozenPlm:
     """Loads a PLM and its tokenizer from a folder or hub id, or takes a loaded transformers model.
 
     Args:
@@ -195,26 +203,24 @@ def load_plm(source: str | Path | PreTrainedModel, task: Task, tokenizer_source:
         model, name = _load_model(source, task), str(source)
     tokenizer, special = _load_tokenizer(tokenizer_source or name)
     if task == "fill-mask" and "mask" not in special:
-        raise CheckpointError(f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM")
+        raise CheckpointError(
+            f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM"
+        )
     return FrozenPlm(model, tokenizer, special, name)
 
 
 def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
     what = f"PLM {source}"
     if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
-        pickles = [p.name for p in Path(source).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+        pickles = [
+            p.name for p in Path(source).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+        ]
         found = f"found the pickle {pickles[0]}, which is refused" if pickles else "found none"
         raise CheckpointError(f"{what}: expected model.safetensors, {found}. Save it with save_pretrained")
     try:
         family_of(AutoConfig.from_pretrained(source))
         auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
-        extra = {} if task == "fill-mask" else {"add_pooling_layer": False}
-        try:
-            model, info = auto.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
-                output_loading_info=True, **extra,
-            )  # fmt: skip
-        except TypeError:  # families without a pooling layer do not know the argument
+        with _no_progress_bar():
             model, info = auto.from_pretrained(
                 source, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
                 output_loading_info=True,
@@ -226,11 +232,28 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
         raise CheckpointError(
             f"{what} could not be loaded: {reason}. Expected a save_pretrained folder or a hub id that can be reached"
         ) from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # not used here
     if missing:
-        hint = "it has no MLM head, use task feature-extraction" if task == "fill-mask" else "the file is not complete"
+        hint = (
+            "it has no MLM head, use task feature-extraction"
+            if task == "fill-mask"
+            else "the file is not complete"
+        )
         raise CheckpointError(f"{what}: {len(missing)} weights are missing, first {missing[0]}; {hint}")
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # no part of the model: the first token's state is read as it is
     return model  # type: ignore[no-any-return]  # transformers' from_pretrained is untyped
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
 
 
 def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:

@@ -131,7 +131,9 @@ class XAdapterModel(nn.Module):
             }
         )
         self.head = (
-            ClassificationHead(plm.hidden_size, len(config.labels)) if config.task == "text-classification" else None
+            ClassificationHead(plm.hidden_size, len(config.labels))
+            if config.task == "text-classification"
+            else None
         )
         self.text_encoder = self.make_text_encoder(plm.max_seq)
 
@@ -152,20 +154,31 @@ class XAdapterModel(nn.Module):
     def _check(self) -> None:
         config, clip, bank = self.config, self.clip, self.bank
         if config.layers[-1] >= len(self.plm.layers):
-            raise ConfigError(f"layer {config.layers[-1]}: PLM {self.plm.source} has layers 0 to {len(self.plm.layers) - 1}")
+            raise ConfigError(
+                f"layer {config.layers[-1]}: PLM {self.plm.source} has layers 0 to {len(self.plm.layers) - 1}"
+            )
         if "v" in config.experts and bank is None:
             raise ConfigError("the V-expert needs a feature bank and none was given; pass bank=")
         needs_clip = "t" in config.experts or config.retrieval.mode == "topk"
         if needs_clip and clip is None:
-            raise ConfigError(f"experts {config.experts!r} need a CLIP text tower and none was given; pass clip=")
-        if "v" in config.experts and config.retrieval.mode == "topk" and bank is not None and clip is not None:
+            raise ConfigError(
+                f"experts {config.experts!r} need a CLIP text tower and none was given; pass clip="
+            )
+        if (
+            "v" in config.experts
+            and config.retrieval.mode == "topk"
+            and bank is not None
+            and clip is not None
+        ):
             if bank.features.shape[1] != clip.config.feature_dim:
                 raise ConfigError(
                     f"bank features have width {bank.features.shape[1]}, CLIP {clip.source} has {clip.config.feature_dim}; "
                     "build the bank with the same CLIP"
                 )
             if config.retrieval.k > len(bank.features):
-                raise ConfigError(f"retrieval k={config.retrieval.k}, but the bank has {len(bank.features)} pictures")
+                raise ConfigError(
+                    f"retrieval k={config.retrieval.k}, but the bank has {len(bank.features)} pictures"
+                )
 
     @classmethod
     def create(
@@ -194,7 +207,9 @@ class XAdapterModel(nn.Module):
         return cls(config, load_plm(plm, config.task), None if clip is None else load_clip(clip), bank)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None) -> Self:
+    def from_pretrained(
+        cls, source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None
+    ) -> Self:
         """Reads a checkpoint: a folder or a hub id.
 
         Args:
@@ -232,7 +247,9 @@ class XAdapterModel(nn.Module):
         """
         from xadapter_export.model.checkpoint import write_checkpoint
 
-        write_checkpoint(self, Path(folder), self_contained=self_contained, dtype=dtype, training=training or {})
+        write_checkpoint(
+            self, Path(folder), self_contained=self_contained, dtype=dtype, training=training or {}
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Switches the plug-in; the frozen parts stay in evaluation mode."""
@@ -251,9 +268,15 @@ class XAdapterModel(nn.Module):
         )
         clip = bank = None
         if self.clip is not None:
-            clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=weights_sha256(self.clip.open_clip_state()))
+            clip = FrozenPart(
+                source=self.clip.source,
+                family="open_clip",
+                sha256=weights_sha256(self.clip.open_clip_state()),
+            )
         if self.bank is not None:
-            bank = BankPart(num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256)
+            bank = BankPart(
+                num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256
+            )
         return plm, clip, bank
 
     def encode(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -280,7 +303,9 @@ class XAdapterModel(nn.Module):
         return experts
 
     @torch.no_grad()
-    def memory(self, clip_input_ids: Tensor | None, experts: ExpertSet | None = None, *, k: int | None = None) -> Memory:
+    def memory(
+        self, clip_input_ids: Tensor | None, experts: ExpertSet | None = None, *, k: int | None = None
+    ) -> Memory:
         """Runs the frozen CLIP: what the experts will attend to.
 
         Args:
@@ -307,7 +332,9 @@ class XAdapterModel(nn.Module):
         return Memory(v, t, t_mask, rows, scores)
 
     @torch.no_grad()
-    def hidden_before(self, layer: int, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def hidden_before(
+        self, layer: int, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Frozen part below the first adapter: hidden states ``(B, T, H) float32`` that enter PLM layer ``layer``.
 
         Depends on nothing that is trained if ``layer`` is at most ``config.layers[0]``: cache it while training.
@@ -361,7 +388,9 @@ class XAdapterModel(nn.Module):
             if str(index) in self.adapters:
                 adapters = cast(nn.ModuleDict, self.adapters[str(index)])
                 for expert in active:
-                    contributions[index, expert] = adapters[expert](hidden, memories[expert], memory_masks[expert])
+                    contributions[index, expert] = adapters[expert](
+                        hidden, memories[expert], memory_masks[expert]
+                    )
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
             hidden = self.plm.layer(index, hidden, mask)
 

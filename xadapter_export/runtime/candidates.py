@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 from xadapter_export.bundle.manifest import Candidate
 from xadapter_export.errors import ConfigError
+from xadapter_export.runtime.text import without_limits
 
 
 def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candidate, ...]:
@@ -21,6 +22,7 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
     Raises:
         ConfigError: If there is no word, one is not exactly one known token, or two are the same token.
     """
+    tokenizer = without_limits(tokenizer)
     unknown = {"[UNK]", "<unk>", getattr(tokenizer.model, "unk_token", None)}
     found: dict[int, Candidate] = {}
     for word in (word.strip() for word in words):

@@ -65,7 +65,7 @@ class TextEncoder:
         clip_context_length: int | None = None,
         clip_end_token_id: int | None = None,
     ) -> None:
-        self.tokenizer = _without_limits(tokenizer)
+        self.tokenizer = without_limits(tokenizer)
         self.max_seq = max_seq
         self.mask_token = mask_token
         self.pad_token_id = pad_token_id
@@ -83,7 +83,7 @@ class TextEncoder:
         if clip_tokenizer is not None:
             if clip_context_length is None or clip_end_token_id is None:
                 raise ConfigError("a CLIP tokenizer needs clip_context_length and clip_end_token_id")
-            clip_tokenizer = _without_limits(clip_tokenizer)
+            clip_tokenizer = without_limits(clip_tokenizer)
             empty = clip_tokenizer.encode("").ids
             if len(empty) != 2 or empty[-1] != clip_end_token_id or clip_context_length < 2:
                 raise ConfigError(
@@ -121,6 +121,10 @@ class TextEncoder:
         Raises:
             InputTextError: If a text is empty, is not a string, has no mask where one is required, or has
                 masks too far apart to be read together.
+
+        Source:
+            Without a mask beyond the limit, the ids are those of tokenizers 0.23 with its ``longest_first``
+            truncation; sliding the window to the masks is ours.
         """
         firsts = check_texts(texts, "text")
         seconds = None if text_pairs is None else check_texts(text_pairs, "text pair")
@@ -170,7 +174,9 @@ class TextEncoder:
                 mend="shorten the text between them or ask for one mask at a time",
             )
         # The longer text gives way first, but never so far that it loses a mask.
-        first = min(len(spans[0]), max(budget - len(spans[1]), budget - budget // 2))
+        lengths = len(spans[0]), len(spans[1])
+        half = budget // 2 if lengths[0] <= lengths[1] else budget - budget // 2
+        first = min(lengths[0], max(budget - lengths[1], half))
         first = min(max(first, needs[0]), budget - needs[1])
         kept = spans[None]
         for span, mask, size in ((spans[0], masks[0], first), (spans[1], masks[1], budget - first)):
@@ -202,7 +208,7 @@ def _encode_clip(sentences: list[str], tokenizer: Tokenizer, limit: int, end_tok
     return _padded([row if len(row) <= limit else [*row[: limit - 1], end_token_id] for row in rows], 0)
 
 
-def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer without its own padding and truncation, which would hide what was cut."""
     if tokenizer.padding is None and tokenizer.truncation is None:
         return tokenizer

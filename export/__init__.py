@@ -1,0 +1,1 @@
+"""Recipes that export: what `make demo` and `make parity` run, over the library."""

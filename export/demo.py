@@ -1,0 +1,89 @@
+"""``python -m export.demo``: ask the exported built-in checkpoint for the colours of objects it never trained on.
+
+Exports every expert set into one bundle, asks about the held-out objects from the ONNX files alone, and prints
+what each set answers beside what people say (CoDa).
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from xadapter_export import XAdapterSession, export
+from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.model.builtin import builtin_folder
+
+_TITLES = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}
+_COLORS = "black blue brown green grey orange pink purple red white yellow".split()
+
+
+@click.command()
+@click.option(
+    "--output", type=click.Path(path_type=Path), default="bundles/demo", show_default=True, help="Bundle."
+)
+@click.option("--shown", default=12, show_default=True, help="Objects to show.")
+@click.option("--every-answer", is_flag=True, help="Print every answer as JSON lines instead of the table.")
+def main(output: Path, shown: int, every_answer: bool) -> None:
+    """Export the built-in checkpoint and score it on its held-out objects."""
+    console = Console(markup=False, highlight=False)
+    result = export(
+        "builtin", output, ("vt", "v", "t", "none"), force=True,
+        on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
+    )  # fmt: skip
+    session = XAdapterSession.load(result.folder)
+    lines = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    objects = [json.loads(line) for line in lines]
+    questions = [(entry, sentence) for entry in objects for sentence in entry["sentences"]]
+    texts = [sentence for _, sentence in questions]
+    said = {
+        experts: [
+            answers[0].token
+            for answers in session.fill_mask(texts, top_k=1, candidates=_COLORS, experts=experts)
+        ]
+        for experts in EXPERT_SETS
+    }
+    if every_answer:
+        for number, (entry, sentence) in enumerate(questions):
+            row = {
+                "text": sentence,
+                "color": entry["color"],
+                **{experts: said[experts][number] for experts in said},
+            }
+            click.echo(json.dumps(row, ensure_ascii=False))
+        return
+
+    pictures = session.retrieve([entry["sentences"][0] for entry in objects], experts="v")
+    table = Table(
+        title="Colours of objects that the plug-in never trained on, from ONNX files", show_edge=False
+    )
+    for column in ("question", "people say", *_TITLES.values(), "pictures it looked at"):
+        table.add_column(column)
+    step = max(1, len(objects) // shown)
+    for number in range(0, len(objects), step):
+        entry = objects[number]
+        first = next(i for i, (asked, _) in enumerate(questions) if asked is entry)
+        captions = Counter(picture.caption for picture in pictures[number])
+        table.add_row(
+            entry["sentences"][0], entry["color"], *(said[experts][first] for experts in _TITLES),
+            ", ".join(f"{caption} ({n})" for caption, n in captions.items()),
+        )  # fmt: skip
+    console.print(table)
+    truth = [entry["color"] for entry, _ in questions]
+    shares = {
+        experts: sum(a == b for a, b in zip(said[experts], truth, strict=True)) / len(truth)
+        for experts in _TITLES
+    }
+    console.print(
+        f"Right on {len(objects)} objects, {len(questions)} unseen sentences: "
+        + ", ".join(f"{_TITLES[experts]} {share:.1%}" for experts, share in shares.items())
+        + f" (chance {1 / len(_COLORS):.1%}). Caveats: docs/results.md"
+    )
+    console.print(f"parity: passed in {len(result.parity.cells)} cells. bundle: {result.folder}")
+    console.print(f'try: xad-run {result.folder} "The color of a strawberry is [MASK]." --compare')
+
+
+if __name__ == "__main__":
+    main()

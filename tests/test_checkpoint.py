@@ -1,0 +1,174 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_checkpoint import TEXTS, make_bank, randomise_plugin, write_parts
+from xadapter_export.errors import CheckpointError, HashMismatchError, OutputExistsError, ShapeError
+from xadapter_export.model.config import XAdapterConfig
+from xadapter_export.model.x_adapter_model import XAdapterModel
+
+CONFIG = XAdapterConfig(experts="vt", layers=(1, 2), adapter_width=16, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def model(parts: tuple[Path, Path, Path]) -> XAdapterModel:
+    plm, clip, bank = parts
+    return randomise_plugin(XAdapterModel.create(plm, clip, CONFIG, bank)).eval()
+
+
+@pytest.fixture
+def saved(model: XAdapterModel, tmp_path: Path) -> Path:
+    """A self-contained checkpoint that a test may break."""
+    model.save_pretrained(tmp_path / "checkpoint", self_contained=True, training={"steps": 3})
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("self_contained", [True, False])
+def test_round_trip(model: XAdapterModel, tmp_path: Path, *, self_contained: bool) -> None:
+    model.save_pretrained(tmp_path / "checkpoint", self_contained=self_contained)
+    assert (tmp_path / "checkpoint" / "plm").is_dir() == self_contained
+    again = XAdapterModel.from_pretrained(tmp_path / "checkpoint")
+    inputs = model.encode(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert again.frozen_parts()[0].sha256 == model.frozen_parts()[0].sha256
+
+
+def test_a_checkpoint_holds_only_what_was_trained(saved: Path) -> None:
+    assert all(name.startswith("adapters.") for name in load_file(saved / "xadapter.safetensors"))
+    record = json.loads((saved / "xadapter.json").read_text())
+    assert record["training"] == {"steps": 3}
+    assert record["config"]["layers"] == [1, 2]
+
+
+def test_half_precision_is_stored_only_where_it_loses_nothing(model: XAdapterModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"storing as torch\.float16 would change its weights"):
+        model.save_pretrained(tmp_path / "checkpoint", self_contained=True, dtype=torch.float16)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_saving_does_not_replace_what_is_no_checkpoint(model: XAdapterModel, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(OutputExistsError, match=r"expected a folder with xadapter\.json"):
+        model.save_pretrained(tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _change_plugin(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "xadapter.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "xadapter.safetensors")
+
+    return apply
+
+
+def _change_record(change: Callable[[dict[str, object]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        record = json.loads((folder / "xadapter.json").read_text())
+        change(record)
+        (folder / "xadapter.json").write_text(json.dumps(record))
+
+    return apply
+
+
+def _change_weight(path: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / path)
+        name = max(tensors, key=lambda key: tensors[key].numel())
+        tensors[name].view(-1)[0] += 1
+        save_file(tensors, folder / path, metadata={"format": "pt"})
+
+    return apply
+
+
+def _change_bank(folder: Path) -> None:
+    features = load_file(folder / "bank.safetensors")["features"]
+    save_file({"features": features.flip(0).contiguous()}, folder / "bank.safetensors")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "no record": (lambda f: (f / "xadapter.json").unlink(), CheckpointError, r"xadapter\.json is missing"),
+    "record no json": (lambda f: (f / "xadapter.json").write_text("{"), CheckpointError, r"xadapter\.json: .*JSON"),
+    "unknown key": (_change_record(lambda r: r.update(colour=1)), CheckpointError, "colour: Extra inputs are not permitted"),
+    "other version": (_change_record(lambda r: r.update(format_version=2)), CheckpointError, "format_version"),
+    "no plug-in": (lambda f: (f / "xadapter.safetensors").unlink(), CheckpointError, r"xadapter\.safetensors is missing"),
+    "truncated": (lambda f: _truncate(f / "xadapter.safetensors"), CheckpointError, "truncated or no safetensors"),
+    "tensor missing": (
+        _change_plugin(lambda t: t.pop("adapters.1.v.out.weight")), CheckpointError,
+        r"adapters\.1\.v\.out\.weight expected \(32, 16\), got none",
+    ),
+    "tensor too many": (
+        _change_plugin(lambda t: t.update(extra=torch.zeros(1))), CheckpointError, "extra expected no such tensor",
+    ),
+    "not finite": (
+        _change_plugin(lambda t: t["adapters.1.v.out.weight"].fill_(float("nan"))), CheckpointError, "not finite",
+    ),
+    "pickle": (lambda f: (f / "optimizer.pt").touch(), CheckpointError, r"optimizer\.pt is a pickle, which is refused"),
+    "no bank": (lambda f: (f / "bank.safetensors").unlink(), CheckpointError, r"bank\.safetensors is missing"),
+    "captions short": (lambda f: (f / "bank.jsonl").write_text('{"id": "1", "caption": "a"}\n'), CheckpointError, "bank"),
+    "other bank": (_change_bank, HashMismatchError, "bank of checkpoint .* is not the one it was trained with"),
+    "other PLM": (_change_weight("plm/model.safetensors"), HashMismatchError, "PLM of checkpoint .* is not the one"),
+    "other CLIP": (_change_weight("clip/open_clip_model.safetensors"), HashMismatchError, "CLIP of checkpoint .* is not the one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints_are_one_clear_line(case: str, saved: Path) -> None:
+    break_it, error, message = BROKEN[case]
+    break_it(saved)
+    with pytest.raises(error, match=message) as caught:
+        XAdapterModel.from_pretrained(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id that can be reached"):
+        XAdapterModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_plm_elsewhere_is_taken_if_it_is_the_same(
+    saved: Path, parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    shutil.rmtree(saved / "plm")
+    assert XAdapterModel.from_pretrained(saved, plm=parts[0]).plm.vocab_size == 40
+    other = Path(shutil.copytree(parts[0], tmp_path / "other"))
+    _change_weight("model.safetensors")(other)
+    with pytest.raises(HashMismatchError, match="PLM of checkpoint"):
+        XAdapterModel.from_pretrained(saved, plm=other)
+
+
+def test_expert_that_is_not_in_the_checkpoint(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    plm, clip, _ = parts
+    config = XAdapterConfig(experts="t", layers=(1,), adapter_width=16, num_heads=2)
+    XAdapterModel.create(plm, clip, config).save_pretrained(tmp_path / "checkpoint")
+    model = XAdapterModel.from_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="expert 'v' is not in this checkpoint, which holds 't'"):
+        model(**model.encode(TEXTS), experts="vt")
+
+
+def test_banks_that_are_not_banks() -> None:
+    bank = make_bank()
+    for features, message in [
+        (bank.features * 2, "expected a feature of length 1, got 2"),
+        (bank.features[:3], "3 feature rows but 30 captions"),
+        (bank.features[:0], "expected .* with N > 0"),
+        (bank.features.astype("float64"), "float16 or float32"),
+    ]:
+        with pytest.raises(ShapeError, match=message):
+            type(bank)(features, bank.pictures)  # type: ignore[arg-type]  # a row of the table

@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_checkpoint import make_clip
+from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.model.checkpoint import save_clip_text
+from xadapter_export.model.clip_text import ClipTextConfig, load_clip
+from xadapter_export.model.clip_tokenizer import clip_tokenizer
+from xadapter_export.torchvision_cure import cure_torchvision
+
+cure_torchvision()
+
+import open_clip  # noqa: E402  # torchvision must be cured first
+from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
+
+SIMPLE = SimpleTokenizer()
+TEXT_CFG = {"width": 32, "heads": 2, "layers": 2, "vocab_size": 49408, "context_length": 77}
+VISION_CFG = {"image_size": 32, "patch_size": 32, "width": 16, "layers": 1, "head_width": 8}
+WORDS = ["a photo of a cat", "The quick, brown fox's 12 tails", "über ÉCOLE 日本語 😀", "", "x " * 100]
+
+
+def build(*, quick_gelu: bool = False, custom: bool = False, **text_cfg: object) -> torch.nn.Module:
+    """An open_clip model as open_clip builds it, with random weights that matter."""
+    torch.manual_seed(0)
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    model: torch.nn.Module = kind(24, VISION_CFG, {**TEXT_CFG, **text_cfg}, quick_gelu=quick_gelu).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln_" not in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quick_gelu": True},
+        {"custom": True},
+        {"custom": True, "proj_bias": True},
+        {"ls_init_value": 0.1},
+        {"mlp_ratio": 2.0},
+        {"custom": True, "pool_type": "eos", "eos_id": 49407},
+    ],
+)
+def test_features_and_token_states_are_those_of_open_clip(settings: dict[str, object]) -> None:
+    model = build(**settings)  # type: ignore[arg-type]  # a row of the table
+    tower = load_clip(model)
+    ids = SIMPLE(WORDS)
+    with torch.no_grad():
+        expected = model.encode_text(ids)  # type: ignore[operator]  # open_clip's method
+        states = tower.token_states(ids)
+        torch.testing.assert_close(tower.pool(states, ids), expected, rtol=1e-5, atol=1e-5)
+        text = model.text if settings.get("custom") else model
+        text.output_tokens = True  # type: ignore[union-attr,assignment]  # open_clip's switch
+        tokens = model.text(ids)[1] if settings.get("custom") else None  # type: ignore[operator]
+    if tokens is not None:
+        torch.testing.assert_close(states, tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_true_length_gives_what_77_gives() -> None:
+    tower = load_clip(build())
+    ids = SIMPLE(WORDS[:3])
+    length = int(tower.end_position(ids).max()) + 1
+    short = ids[:, :length]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tower.pool(tower.token_states(short), short),
+            tower.pool(tower.token_states(ids), ids),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    assert tower.token_mask(short).sum(1).tolist() == (tower.end_position(ids) + 1).tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cn", "Co", "Cs"), exclude_characters="<&"), max_size=40))
+def test_tokenizer_gives_the_ids_of_open_clip(text: str) -> None:
+    # open_clip also decodes HTML entities and repairs broken encodings, which ours leaves as they are.
+    from open_clip import tokenizer
+
+    if tokenizer.basic_clean(text) != text.strip():
+        return
+    assert clip_tokenizer().encode(text).ids == [49406, *SIMPLE.encode(text), 49407]
+
+
+def test_folder_round_trip(tmp_path: Path) -> None:
+    tower = make_clip(proj_bias=True, quick_gelu=True)
+    save_clip_text(tower, tmp_path / "clip")
+    again = load_clip(tmp_path / "clip")
+    assert again.config == tower.config
+    for name, tensor in tower.open_clip_state().items():
+        assert torch.equal(again.open_clip_state()[name], tensor)
+    assert again.tokenizer.encode("a banana").ids == tower.tokenizer.encode("a banana").ids
+
+
+def test_a_folder_that_open_clip_writes_is_read(tmp_path: Path) -> None:
+    model = build()
+    config = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": VISION_CFG, "text_cfg": TEXT_CFG},
+        "preprocess_cfg": {},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors"
+    )
+    ids = SIMPLE(WORDS[:2])
+    tower = load_clip(tmp_path)
+    with torch.no_grad():
+        expected = model.encode_text(ids)  # type: ignore[operator]  # open_clip's method
+        torch.testing.assert_close(tower.pool(tower.token_states(ids), ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text_cfg", "message"),
+    [
+        ({"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base' is not supported"),
+        ({"no_causal_mask": True}, "no_causal_mask=True is not supported"),
+        ({"embed_cls": True}, "embed_cls=True is not supported"),
+        ({"pool_type": "last"}, "pool_type='last' is not supported"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs=.* is not supported"),
+        ({"qk_norm": True}, "qk_norm=True is not supported"),
+        ({"novel": 1}, "setting that is not known"),
+    ],
+)
+def test_other_text_towers_are_one_clear_error(text_cfg: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        ClipTextConfig.from_open_clip({"embed_dim": 8, "text_cfg": text_cfg}, "some-clip")
+
+
+def test_siglip_of_open_clip_is_one_clear_error() -> None:
+    with pytest.raises(UnsupportedError, match="without causal attention"):
+        load_clip(build(custom=True, no_causal_mask=True))
+
+
+def test_missing_and_mismatched_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id that can be reached"):
+        load_clip(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"expected open_clip_config\.json"):
+        load_clip(tmp_path / "empty")
+    clip = tmp_path / "clip"
+    save_clip_text(make_clip(), clip)
+    weights = load_file(clip / "open_clip_model.safetensors")
+    weights["text.ln_final.weight"] = torch.zeros(3)
+    save_file(weights, clip / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"text\.ln_final\.weight expected \(16,\), found \(3,\)"):
+        load_clip(clip)
+    (clip / "open_clip_model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_clip(clip)
+    (clip / "open_clip_model.safetensors").unlink()
+    (clip / "open_clip_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="a pickle is refused"):
+        load_clip(clip)
