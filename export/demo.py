@@ -9,15 +9,15 @@ from collections import Counter
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.cli.command import make_console
 from xadapter_export.model.builtin import builtin_folder
 
 _TITLES = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}
-_COLORS = "black blue brown green grey orange pink purple red white yellow".split()
+_COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 
 
 @click.command()
@@ -28,7 +28,7 @@ _COLORS = "black blue brown green grey orange pink purple red white yellow".spli
 @click.option("--every-answer", is_flag=True, help="Print every answer as JSON lines instead of the table.")
 def main(output: Path, shown: int, every_answer: bool) -> None:
     """Export the built-in checkpoint and score it on its held-out objects."""
-    console = Console(markup=False, highlight=False)
+    console = make_console()
     result = export(
         "builtin", output, ("vt", "v", "t", "none"), force=True,
         on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
@@ -59,7 +59,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
     table = Table(
         title="Colours of objects that the plug-in never trained on, from ONNX files", show_edge=False
     )
-    for column in ("question", "people say", *_TITLES.values(), "pictures it looked at"):
+    for column in ("object", "people say", *_TITLES.values(), "pictures it looked at"):
         table.add_column(column)
     step = max(1, len(objects) // shown)
     for number in range(0, len(objects), step):
@@ -67,7 +67,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
         first = next(i for i, (asked, _) in enumerate(questions) if asked is entry)
         captions = Counter(picture.caption for picture in pictures[number])
         table.add_row(
-            entry["sentences"][0], entry["color"], *(said[experts][first] for experts in _TITLES),
+            entry["name"], entry["color"], *(said[experts][first] for experts in _TITLES),
             ", ".join(f"{caption} ({n})" for caption, n in captions.items()),
         )  # fmt: skip
     console.print(table)

@@ -88,15 +88,17 @@ def hide_taps(model: ir.Model, merged: MergedModel) -> None:
 
 
 def write_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph without what can be inferred again: names of nodes, types of inner values."""
-    outer = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
-    renamed = 0
-    for node in model.graph:
+    """Writes a graph without what can be inferred again: names of nodes, types of weights and inner values."""
+    for weight in model.graph.initializers.values():
+        weight.shape = weight.type = None  # the tensor says both
+    outputs = set(model.graph.outputs)
+    for number, node in enumerate(model.graph):
         node.name = None
-        for value in node.outputs:
-            if value not in outer and not str(value.name).startswith("x_adapter."):
-                value.name, renamed = f"v{renamed}", renamed + 1
+        for i, value in enumerate(node.outputs):
+            if value not in outputs:
                 value.shape = value.type = None
+                if not str(value.name).startswith("x_adapter."):
+                    value.name = f"v{number}" if i == 0 else f"v{number}.{i}"
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 

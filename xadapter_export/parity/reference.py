@@ -10,7 +10,7 @@ import numpy as np
 
 from xadapter_export.bundle.onnx_session import Array
 
-_NUM_KEPT = 1024  # numbers of an array, about
+_NUM_KEPT = 256  # numbers of an array, about
 _MIN_COLUMNS = 4
 
 

@@ -1,0 +1,130 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from xadapter_export import XAdapterSession, export
+from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.model.builtin import builtin_folder
+from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.parity import prove_bundle
+
+COLORS = "black blue brown green grey orange pink purple red white yellow".split()
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def model() -> XAdapterModel:
+    return XAdapterModel.from_pretrained("builtin")
+
+
+@pytest.fixture(scope="module")
+def result(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    return export(model, tmp_path_factory.mktemp("builtin") / "bundle", ("vt", "v", "t", "none"))
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[tuple[str, str]]:
+    """Sentence and the colour that people say, for every held-out object and unseen template."""
+    lines = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(text, entry["color"]) for entry in map(json.loads, lines) for text in entry["sentences"]]
+
+
+def size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_it_is_small_and_whole_and_has_its_notices(model: XAdapterModel) -> None:
+    assert size_bytes(builtin_folder()) <= 12_000_000
+    assert {path.suffix for path in builtin_folder().rglob("*") if path.is_file()} <= {".json", ".jsonl", ".safetensors", ".md"}
+    assert model.config.experts == "vt"
+    notice = (builtin_folder() / "NOTICE.md").read_text(encoding="utf-8")
+    assert all(name in notice for name in ("Noto", "Fluent", "CoDa", "Apache-2.0", "MIT"))
+
+
+def test_every_expert_set_is_proven(result: ExportResult) -> None:
+    assert result.parity.passed
+    assert {cell.expert_set for cell in result.parity.cells} == set(EXPERT_SETS)
+
+
+def test_exported_graphs_give_the_answers_of_pytorch(
+    model: XAdapterModel, result: ExportResult, questions: list[tuple[str, str]]
+) -> None:
+    session = XAdapterSession.load(result.folder)
+    texts = [text for text, _ in questions]
+    ids = [model.plm.tokenizer.token_to_id(color) for color in COLORS]
+    inputs = model.encode(texts)
+    share_right = {}
+    for experts in EXPERT_SETS:
+        with torch.no_grad():
+            best = model(**inputs, experts=experts).logits[:, 0, ids].argmax(-1)
+        expected = [COLORS[index] for index in best.tolist()]
+        answers = session.fill_mask(texts, candidates=COLORS, top_k=1, experts=experts)
+        said = [answer[0].token for answer in answers]
+        assert said == expected
+        share_right[experts] = sum(a == color for a, (_, color) in zip(said, questions, strict=True)) / len(said)
+    assert share_right["v"] > share_right["none"] + 0.25
+    assert share_right["t"] > share_right["none"]
+
+
+def test_it_answers_from_the_pictures_of_what_is_asked(result: ExportResult) -> None:
+    session = XAdapterSession.load(result.folder, experts="v")
+    for name, color in (("frog", "green"), ("strawberry", "red")):
+        question = f"The color of a {name} is [MASK]."
+        assert sum(picture.caption == name for picture in session.retrieve(question)) >= 3
+        assert session.fill_mask(question)[0].token == color
+
+
+def test_four_sets_cost_little_more_than_one(model: XAdapterModel, result: ExportResult, tmp_path: Path) -> None:
+    alone = export(model, tmp_path / "vt", "vt")
+    assert size_bytes(result.folder) <= 1.02 * size_bytes(alone.folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Die Farbe der Äpfel ist [MASK].", "Το χρώμα [MASK].", "Цвет травы [MASK].", "naïve café [MASK]", "12 + 30 = [MASK]!?"],
+)
+def test_both_tokenizers_read_any_letters(text: str, result: ExportResult, model: XAdapterModel) -> None:
+    unknown = model.plm.tokenizer.token_to_id("[UNK]")
+    inputs = model.encode([text])
+    assert unknown not in inputs["input_ids"]
+    assert XAdapterSession.load(result.folder).fill_mask(text)
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def test_the_commands_in_an_empty_folder(tmp_path: Path) -> None:
+    done = run(tmp_path, "xad-export", "--experts", "t", "--opset", "17")
+    assert done.returncode == 0, done.stderr
+    assert f"bundle: {tmp_path / 'bundle-t'}" in done.stdout
+    graph = onnx.load(tmp_path / "bundle-t" / "onnx" / "model.onnx", load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 17)]
+    onnx.checker.check_model(tmp_path / "bundle-t" / "onnx" / "model.onnx", full_check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle-t"}
+    assert prove_bundle(tmp_path / "bundle-t").passed
+
+    again = run(tmp_path, "xad-export", "--experts", "t")
+    assert again.returncode == 1
+    assert "already at the output path" in again.stderr
+    assert "Traceback" not in again.stderr
+    assert run(tmp_path, "xad-export", "--experts", "t", "--opset", "16").returncode == 2
+    wrong = run(tmp_path, "xad-export", "no-such-folder/checkpoint", "-o", "other")
+    assert wrong.returncode == 1
+    assert "neither a folder nor a hub id" in wrong.stderr
+
+    answer = run(tmp_path, "xad-run", "bundle-t", "The color of a strawberry is [MASK].", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)
+    assert run(tmp_path, "xad-parity", "bundle-t").returncode == 0
+    assert run(tmp_path, "xad-inspect", "bundle-t").returncode == 0
