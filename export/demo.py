@@ -12,11 +12,11 @@ import click
 from rich.table import Table
 
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
 from xadapter_export.cli.command import make_console
 from xadapter_export.model.builtin import builtin_folder
 
-_TITLES = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}
+_TITLES: dict[ExpertSet, str] = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}
 _COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 
 
@@ -38,7 +38,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
     objects = [json.loads(line) for line in lines]
     questions = [(entry, sentence) for entry in objects for sentence in entry["sentences"]]
     texts = [sentence for _, sentence in questions]
-    said = {
+    said: dict[ExpertSet, list[str]] = {
         experts: [
             answers[0].token
             for answers in session.fill_mask(texts, top_k=1, candidates=_COLORS, experts=experts)
@@ -50,7 +50,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
             row = {
                 "text": sentence,
                 "color": entry["color"],
-                **{experts: said[experts][number] for experts in said},
+                **{str(experts): answers[number] for experts, answers in said.items()},
             }
             click.echo(json.dumps(row, ensure_ascii=False))
         return

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
 
 from xadapter_export import export
 from xadapter_export.bank import FeatureBank
@@ -91,16 +90,15 @@ def _bert_base() -> XAdapterModel:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     torch.manual_seed(0)
-    plm = BertForMaskedLM._from_config(BertConfig(), attn_implementation="sdpa")
-    special = {"pad": 0, "mask": tokenizer.token_to_id("[MASK]")}
-    frozen = FrozenPlm(plm, tokenizer, special, "random BERT-base")
+    plm = BertForMaskedLM(BertConfig())
+    frozen = FrozenPlm(plm, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
     return _with_random_plugin(frozen, random_clip(), layers=(8, 10))
 
 
 def _roberta() -> XAdapterModel:
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-    plm = RobertaForMaskedLM._from_config(config, attn_implementation="sdpa")
+    plm = RobertaForMaskedLM(config)
     frozen = FrozenPlm(plm, byte_tokenizer(), {"pad": 1, "mask": 4}, "random RoBERTa-base")
     return _with_random_plugin(frozen, random_clip(seed=1), layers=(10, 11))
 
@@ -115,9 +113,7 @@ def _minilm() -> XAdapterModel:
 
 def _with_random_plugin(plm: FrozenPlm, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
     config = XAdapterConfig(experts="vt", layers=layers, adapter_width=64, num_heads=4)
-    model: nn.Module = XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim))
-    assert isinstance(model, XAdapterModel)
-    return randomise_plugin(model)
+    return randomise_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
 
 
 CASES: dict[str, Callable[[], XAdapterModel]] = {

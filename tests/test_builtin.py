@@ -15,7 +15,7 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import prove_bundle
 
-COLORS = "black blue brown green grey orange pink purple red white yellow".split()
+COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 BIN = Path(sys.executable).parent
 
 
@@ -42,7 +42,12 @@ def size_bytes(folder: Path) -> int:
 
 def test_it_is_small_and_whole_and_has_its_notices(model: XAdapterModel) -> None:
     assert size_bytes(builtin_folder()) <= 12_000_000
-    assert {path.suffix for path in builtin_folder().rglob("*") if path.is_file()} <= {".json", ".jsonl", ".safetensors", ".md"}
+    assert {path.suffix for path in builtin_folder().rglob("*") if path.is_file()} <= {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".md",
+    }
     assert model.config.experts == "vt"
     notice = (builtin_folder() / "NOTICE.md").read_text(encoding="utf-8")
     assert all(name in notice for name in ("Noto", "Fluent", "CoDa", "Apache-2.0", "MIT"))
@@ -68,7 +73,9 @@ def test_exported_graphs_give_the_answers_of_pytorch(
         answers = session.fill_mask(texts, candidates=COLORS, top_k=1, experts=experts)
         said = [answer[0].token for answer in answers]
         assert said == expected
-        share_right[experts] = sum(a == color for a, (_, color) in zip(said, questions, strict=True)) / len(said)
+        share_right[experts] = sum(a == color for a, (_, color) in zip(said, questions, strict=True)) / len(
+            said
+        )
     assert share_right["v"] > share_right["none"] + 0.25
     assert share_right["t"] > share_right["none"]
 
@@ -81,14 +88,22 @@ def test_it_answers_from_the_pictures_of_what_is_asked(result: ExportResult) -> 
         assert session.fill_mask(question)[0].token == color
 
 
-def test_four_sets_cost_little_more_than_one(model: XAdapterModel, result: ExportResult, tmp_path: Path) -> None:
+def test_four_sets_cost_little_more_than_one(
+    model: XAdapterModel, result: ExportResult, tmp_path: Path
+) -> None:
     alone = export(model, tmp_path / "vt", "vt")
     assert size_bytes(result.folder) <= 1.02 * size_bytes(alone.folder)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Die Farbe der Äpfel ist [MASK].", "Το χρώμα [MASK].", "Цвет травы [MASK].", "naïve café [MASK]", "12 + 30 = [MASK]!?"],
+    [
+        "Die Farbe der Äpfel ist [MASK].",
+        "Το χρώμα [MASK].",
+        "Цвет травы [MASK].",
+        "naïve café [MASK]",
+        "12 + 30 = [MASK]!?",
+    ],
 )
 def test_both_tokenizers_read_any_letters(text: str, result: ExportResult, model: XAdapterModel) -> None:
     unknown = model.plm.tokenizer.token_to_id("[UNK]")

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import torch
 from tests.tiny_checkpoint import TEXTS, VOCAB_SIZE, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
@@ -22,11 +24,12 @@ from xadapter_export.errors import (
     UnsupportedError,
 )
 from xadapter_export.exporters import pack, pipeline
+from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.parity import prove_bundle
 
-SETS = ("vt", "v", "t", "none")
+SETS: tuple[ExpertSet, ...] = ("vt", "v", "t", "none")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def result(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> Ex
     return export(model, tmp_path_factory.mktemp("export") / "bundle", SETS)
 
 
-def graphs(folder: Path) -> Iterator[tuple[str, onnx.ModelProto]]:
+def graphs(folder: Path) -> Iterator[tuple[ExpertSet, onnx.ModelProto]]:
     for variant in read_bundle(folder).manifest.variants:
         yield variant.expert_set, onnx.load(folder / variant.file, load_external_data=False)
 
@@ -53,7 +56,7 @@ def test_every_graph_is_standard_onnx_of_the_asked_opset(result: ExportResult) -
     for expert_set, graph in graphs(result.folder):
         assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 17)], expert_set
         assert {node.domain for node in graph.graph.node} == {""}
-        onnx.checker.check_model(result.folder / result.manifest.variant(expert_set).file, full_check=True)  # type: ignore[arg-type]  # a set of the manifest
+        onnx.checker.check_model(result.folder / result.manifest.variant(expert_set).file, full_check=True)
 
 
 def test_axes_are_named(result: ExportResult) -> None:
@@ -94,16 +97,17 @@ def test_switching_an_expert_off_changes_the_answer_by_far_more_than_the_toleran
     session = XAdapterSession.load(result.folder)
     inputs = {name: tensor.numpy() for name, tensor in model.encode(TEXTS).items()}
     logits = {
-        experts: session.run({k: inputs[k] for k in names(result, experts)}, experts=experts)["logits"]  # type: ignore[arg-type]  # a set of the manifest
+        experts: session.run({k: inputs[k] for k in names(result, experts)}, experts=experts)["logits"]
         for experts in SETS
     }
-    for a, b in (("vt", "v"), ("vt", "t"), ("v", "none"), ("t", "none")):
+    pairs: list[tuple[ExpertSet, ExpertSet]] = [("vt", "v"), ("vt", "t"), ("v", "none"), ("t", "none")]
+    for a, b in pairs:
         difference = np.abs(logits[a] - logits[b])
         assert (difference > 100 * (1e-4 + 1e-4 * np.abs(logits[b]))).any()
 
 
-def names(result: ExportResult, experts: str) -> list[str]:
-    return [spec.name for spec in result.manifest.expert_sets[experts].inputs]  # type: ignore[index]  # a set of the manifest
+def names(result: ExportResult, experts: ExpertSet) -> list[str]:
+    return [spec.name for spec in result.manifest.expert_sets[experts].inputs]
 
 
 def test_any_adapter_matrix_that_is_5_percent_off_fails(result: ExportResult, tmp_path: Path) -> None:
@@ -136,7 +140,8 @@ def test_inactive_parts_are_not_in_the_graph(
     assert not any(re.match(r"bank|adapters|clip", name) for name in found["none"])
     assert set(result.manifest.expert_sets["none"].component_parameters) == {"plm", "head"}
     alone = export(model, tmp_path / "none", "none").folder
-    assert not (alone / "clip_tokenizer.json").exists() and not (alone / "bank.jsonl").exists()
+    assert not (alone / "clip_tokenizer.json").exists()
+    assert not (alone / "bank.jsonl").exists()
     assert size_bytes(alone / "onnx") < size_bytes(result.folder / "onnx") / 2
 
 
@@ -151,7 +156,8 @@ def test_weights_of_all_sets_stand_once(result: ExportResult) -> None:
     spans = sorted({(int(o), int(o) + int(n)) for places in entries.values() for o, n in places})
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     shapes = [tuple(t.dims) for _, graph in graphs(result.folder) for t in graph.graph.initializer]
-    assert (40, 32) in shapes and (32, 40) not in shapes  # the decoder is the embedding table
+    assert (40, 32) in shapes
+    assert (32, 40) not in shapes  # the decoder is the embedding table
 
 
 def test_nothing_tells_where_it_was_made(result: ExportResult, model: XAdapterModel) -> None:
@@ -307,9 +313,9 @@ def test_unwritable_place(model: XAdapterModel, tmp_path: Path) -> None:
 def test_a_graph_that_is_wrong_is_rejected(
     model: XAdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class OffByFivePercent(pipeline.MergedModel):
-        def _contribution(self, *arguments: object) -> torch.Tensor:
-            return 1.05 * super()._contribution(*arguments)  # type: ignore[arg-type]
+    class OffByFivePercent(MergedModel):
+        def _contribution(self, *arguments: Any) -> torch.Tensor:
+            return 1.05 * super()._contribution(*arguments)
 
     monkeypatch.setattr(pipeline, "MergedModel", OffByFivePercent)
     with pytest.raises(ParityError, match=r"does not say what PyTorch said .* kept in .*bundle\.rejected"):

@@ -83,7 +83,9 @@ def test_retrieval_is_the_nearest_by_cosine(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     ids = model.encode(TEXTS)["clip_input_ids"]
     memory = model.memory(ids, "v")
-    assert model.clip is not None and memory.retrieved is not None and memory.retrieved_scores is not None
+    assert model.clip is not None
+    assert memory.retrieved is not None
+    assert memory.retrieved_scores is not None
     query = model.clip.pool(model.clip.token_states(ids), ids)
     cosines = torch.nn.functional.cosine_similarity(
         query[:, None], torch.from_numpy(make_bank().features)[None], dim=-1
@@ -100,7 +102,8 @@ def test_static_retrieval_needs_no_clip(tmp_path: Path) -> None:
     inputs = model.encode(TEXTS)
     assert "clip_input_ids" not in inputs
     output = model(**inputs)
-    assert output.memory.v is not None and output.memory.v.shape == (1, 30, 24)
+    assert output.memory.v is not None
+    assert output.memory.v.shape == (1, 30, 24)
     assert output.memory.retrieved is None
 
 
@@ -108,8 +111,11 @@ def test_only_the_plugin_is_trained(tmp_path: Path) -> None:
     model = make_model(tmp_path).train()
     before = model.frozen_parts()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all(name.startswith("adapters.") for name in trained)
-    assert not model.plm.training and model.clip is not None and not model.clip.training
+    assert trained
+    assert all(name.startswith("adapters.") for name in trained)
+    assert not model.plm.training
+    assert model.clip is not None
+    assert not model.clip.training
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(**model.encode(TEXTS)).logits.sum().backward()
     assert all(p.grad is not None for p in model.adapters.parameters())
@@ -135,7 +141,7 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     ]:
         config = XAdapterConfig.model_validate(settings)
         with pytest.raises(ConfigError, match=message):
-            XAdapterModel.create(plm, parts[0], config, parts[1])  # type: ignore[arg-type]  # a row of the table
+            XAdapterModel.create(plm, parts[0], config, parts[1])
     for settings, message in [
         ({"layers": (1,), "adapter_width": 10, "num_heads": 4}, "not a multiple of num_heads"),
         ({"layers": (2, 1)}, "must ascend"),

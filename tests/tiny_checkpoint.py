@@ -1,6 +1,8 @@
 """Parts small enough to build in a second: real PLMs of every family, a real text tower, a bank."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from transformers import (  # isort: skip  # cured by model.plm
 
 VOCAB_SIZE = 40  # more than the tokenizer has, as with real models
 N, D = 30, 24
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -42,7 +44,7 @@ _SHAPE = {
     "intermediate_size": 48,
     "pad_token_id": 0,
 }
-_DISTILBERT = {
+_DISTILBERT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "dim": 32,
     "n_layers": 3,
@@ -50,7 +52,7 @@ _DISTILBERT = {
     "hidden_dim": 48,
     "pad_token_id": 0,
 }
-FAMILIES = {
+FAMILIES: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForMaskedLM(BertConfig(**_SHAPE, max_position_embeddings=40)),
     "roberta": lambda: RobertaForMaskedLM(
         RobertaConfig(**_SHAPE, max_position_embeddings=41, type_vocab_size=1)
@@ -88,15 +90,22 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(settings)
 
 
-def make_clip(**settings: object) -> ClipTextTower:
+def make_clip(**settings: Any) -> ClipTextTower:
     torch.manual_seed(1)
     tokenizer: Tokenizer = build_clip_tokenizer(
         [("b", "a"), ("ba", "n"), ("a", "n"), ("ban", "an"), ("banan", "a</w>")]
     )
-    shape = {"embed_dim": D, "context_length": 32, "width": 16, "heads": 2, "layers": 2, **settings}
+    shape: dict[str, Any] = {
+        "embed_dim": D,
+        "context_length": 32,
+        "width": 16,
+        "heads": 2,
+        "layers": 2,
+        **settings,
+    }
     tower = ClipTextTower(
         ClipTextConfig(vocab_size=tokenizer.get_vocab_size(), **shape), tokenizer, "tiny-clip"
-    )  # type: ignore[arg-type]  # settings of a test
+    )
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
             if "ln_" not in name:

@@ -1,0 +1,1 @@
+"""Recipes that train: thin programs over the library, run as ``python -m train.<recipe>``."""

@@ -43,9 +43,9 @@ def cure_torchvision() -> bool:
         return False
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the failed import left half-initialised
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]  # torch
     for schema in _MISSING_SCHEMAS:
-        library.define(schema)
+        library.define(schema)  # type: ignore[no-untyped-call]  # torch
     _declared.append(library)
     importlib.import_module("torchvision")
     return True

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip  # type: ignore[import-untyped]
+import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from open_clip.tokenizer import SimpleTokenizer  # type: ignore[import-untyped]
+from open_clip.tokenizer import SimpleTokenizer
 from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import Tokenizer

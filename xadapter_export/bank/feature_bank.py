@@ -38,7 +38,8 @@ class FeatureBank:
             or not len(self.features)
         ):
             raise ShapeError(
-                f"bank features: expected (N, D) float16 or float32 with N > 0, got {self.features.shape} {self.features.dtype}"
+                "bank features: expected (N, D) float16 or float32 with N > 0, "
+                f"got {self.features.shape} {self.features.dtype}"
             )
         if len(self.pictures) != len(self.features):
             raise ShapeError(

@@ -36,10 +36,8 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     """Reads ``yellow,green,red``, or a file with one word per line."""
     if value is None:
         return None
-    if Path(value).is_file():
-        words = Path(value).read_text(encoding="utf-8").split("\n")
-    else:
-        words = value.split(",")
+    is_file = Path(value).is_file()
+    words = Path(value).read_text(encoding="utf-8").split("\n") if is_file else value.split(",")
     return [word.strip() for word in words if word.strip()]
 
 
@@ -148,7 +146,7 @@ def _progress(*, quiet: bool) -> "Iterator[OnStage]":
         return f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}"
 
     if quiet:
-        yield lambda stage, detail: None
+        yield lambda *_: None
     elif console.is_terminal:
         with console.status("starting") as status:
             yield lambda stage, detail: status.update(say(stage, detail))

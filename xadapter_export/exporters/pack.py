@@ -70,7 +70,7 @@ class SharedWeights:
                 offset,
                 len(data),
                 tensor.dtype,
-                shape=tensor.shape,
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=self.path.parent,
             )
@@ -230,8 +230,8 @@ def model_card(manifest: Manifest, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        f"An X-adapter bundle for {manifest.task}: a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads "
-        "a frozen CLIP through a trained plug-in, as ONNX graphs of standard operators, "
+        f"An X-adapter bundle for {manifest.task}: a frozen {manifest.plm.family} PLM ({manifest.plm.source}) "
+        "that reads a frozen CLIP through a trained plug-in, as ONNX graphs of standard operators, "
         f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
         "",
         "## Run",
@@ -252,8 +252,9 @@ def model_card(manifest: Manifest, name: str) -> str:
         proof = variant.parity
         measured = "-" if proof is None else f"{proof.max_abs:.1e}"
         rule = "-" if proof is None else f"{proof.atol:.0e} + {proof.rtol:.0e} x reference"
+        size = f"{variant.size_bytes / 1e6:.1f}"
         lines.append(
-            f"| {variant.expert_set} | `{variant.file}` | {variant.size_bytes / 1e6:.1f} | {total:,} | {measured} | {rule} |"
+            f"| {variant.expert_set} | `{variant.file}` | {size} | {total:,} | {measured} | {rule} |"
         )
     lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
     return "\n".join(lines)

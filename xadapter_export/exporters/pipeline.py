@@ -61,7 +61,7 @@ def export(
     candidates: Sequence[str] | None = None,
     max_seq: int | None = None,
     force: bool = False,
-    on_stage: OnStage = lambda stage, detail: None,
+    on_stage: OnStage = lambda *_: None,
 ) -> ExportResult:
     """Makes a proven bundle.
 

@@ -17,7 +17,25 @@ from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
 
-_WORDS = ["on", "a", "warm", "day", "the", "children", "saw", "one", "small", "animal", "near", "two", "old", "trees", "and", "a", "river"]
+_WORDS = [
+    "on",
+    "a",
+    "warm",
+    "day",
+    "the",
+    "children",
+    "saw",
+    "one",
+    "small",
+    "animal",
+    "near",
+    "two",
+    "old",
+    "trees",
+    "and",
+    "a",
+    "river",
+]
 
 
 def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dict[str, Array]]:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.folder import staged_folder
@@ -112,7 +112,8 @@ def _refuse_pickles(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}:
             raise CheckpointError(
-                f"checkpoint {folder}: {path.relative_to(folder)} is a pickle, which is refused; save weights as safetensors"
+                f"checkpoint {folder}: {path.relative_to(folder)} is a pickle, which is refused; "
+                "save weights as safetensors"
             )
 
 
@@ -168,8 +169,9 @@ def write_checkpoint(
 
 def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
     _check_lossless(dict(model.plm.model.state_dict()), dtype, "PLM")
-    model.plm.model.to(dtype).save_pretrained(folder)
-    model.plm.model.to(torch.float32)
+    nn.Module.to(model.plm.model, dtype)
+    model.plm.model.save_pretrained(folder)
+    nn.Module.to(model.plm.model, torch.float32)
     model.plm.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     mask = {"mask_token": model.text_encoder.mask_token} if model.text_encoder.mask_token else {}
     settings = {

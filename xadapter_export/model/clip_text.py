@@ -10,7 +10,7 @@ Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ _FIXED_SETTINGS = {
     "scale_fc": False,
 }  # fmt: skip
 _IGNORED_SETTINGS = {
-    "pad_id", "output_tokens", "tokenizer_mode", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config",
+    "pad_id", "output_tokens", "tokenizer_mode",
+    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config",
 }  # fmt: skip
 _PACKED = ("query", "key", "value")  # order in which open_clip packs them
 _SUPPORTED = "open_clip transformer text towers (ViT-B-32, ViT-B-16, ViT-L-14 and their like)"
@@ -235,7 +236,8 @@ class ClipTextTower(nn.Module):
         self.load_state_dict(own)
 
     def train(self, mode: bool = True) -> "ClipTextTower":
-        """Stays in evaluation mode."""
+        """Stays in evaluation mode, whatever ``mode`` asks: a frozen tower has no dropout."""
+        del mode
         return super().train(False)
 
     def end_position(self, clip_input_ids: Tensor) -> Tensor:
@@ -254,8 +256,8 @@ class ClipTextTower(nn.Module):
         length = clip_input_ids.shape[1]
         positions = torch.arange(length, device=clip_input_ids.device)
         later = positions[None, :] > positions[:, None]  # (S, S)
-        causal_mask = torch.zeros(()).masked_fill(later, float("-inf"))  # one for all blocks
         x = self.token_embedding(clip_input_ids) + self.positional_embedding[:length]
+        causal_mask = x.new_zeros(()).masked_fill(later, float("-inf"))  # one for all blocks
         for block in cast(nn.ModuleList, self.transformer["resblocks"]):
             x = block(x, causal_mask)
         return self.ln_final(x)  # type: ignore[no-any-return]  # nn.Module call
@@ -296,9 +298,10 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
             f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). Save the weights as safetensors"
         )
     try:
-        model_cfg = json.loads(config_path.read_text(encoding="utf-8"))["model_cfg"]
+        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        model_cfg = settings.get("model_cfg", settings)  # open_clip's own model files have no wrapper
         weights = load_file(weights_path)
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})"
         ) from error
@@ -329,7 +332,8 @@ def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer
         return clip_tokenizer()
     if not path.is_file():
         raise CheckpointError(
-            f"CLIP {source}: vocabulary of {config.vocab_size} is not open_clip's {OPEN_CLIP_VOCAB_SIZE}; expected a {path.name}"
+            f"CLIP {source}: vocabulary of {config.vocab_size} is not open_clip's {OPEN_CLIP_VOCAB_SIZE}; "
+            f"expected a {path.name}"
         )
     tokenizer = Tokenizer.from_file(str(path))
     if tokenizer.get_vocab_size() > config.vocab_size:
@@ -343,7 +347,7 @@ def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer
 
 def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
     """Reads the text tower of a model that open_clip built; the shape is read off its modules."""
-    text = getattr(model, "text", model)
+    text: Any = getattr(model, "text", model)
     blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
     if (
         blocks is None
@@ -371,8 +375,8 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
         layers=len(blocks),
         mlp_ratio=blocks[0].mlp.c_fc.out_features / width,
         ls_init_value=None if isinstance(blocks[0].ls_1, nn.Identity) else 1.0,
-        pool_type=getattr(text, "pool_type", None) or getattr(model, "text_pool_type", "argmax"),
-        eos_id=getattr(text, "eos_id", None) or getattr(model, "text_eos_id", 2),
+        pool_type=str(getattr(text, "pool_type", None) or getattr(model, "text_pool_type", "argmax")),
+        eos_id=int(getattr(text, "eos_id", None) or getattr(model, "text_eos_id", None) or 2),
         proj_type="none" if projection is None else "linear",
         proj_bias=biased,
         quick_gelu=type(act).__name__ == "QuickGELU",

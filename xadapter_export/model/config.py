@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xadapter_export.bundle.manifest import Sha256, Task
 
-FORMAT_VERSION = 1
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,7 +84,7 @@ class BankPart(_Strict):
 class CheckpointRecord(_Strict):
     """The contents of ``xadapter.json``."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     config: XAdapterConfig
     plm: FrozenPart
     clip: FrozenPart | None

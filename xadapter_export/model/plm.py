@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
@@ -64,7 +65,7 @@ def _distilbert_transform(plm: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _submodule_transform(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda plm, hidden: plm.get_submodule(path)(hidden)  # type: ignore[no-any-return]  # nn.Module call
+    return lambda plm, hidden: plm.get_submodule(path)(hidden)
 
 
 FAMILIES = (
@@ -116,7 +117,7 @@ class FrozenPlm(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family_of(model.config)
-        self.model = model.eval().requires_grad_(False)
+        self.model = cast(PreTrainedModel, model.requires_grad_(False).train(False))
         self.source = source
         self.tokenizer = tokenizer
         self.special = special  # "mask" (absent where the PLM has none) and "pad" token ids
@@ -134,7 +135,8 @@ class FrozenPlm(nn.Module):
         self.has_token_type_ids = int(getattr(config, "type_vocab_size", 0)) > 1
 
     def train(self, mode: bool = True) -> "FrozenPlm":
-        """Stays in evaluation mode: a frozen PLM has no dropout."""
+        """Stays in evaluation mode, whatever ``mode`` asks: a frozen PLM has no dropout."""
+        del mode
         return super().train(False)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -159,8 +161,7 @@ class FrozenPlm(nn.Module):
 
     def layer(self, index: int, hidden: Tensor, additive_mask: Tensor) -> Tensor:
         """Runs one layer: ``(B, T, H) float32`` with the mask of ``additive_mask`` to the same shape."""
-        output = self.layers[index](hidden, additive_mask)
-        return output[0] if isinstance(output, tuple) else output
+        return self.layers[index](hidden, additive_mask)  # type: ignore[no-any-return]  # nn.Module call
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """MLM head: ``(..., H) float32`` to ``(..., V) float32``."""
@@ -190,6 +191,7 @@ def load_plm(
         source: Folder in ``save_pretrained`` layout, hub id, or a model (its tokenizer is then read from
             ``tokenizer_source`` or ``model.name_or_path``).
         task: ``fill-mask`` needs a PLM with a trained MLM head.
+        tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
     Raises:
         CheckpointError: If it cannot be found or read, holds a pickle instead of safetensors, has no MLM head

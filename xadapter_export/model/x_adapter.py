@@ -67,4 +67,7 @@ class XAdapterLayer(nn.Module):
         return self.attend(hidden, *self.project_memory(memory), memory_mask)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, R) -> (B, A, M, R/A)
+        batch, items, width = x.shape
+        return x.reshape(batch, items, self.num_heads, width // self.num_heads).transpose(
+            1, 2
+        )  # (B, A, M, R/A)

@@ -7,7 +7,7 @@ size, D CLIP embedding size, W CLIP text width, P masks per text, L labels.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
@@ -18,10 +18,13 @@ from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm, PreTrainedModel, additive_mask, load_plm
+from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
 from xadapter_export.model.weight_hash import weights_sha256
 from xadapter_export.model.x_adapter import XAdapterLayer
 from xadapter_export.runtime.text import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXPERTS: tuple[Expert, ...] = ("v", "t")
 
@@ -172,8 +175,8 @@ class XAdapterModel(nn.Module):
         ):
             if bank.features.shape[1] != clip.config.feature_dim:
                 raise ConfigError(
-                    f"bank features have width {bank.features.shape[1]}, CLIP {clip.source} has {clip.config.feature_dim}; "
-                    "build the bank with the same CLIP"
+                    f"bank features have width {bank.features.shape[1]}, "
+                    f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
                 )
             if config.retrieval.k > len(bank.features):
                 raise ConfigError(
@@ -183,7 +186,7 @@ class XAdapterModel(nn.Module):
     @classmethod
     def create(
         cls,
-        plm: str | Path | PreTrainedModel,
+        plm: "str | Path | PreTrainedModel",
         clip: str | Path | nn.Module | None,
         config: XAdapterConfig,
         bank: str | Path | FeatureBank | None = None,

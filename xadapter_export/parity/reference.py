@@ -5,6 +5,7 @@ columns of ``KEY`` stand ``KEY#columns``, their numbers, and ``KEY#shape``, the 
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def sample_reference(arrays: Mapping[str, Array]) -> dict[str, Array]:
         if key.endswith("/out/logits"):
             columns = np.append(columns, array.argmax(-1).ravel())
         columns = np.unique(columns)
-        sampled[key] = np.ascontiguousarray(array[..., columns])
+        sampled[key] = cast(Array, np.ascontiguousarray(array[..., columns]))
         sampled[f"{key}#columns"] = columns
         sampled[f"{key}#shape"] = np.array(array.shape, dtype=np.int64)
     return sampled
@@ -45,4 +46,4 @@ def take_columns(got: Array, reference: Mapping[str, Array], key: str) -> Array:
     """Takes, of a graph's output, the columns that the reference kept; an output of another shape stays whole."""
     if f"{key}#columns" not in reference or got.shape != tuple(reference[f"{key}#shape"]):
         return got
-    return np.ascontiguousarray(got[..., reference[f"{key}#columns"]])
+    return cast(Array, np.ascontiguousarray(got[..., reference[f"{key}#columns"]]))
