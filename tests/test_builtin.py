@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import onnx
 import pytest
 import torch
 
+from tests.perturbed import prove_with_each_matrix_off
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.manifest import EXPERT_SETS
+from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -42,12 +44,8 @@ def size_bytes(folder: Path) -> int:
 
 def test_it_is_small_and_whole_and_has_its_notices(model: XAdapterModel) -> None:
     assert size_bytes(builtin_folder()) <= 12_000_000
-    assert {path.suffix for path in builtin_folder().rglob("*") if path.is_file()} <= {
-        ".json",
-        ".jsonl",
-        ".safetensors",
-        ".md",
-    }
+    suffixes = {path.suffix for path in builtin_folder().rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".md"}
     assert model.config.experts == "vt"
     notice = (builtin_folder() / "NOTICE.md").read_text(encoding="utf-8")
     assert all(name in notice for name in ("Noto", "Fluent", "CoDa", "Apache-2.0", "MIT"))
@@ -56,6 +54,29 @@ def test_it_is_small_and_whole_and_has_its_notices(model: XAdapterModel) -> None
 def test_every_expert_set_is_proven(result: ExportResult) -> None:
     assert result.parity.passed
     assert {cell.expert_set for cell in result.parity.cells} == set(EXPERT_SETS)
+
+
+def test_any_adapter_matrix_that_is_5_percent_off_fails(result: ExportResult, tmp_path: Path) -> None:
+    outcomes = prove_with_each_matrix_off(Path(shutil.copytree(result.folder, tmp_path / "bundle")))
+    assert len(outcomes) == 2 * 2 * 4  # layers x experts x (query, key, value, out)
+    assert not any(outcomes.values()), outcomes
+
+
+def test_switching_an_expert_off_changes_the_answer_by_far_more_than_the_tolerance(
+    result: ExportResult,
+) -> None:
+    session = XAdapterSession.load(result.folder)
+
+    def logits(experts: ExpertSet) -> dict[str, float]:
+        answers = session.fill_mask(
+            "The color of a frog is [MASK].", candidates=COLORS, top_k=11, experts=experts
+        )
+        return {answer.token: answer.logit for answer in answers}
+
+    pairs: list[tuple[ExpertSet, ExpertSet]] = [("vt", "v"), ("vt", "t"), ("v", "none"), ("t", "none")]
+    for with_it, without in pairs:
+        a, b = logits(with_it), logits(without)
+        assert any(abs(a[color] - b[color]) > 100 * (1e-4 + 1e-4 * abs(b[color])) for color in COLORS)
 
 
 def test_exported_graphs_give_the_answers_of_pytorch(
@@ -73,9 +94,8 @@ def test_exported_graphs_give_the_answers_of_pytorch(
         answers = session.fill_mask(texts, candidates=COLORS, top_k=1, experts=experts)
         said = [answer[0].token for answer in answers]
         assert said == expected
-        share_right[experts] = sum(a == color for a, (_, color) in zip(said, questions, strict=True)) / len(
-            said
-        )
+        num_right = sum(a == color for a, (_, color) in zip(said, questions, strict=True))
+        share_right[experts] = num_right / len(said)
     assert share_right["v"] > share_right["none"] + 0.25
     assert share_right["t"] > share_right["none"]
 
@@ -114,9 +134,13 @@ def test_both_tokenizers_read_any_letters(text: str, result: ExportResult, model
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=folder, capture_output=True, text=True, check=False,
+        [str(BIN / command[0]), *command[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    )
 
 
 def test_the_commands_in_an_empty_folder(tmp_path: Path) -> None:

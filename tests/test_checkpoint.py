@@ -65,6 +65,14 @@ def test_saving_does_not_replace_what_is_no_checkpoint(model: XAdapterModel, tmp
     assert (tmp_path / "photos" / "cat.jpg").exists()
 
 
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -103,34 +111,70 @@ def _change_bank(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no record": (lambda f: (f / "xadapter.json").unlink(), CheckpointError, r"xadapter\.json is missing"),
-    "record no json": (lambda f: (f / "xadapter.json").write_text("{"), CheckpointError, r"xadapter\.json: .*JSON"),
-    "unknown key": (_change_record(lambda r: r.update(colour=1)), CheckpointError, "colour: Extra inputs are not"),
-    "other version": (_change_record(lambda r: r.update(format_version=2)), CheckpointError, "format_version"),
-    "no plug-in": (lambda f: (f / "xadapter.safetensors").unlink(), CheckpointError, "holds the trained plug-in"),
-    "truncated": (lambda f: _truncate(f / "xadapter.safetensors"), CheckpointError, "truncated or no safetensors"),
+    "no record": (_remove("xadapter.json"), CheckpointError, r"xadapter\.json is missing"),
+    "record no json": (_write("xadapter.json", "{"), CheckpointError, r"xadapter\.json: .*JSON"),
+    "unknown key": (
+        _change_record(lambda r: r.update(colour=1)),
+        CheckpointError,
+        "colour: Extra inputs are not permitted",
+    ),
+    "other version": (
+        _change_record(lambda r: r.update(format_version=2)),
+        CheckpointError,
+        "format_version",
+    ),
+    "no plug-in": (
+        _remove("xadapter.safetensors"),
+        CheckpointError,
+        r"xadapter\.safetensors is missing; it holds the trained plug-in",
+    ),
+    "truncated": (
+        lambda f: _truncate(f / "xadapter.safetensors"),
+        CheckpointError,
+        "truncated or no safetensors",
+    ),
     "tensor missing": (
-        _change_plugin(lambda t: t.pop("adapters.1.v.out.weight")), CheckpointError,
+        _change_plugin(lambda t: t.pop("adapters.1.v.out.weight")),
+        CheckpointError,
         r"adapters\.1\.v\.out\.weight expected \(32, 16\), got none",
     ),
     "tensor too many": (
-        _change_plugin(lambda t: t.update(extra=torch.zeros(1))), CheckpointError, "extra expected no such tensor",
+        _change_plugin(lambda t: t.update(extra=torch.zeros(1))),
+        CheckpointError,
+        "extra expected no such tensor",
     ),
     "not finite": (
-        _change_plugin(lambda t: t["adapters.1.v.out.weight"].fill_(float("nan"))), CheckpointError, "not finite",
+        _change_plugin(lambda t: t["adapters.1.v.out.weight"].fill_(float("nan"))),
+        CheckpointError,
+        "not finite",
     ),
-    "pickle": (lambda f: (f / "optimizer.pt").touch(), CheckpointError, r"optimizer\.pt is a pickle, which is refused"),
-    "no bank": (lambda f: (f / "bank.safetensors").unlink(), CheckpointError, r"bank\.safetensors is missing"),
+    "pickle": (
+        lambda f: (f / "optimizer.pt").touch(),
+        CheckpointError,
+        r"optimizer\.pt is a pickle, which is refused",
+    ),
+    "no bank": (_remove("bank.safetensors"), CheckpointError, r"bank\.safetensors is missing"),
     "captions short": (
-        lambda f: (f / "bank.jsonl").write_text('{"id": "1", "caption": "a"}\n'), CheckpointError,
+        _write("bank.jsonl", '{"id": "1", "caption": "a"}\n'),
+        CheckpointError,
         "wrong number of pictures",
     ),
-    "other bank": (_change_bank, HashMismatchError, "bank of checkpoint .* is not the one it was trained with"),
-    "other PLM": (_change_weight("plm/model.safetensors"), HashMismatchError, "PLM of checkpoint .* is not the one"),
-    "other CLIP": (
-        _change_weight("clip/open_clip_model.safetensors"), HashMismatchError, "CLIP of checkpoint .* is not the one",
+    "other bank": (
+        _change_bank,
+        HashMismatchError,
+        "bank of checkpoint .* is not the one it was trained with",
     ),
-}  # fmt: skip
+    "other PLM": (
+        _change_weight("plm/model.safetensors"),
+        HashMismatchError,
+        "PLM of checkpoint .* is not the one",
+    ),
+    "other CLIP": (
+        _change_weight("clip/open_clip_model.safetensors"),
+        HashMismatchError,
+        "CLIP of checkpoint .* is not the one",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -17,7 +17,7 @@ from xadapter_export.torchvision_cure import cure_torchvision
 cure_torchvision()
 
 import open_clip  # noqa: E402  # torchvision must be cured first
-from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
+from open_clip.tokenizer import SimpleTokenizer  # noqa: E402  # same
 
 SIMPLE = SimpleTokenizer()
 TEXT_CFG = {"width": 32, "heads": 2, "layers": 2, "vocab_size": 49408, "context_length": 77}
@@ -59,7 +59,7 @@ def test_features_and_token_states_are_those_of_open_clip(settings: dict[str, ob
         torch.testing.assert_close(tower.pool(states, ids), expected, rtol=1e-5, atol=1e-5)
         text = model.text if settings.get("custom") else model
         text.output_tokens = True  # type: ignore[union-attr]  # open_clip's switch
-        tokens = model.text(ids)[1] if settings.get("custom") else None  # type: ignore[operator]
+        tokens = model.text(ids)[1] if settings.get("custom") else None  # type: ignore[operator]  # same
     if tokens is not None:
         torch.testing.assert_close(states, tokens, rtol=1e-5, atol=1e-5)
 

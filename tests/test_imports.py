@@ -55,4 +55,4 @@ def test_public_names() -> None:
     assert xadapter_export.XAdapterSession.__name__ == "XAdapterSession"
     assert isinstance(xadapter_export.__version__, str)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        xadapter_export.nothing  # noqa: B018
+        xadapter_export.nothing  # noqa: B018  # reading it is what raises

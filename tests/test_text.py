@@ -186,7 +186,7 @@ def test_any_text_gives_arrays_within_the_limits(texts: list[str]) -> None:
     try:
         arrays = make_encoder(8, 6).encode(texts)
     except InputTextError as error:
-        assert "not valid Unicode" in str(error) or "too far apart" in str(error)  # noqa: PT017
+        assert "not valid Unicode" in str(error) or "too far apart" in str(error)  # noqa: PT017  # only some texts raise
         return
     assert arrays["input_ids"].shape[1] <= 8
     assert arrays["clip_input_ids"].shape[1] <= 6

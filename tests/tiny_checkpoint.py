@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def make_plm(family: str, folder: Path) -> PreTrainedModel:
-    """A PLM with weights large enough that every part of it shows in the logits; its tokenizer is in ``folder``."""
+    """A PLM with weights large enough that every part shows in the logits; its tokenizer is in ``folder``."""
     torch.manual_seed(0)
     model: PreTrainedModel = FAMILIES[family]().eval()
     with torch.no_grad():

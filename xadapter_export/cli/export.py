@@ -72,7 +72,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     "--candidates",
     callback=_read_candidates,
     metavar="WORDS|FILE",
-    help="Words that fill-mask chooses from, with commas or a file of one per line; the head is sliced to them.",
+    help="Words fill-mask chooses from, with commas or a file of one per line; the head is sliced to them.",
 )
 @click.option(
     "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
@@ -94,8 +94,9 @@ def export(
 ) -> None:
     """Turn a trained X-adapter into a proven bundle that runs without PyTorch.
 
-    CHECKPOINT is a folder or a hub id; without one, the built-in checkpoint is exported. Every graph is compared
-    with PyTorch before the bundle is put in its place; a bundle that fails is kept beside as NAME.rejected.
+    CHECKPOINT is a folder or a hub id; without one, the built-in checkpoint is exported. Every graph is
+    compared with PyTorch before the bundle is put in its place; a bundle that fails is kept beside as
+    NAME.rejected.
     """
     output = output or Path("bundle-" + "-".join(experts) if experts else "bundle")
     with _progress(quiet=quiet) as on_stage:
@@ -126,8 +127,9 @@ def _report(result: "ExportResult") -> None:
         if proof is None:
             continue
         console.print(
-            f"experts {variant.expert_set}: {result.folder.name}/{variant.file}, {variant.size_bytes / 1e6:.1f} MB, "
-            f"opset {manifest.opset}; parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
+            f"experts {variant.expert_set}: {result.folder.name}/{variant.file}, "
+            f"{variant.size_bytes / 1e6:.1f} MB, opset {manifest.opset}; "
+            f"parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
         )
     console.print(f"bundle: {result.folder}")
     if manifest.task == "fill-mask":

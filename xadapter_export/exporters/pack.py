@@ -1,4 +1,4 @@
-"""Writes the files of a bundle: graphs that share one file of weights, tokenizers, rows, manifest, model card."""
+"""Writes the files of a bundle: graphs that share one weight file, tokenizers, rows, manifest, model card."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def hide_taps(model: ir.Model, merged: MergedModel) -> None:
 
 
 def write_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph without what can be inferred again: names of nodes, types of weights and inner values."""
+    """Writes a graph without what can be inferred again: node names, types of weights and inner values."""
     for weight in model.graph.initializers.values():
         weight.shape = weight.type = None  # the tensor says both
     outputs = set(model.graph.outputs)
@@ -230,8 +230,9 @@ def model_card(manifest: Manifest, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        f"An X-adapter bundle for {manifest.task}: a frozen {manifest.plm.family} PLM ({manifest.plm.source}) "
-        "that reads a frozen CLIP through a trained plug-in, as ONNX graphs of standard operators, "
+        f"An X-adapter bundle for {manifest.task}: "
+        f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
+        "through a trained plug-in, as ONNX graphs of standard operators, "
         f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
         "",
         "## Run",

@@ -42,6 +42,10 @@ _TASKS: dict[Task, tuple[Task, ...]] = {
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
 
+def _say_nothing(stage: Stage, detail: str) -> None:
+    del stage, detail
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """A finished bundle: where it is, what it says of itself, and the proof."""
@@ -61,14 +65,14 @@ def export(
     candidates: Sequence[str] | None = None,
     max_seq: int | None = None,
     force: bool = False,
-    on_stage: OnStage = lambda *_: None,
+    on_stage: OnStage = _say_nothing,
 ) -> ExportResult:
     """Makes a proven bundle.
 
     Args:
         model: A model, a checkpoint folder, a hub id, or ``"builtin"`` for the checkpoint that is shipped.
         output: Folder of the bundle.
-        experts: Expert set or sets; the first is the bundle's default. None for all that the checkpoint holds.
+        experts: Expert set or sets; the first is the bundle's default. None for all the checkpoint holds.
         opset: ONNX opset, 17 to 21.
         task: What the graphs answer; the checkpoint's task if None.
         candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
@@ -173,10 +177,15 @@ def _build(
         size_bytes = (folder / path).stat().st_size + weight_bytes
         variants.append(
             Variant(
-                expert_set=expert_set, precision="fp32", target="onnx", file=path,
-                weight_files=(pack.WEIGHTS_FILE,), size_bytes=size_bytes, parity=None,
+                expert_set=expert_set,
+                precision="fp32",
+                target="onnx",
+                file=path,
+                weight_files=(pack.WEIGHTS_FILE,),
+                size_bytes=size_bytes,
+                parity=None,
             )
-        )  # fmt: skip
+        )
     weights.close()
     components = {component for spec in specs.values() for component in spec.component_parameters}
     retrieves = any(output.name == "retrieved" for spec in specs.values() for output in spec.outputs)

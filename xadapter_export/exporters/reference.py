@@ -1,7 +1,7 @@
 """What PyTorch says: inputs of every kind, and the trained model's own outputs for them.
 
-The reference comes from ``XAdapterModel``, not from the merged module that is traced, so an error of the merge
-fails the proof like one of the trace.
+The reference comes from ``XAdapterModel``, not from the merged module that is traced, so an error of the
+merge fails the proof like one of the trace.
 """
 
 import warnings
@@ -17,25 +17,7 @@ from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
 
-_WORDS = [
-    "on",
-    "a",
-    "warm",
-    "day",
-    "the",
-    "children",
-    "saw",
-    "one",
-    "small",
-    "animal",
-    "near",
-    "two",
-    "old",
-    "trees",
-    "and",
-    "a",
-    "river",
-]
+_FILLER = "on a warm day the children saw one small animal near two old trees and a river"
 
 
 def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dict[str, Array]]:
@@ -47,7 +29,8 @@ def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dic
     mask = (encoder.mask_token if with_masks else None) or "thing"
     typical = f"The color of a banana is {mask}."
     swapped = f"The color of a {mask} is banana."  # the same tokens, so that nothing is padded
-    longest = " ".join([mask, *(_WORDS * (encoder.max_seq // len(_WORDS) + 1))])
+    words = _FILLER.split()
+    longest = " ".join([mask, *(words * (encoder.max_seq // len(words) + 1))])
     two_masks = f"A {mask} {mask} grows in the garden in summer, and children like to eat its sweet fruit."
     cases = {
         "single_shortest": [mask],

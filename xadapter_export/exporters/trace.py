@@ -100,8 +100,8 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
 def _kept_whole(model: ir.Model) -> set[ir.Value | None]:
     """Weights of which no changed copy may be made.
 
-    These are the weights that more than one node reads, since a transposed copy of the embedding table would be a
-    second decoder in the file, and the bank, whose size the manifest tells.
+    These are the weights that more than one node reads, since a transposed copy of the embedding table would
+    be a second decoder in the file, and the bank, whose size the manifest tells.
     """
     return {
         v for v in model.graph.initializers.values() if len(v.uses()) > 1 or str(v.name).startswith("bank")

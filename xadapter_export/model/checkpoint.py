@@ -169,9 +169,11 @@ def write_checkpoint(
 
 def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
     _check_lossless(dict(model.plm.model.state_dict()), dtype, "PLM")
-    nn.Module.to(model.plm.model, dtype)
-    model.plm.model.save_pretrained(folder)
-    nn.Module.to(model.plm.model, torch.float32)
+    try:  # copies would not be tied any more, so the model itself is narrowed, and nothing is lost
+        nn.Module.to(model.plm.model, dtype)
+        model.plm.model.save_pretrained(folder)
+    finally:
+        nn.Module.to(model.plm.model, torch.float32)
     model.plm.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     mask = {"mask_token": model.text_encoder.mask_token} if model.text_encoder.mask_token else {}
     settings = {
@@ -225,5 +227,6 @@ def _check_lossless(state: dict[str, Tensor], dtype: torch.dtype, what: str) -> 
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     if weights_sha256(rounded) != weights_sha256(state):
         raise CheckpointError(
-            f"{what}: storing as {dtype} would change its weights; round them before training, or store float32"
+            f"{what}: storing as {dtype} would change its weights; "
+            "round them before training, or store float32"
         )

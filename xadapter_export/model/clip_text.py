@@ -1,8 +1,8 @@
 """CLIP's text tower, written for export: it reads the weights of any open_clip transformer text tower.
 
-open_clip's own blocks go through ``nn.MultiheadAttention``, which traces into hundreds of nodes; this tower has
-the same weights, gives the same features, and runs at the text's true length: attention is
-causal, so what follows end-of-text cannot change what stands before it.
+open_clip's own blocks go through ``nn.MultiheadAttention``, which traces into hundreds of nodes; this tower
+has the same weights, gives the same features, and runs at the text's true length: attention is causal, so
+what follows end-of-text cannot change what stands before it.
 
 Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 """
@@ -40,11 +40,16 @@ _FIXED_SETTINGS = {
     "scale_attn_inner": False,
     "scale_attn": False,
     "scale_fc": False,
-}  # fmt: skip
+}
 _IGNORED_SETTINGS = {
-    "pad_id", "output_tokens", "tokenizer_mode",
-    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config",
-}  # fmt: skip
+    "pad_id",
+    "output_tokens",
+    "tokenizer_mode",
+    "hf_model_pretrained",
+    "hf_proj_type",
+    "hf_pooler_type",
+    "hf_model_config",
+}
 _PACKED = ("query", "key", "value")  # order in which open_clip packs them
 _SUPPORTED = "open_clip transformer text towers (ViT-B-32, ViT-B-16, ViT-L-14 and their like)"
 
@@ -90,7 +95,8 @@ class ClipTextConfig:
 
         def refuse(setting: str, value: object) -> UnsupportedError:
             return UnsupportedError(
-                f"CLIP {source}: text tower with {setting}={value!r} is not supported; use one of {_SUPPORTED}"
+                f"CLIP {source}: text tower with {setting}={value!r} is not supported; "
+                f"use one of {_SUPPORTED}"
             )
 
         for name, only in _FIXED_SETTINGS.items():
@@ -252,7 +258,10 @@ class ClipTextTower(nn.Module):
         return positions[None, :] <= self.end_position(clip_input_ids)[:, None]
 
     def token_states(self, clip_input_ids: Tensor) -> Tensor:
-        """Token states after the final norm: ``(B, S) int64`` to ``(B, S, W) float32``; S at most the context."""
+        """Token states after the final norm: ``(B, S) int64`` to ``(B, S, W) float32``.
+
+        S is at most the context length.
+        """
         length = clip_input_ids.shape[1]
         positions = torch.arange(length, device=clip_input_ids.device)
         later = positions[None, :] > positions[:, None]  # (S, S)
@@ -291,11 +300,13 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
         raise CheckpointError(
-            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. Save it in open_clip's hub layout"
+            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. "
+            "Save it in open_clip's hub layout"
         )
     if not weights_path.is_file():
         raise CheckpointError(
-            f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). Save the weights as safetensors"
+            f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). "
+            "Save the weights as safetensors"
         )
     try:
         settings = json.loads(config_path.read_text(encoding="utf-8"))
@@ -338,7 +349,8 @@ def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer
     tokenizer = Tokenizer.from_file(str(path))
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise CheckpointError(
-            f"CLIP {source}: {path.name} has {tokenizer.get_vocab_size()} tokens, the tower {config.vocab_size}"
+            f"CLIP {source}: {path.name} has {tokenizer.get_vocab_size()} tokens, "
+            f"the tower {config.vocab_size}"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()

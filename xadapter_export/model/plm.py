@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402  # torchvision must be cured first
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402  # same
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,39 @@ def _submodule_transform(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
 
 FAMILIES = (
     PlmFamily(
-        "bert", ("bert",), "bert", "encoder.layer",
-        _submodule_transform("cls.predictions.transform"), "cls.predictions.decoder",
+        name="bert",
+        model_types=("bert",),
+        base="bert",
+        layers="encoder.layer",
+        mlm_transform=_submodule_transform("cls.predictions.transform"),
+        decoder="cls.predictions.decoder",
     ),
     PlmFamily(
-        "roberta", ("roberta", "xlm-roberta", "camembert"), "roberta", "encoder.layer",
-        _roberta_transform, "lm_head.decoder", counts_positions_after_padding=True,
+        name="roberta",
+        model_types=("roberta", "xlm-roberta", "camembert"),
+        base="roberta",
+        layers="encoder.layer",
+        mlm_transform=_roberta_transform,
+        decoder="lm_head.decoder",
+        counts_positions_after_padding=True,
     ),
     PlmFamily(
-        "electra", ("electra",), "electra", "encoder.layer",
-        _submodule_transform("generator_predictions"), "generator_lm_head",
+        name="electra",
+        model_types=("electra",),
+        base="electra",
+        layers="encoder.layer",
+        mlm_transform=_submodule_transform("generator_predictions"),
+        decoder="generator_lm_head",
     ),
     PlmFamily(
-        "distilbert", ("distilbert",), "distilbert", "transformer.layer",
-        _distilbert_transform, "vocab_projector",
+        name="distilbert",
+        model_types=("distilbert",),
+        base="distilbert",
+        layers="transformer.layer",
+        mlm_transform=_distilbert_transform,
+        decoder="vocab_projector",
     ),
-)  # fmt: skip
+)
 
 
 def family_of(config: PretrainedConfig) -> PlmFamily:
@@ -99,7 +116,8 @@ def family_of(config: PretrainedConfig) -> PlmFamily:
             return family
     known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     raise UnsupportedError(
-        f"PLM family {config.model_type!r} is not supported; known families: {known}. Use a PLM of one of these"
+        f"PLM family {config.model_type!r} is not supported; known families: {known}. "
+        "Use a PLM of one of these"
     )
 
 
@@ -224,15 +242,19 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
         auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
         with _no_progress_bar():
             model, info = auto.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+                source,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
                 output_loading_info=True,
-            )  # fmt: skip
+            )
     except UnsupportedError:
         raise
     except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{what} could not be loaded: {reason}. Expected a save_pretrained folder or a hub id that can be reached"
+            f"{what} could not be loaded: {reason}. "
+            "Expected a save_pretrained folder or a hub id that can be reached"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # not used here
     if missing:
@@ -264,7 +286,8 @@ def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:
     except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"tokenizer of PLM {source} could not be loaded: {reason}. Expected tokenizer.json beside the weights"
+            f"tokenizer of PLM {source} could not be loaded: {reason}. "
+            "Expected tokenizer.json beside the weights"
         ) from error
     backend = getattr(auto, "backend_tokenizer", None)
     if backend is None:

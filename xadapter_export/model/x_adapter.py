@@ -4,6 +4,7 @@ Dimensions: B batch, T PLM tokens, H hidden size, R adapter width, A attention h
 (K retrieved pictures, S CLIP tokens or the prototypes of a static bank), C memory width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,7 +68,5 @@ class XAdapterLayer(nn.Module):
         return self.attend(hidden, *self.project_memory(memory), memory_mask)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        batch, items, width = x.shape
-        return x.reshape(batch, items, self.num_heads, width // self.num_heads).transpose(
-            1, 2
-        )  # (B, A, M, R/A)
+        heads = torch.unflatten(x, -1, (self.num_heads, -1))  # (B, M, A, R/A)
+        return heads.transpose(1, 2)

@@ -87,7 +87,7 @@ class ClassificationHead(nn.Module):
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Sentence embedding: mean of ``(B, T, H)`` over real tokens of ``(B, T)``, length 1: ``(B, H) float32``."""
+    """Sentence embedding of length 1: mean of ``(B, T, H)`` over real tokens of ``(B, T)``: ``(B, H)``."""
     weights = attention_mask.to(hidden.dtype)[:, :, None]
     return unit_length((hidden * weights).sum(1) / weights.sum(1))
 
@@ -195,8 +195,8 @@ class XAdapterModel(nn.Module):
 
         Args:
             plm: Folder in ``save_pretrained`` layout, hub id, or transformers model.
-            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model; None for a static
-                bank without T-expert.
+            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model; None for a
+                static bank without T-expert.
             config: Shape and task of the plug-in.
             bank: Bank or folder of one; needed by the V-expert.
 
@@ -338,9 +338,10 @@ class XAdapterModel(nn.Module):
     def hidden_before(
         self, layer: int, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Frozen part below the first adapter: hidden states ``(B, T, H) float32`` that enter PLM layer ``layer``.
+        """Frozen part below the first adapter: the ``(B, T, H) float32`` that enters PLM layer ``layer``.
 
-        Depends on nothing that is trained if ``layer`` is at most ``config.layers[0]``: cache it while training.
+        Depends on nothing that is trained if ``layer`` is at most ``config.layers[0]``: cache it while
+        training.
         """
         hidden = self.plm.embed(input_ids, token_type_ids)
         mask = additive_mask(attention_mask)

@@ -1,7 +1,7 @@
 """How ``reference.npz`` stays small: of a large array only some columns of its last axis are kept.
 
-The exporter proves every number; what a bundle carries is enough to repeat the proof anywhere. Beside the kept
-columns of ``KEY`` stand ``KEY#columns``, their numbers, and ``KEY#shape``, the shape of the whole array.
+The exporter proves every number; what a bundle carries is enough to repeat the proof anywhere. Beside the
+kept columns of ``KEY`` stand ``KEY#columns``, their numbers, and ``KEY#shape``, the shape of the whole array.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def sample_reference(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def take_columns(got: Array, reference: Mapping[str, Array], key: str) -> Array:
-    """Takes, of a graph's output, the columns that the reference kept; an output of another shape stays whole."""
+    """Takes the columns that the reference kept of a graph's output; one of another shape stays whole."""
     if f"{key}#columns" not in reference or got.shape != tuple(reference[f"{key}#shape"]):
         return got
     return cast(Array, np.ascontiguousarray(got[..., reference[f"{key}#columns"]]))
