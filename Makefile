@@ -12,6 +12,7 @@ help: ## List the targets.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about a minute, or a few where PyTorch must be downloaded."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,report,dev]"

@@ -5,6 +5,8 @@ prints what each set answers beside what people say (CoDa).
 """
 
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,7 +89,9 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
         + f" (chance {1 / len(_COLORS):.1%}). Caveats: docs/results.md"
     )
     console.print(f"parity: passed in {len(result.parity.cells)} cells. bundle: {result.folder}")
-    console.print(f'try: xad-run {result.folder} "The color of a strawberry is [MASK]." --compare')
+    program = os.path.relpath(Path(sys.executable).parent / "xad-run")
+    bundle = os.path.relpath(result.folder)
+    console.print(f'try: {program} {bundle} "The color of a strawberry is [MASK]." --compare')
 
 
 if __name__ == "__main__":
