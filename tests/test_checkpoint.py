@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoint import TEXTS, make_bank, randomise_plugin, write_parts
-from xadapter_export.errors import CheckpointError, HashMismatchError, OutputExistsError, ShapeError
+from xadapter_export.errors import (
+    CheckpointError,
+    HashMismatchError,
+    OutputExistsError,
+    ShapeError,
+    UnsupportedError,
+)
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
@@ -105,12 +111,85 @@ def _change_weight(path: str) -> Callable[[Path], None]:
     return apply
 
 
+def _change_settings(path: str, *keys: str, value: object) -> Callable[[Path], None]:
+    """Sets ``keys`` deep inside a JSON file: something that no weight says."""
+
+    def apply(folder: Path) -> None:
+        settings = json.loads((folder / path).read_text())
+        inner = settings
+        for key in keys[:-1]:
+            inner = inner[key]
+        assert inner[keys[-1]] != value
+        inner[keys[-1]] = value
+        (folder / path).write_text(json.dumps(settings))
+
+    return apply
+
+
+def _reverse_captions(folder: Path) -> None:
+    lines = (folder / "bank.jsonl").read_text().splitlines(keepends=True)
+    (folder / "bank.jsonl").write_text("".join(reversed(lines)))
+
+
+def _remove_tokenizer(folder: Path) -> None:
+    for path in (folder / "plm").glob("tokenizer*"):
+        path.unlink()
+
+
 def _change_bank(folder: Path) -> None:
     features = load_file(folder / "bank.safetensors")["features"]
     save_file({"features": features.flip(0).contiguous()}, folder / "bank.safetensors")
 
 
+_PLM, _CLIP = "plm/config.json", "clip/open_clip_config.json"
 BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "other heads": (
+        _change_settings(_PLM, "num_attention_heads", value=2),
+        HashMismatchError,
+        "PLM of checkp",
+    ),
+    "other activation": (
+        _change_settings(_PLM, "hidden_act", value="relu"),
+        HashMismatchError,
+        "PLM of checkp",
+    ),
+    "other norm": (
+        _change_settings(_PLM, "layer_norm_eps", value=0.1),
+        HashMismatchError,
+        "PLM of checkpoint",
+    ),
+    "other CLIP activation": (
+        _change_settings(_CLIP, "model_cfg", "quick_gelu", value=True),
+        HashMismatchError,
+        "CLIP of checkpoint",
+    ),
+    "other CLIP heads": (
+        _change_settings(_CLIP, "model_cfg", "text_cfg", "heads", value=4),
+        HashMismatchError,
+        "CLIP of checkp",
+    ),
+    "impossible CLIP heads": (
+        _change_settings(_CLIP, "model_cfg", "text_cfg", "heads", value=5),
+        CheckpointError,
+        "not a multiple of heads",
+    ),
+    "CLIP width no number": (
+        _change_settings(_CLIP, "model_cfg", "text_cfg", "width", value="a"),
+        UnsupportedError,
+        "width: .*integer",
+    ),
+    "CLIP config no object": (
+        _write(_CLIP, '{"model_cfg": []}'),
+        CheckpointError,
+        "needs embed_dim and text_cfg",
+    ),
+    "CLIP tokenizer broken": (
+        _write("clip/tokenizer.json", "{"),
+        CheckpointError,
+        r"tokenizer\.json cannot be read",
+    ),
+    "other captions": (_reverse_captions, HashMismatchError, "bank of checkpoint"),
+    "no tokenizer": (_remove_tokenizer, CheckpointError, r"has no tokenizer; expected tokenizer\.json"),
     "no record": (_remove("xadapter.json"), CheckpointError, r"xadapter\.json is missing"),
     "record no json": (_write("xadapter.json", "{"), CheckpointError, r"xadapter\.json: .*JSON"),
     "unknown key": (
@@ -184,6 +263,17 @@ def test_broken_checkpoints_are_one_clear_line(case: str, saved: Path) -> None:
     with pytest.raises(error, match=message) as caught:
         XAdapterModel.from_pretrained(saved)
     assert "\n" not in str(caught.value)
+
+
+def test_no_code_of_a_checkpoint_is_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = saved / "ran"
+    (saved / "plm" / "evil.py").write_text(f"open({str(proof)!r}, 'w').close()\nclass EvilConfig: pass\n")
+    evil = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (saved / "plm" / "config.json").write_text(json.dumps(evil))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask, and be told yes
+    with pytest.raises(CheckpointError, match=r"PLM .* could not be loaded"):
+        XAdapterModel.from_pretrained(saved)
+    assert not proof.exists()
 
 
 def test_unknown_checkpoint(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from xadapter_export.cli.main import _COMMANDS, xad
 BANANA = "the color of a banana is [MASK]."
 
 
-def call(*arguments: object, stdin: str | None = None) -> Result:
+def call(*arguments: object, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(xad, [str(argument) for argument in arguments], input=stdin)
 
 
@@ -44,6 +44,20 @@ def test_run_reads_texts_from_stdin(tiny: Path) -> None:
     assert [reply["answers"][0]["token"] for reply in replies] == ["yellow", "red"]
     assert replies[1]["pictures"][0]["caption"] == "cherry"
     assert [reply["experts"] for reply in replies] == ["v", "v"]
+
+
+def test_run_reads_only_utf8_from_stdin(tiny: Path) -> None:
+    result = call("run", tiny, "-", stdin="a caf\xe9 is [MASK]\n".encode("latin-1"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: the texts on stdin are not UTF-8 (got 'utf-8' codec can't decode")
+    assert len(result.stderr.splitlines()) == 1
+    assert call("run", tiny, "-", stdin="a caf\xe9 is [MASK]\r\n".encode()).stdout.startswith("a caf\xe9 is")
+
+
+def test_run_does_not_mind_a_comma_too_many(tiny: Path) -> None:
+    result = call("run", tiny, BANANA, "--candidates", "red, yellow,", "--json")
+    answers = json.loads(result.stdout)["replies"][0]["answers"]
+    assert {answer["token"] for answer in answers} == {"red", "yellow"}
 
 
 def test_run_compares_the_expert_sets(tiny: Path) -> None:
@@ -80,6 +94,7 @@ def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str]
         (["{tiny}", "a lime"], 1, "Error: the text has no mask to fill: 'a lime'; write [MASK]"),
         (["{tiny}", ""], 1, "Error: a text is empty"),
         (["{tiny}", BANANA, "--candidates", "mauve"], 1, "Error: a candidate is not one token"),
+        (["{tiny}", BANANA, "--candidates", ","], 1, "Error: no candidate was given"),
         (["{tiny}", BANANA, "--provider", "CUDAExecutionProvider"], 1, "Error: the execution provider CUDA"),
         (["{tiny}", BANANA, "--pair", "x"], 1, "Error: --pair is for text-classification (got fill-mask)"),
         (["{tiny}"], 2, "Error: Missing argument 'TEXT...'"),

@@ -1,14 +1,22 @@
 import errno
+import json
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_bundle import rehash
+from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export.bundle import folder as folder_module
 from xadapter_export.bundle import read_bundle, staged_folder
-from xadapter_export.errors import BundleError, HashMismatchError, OutputExistsError, OutputWriteError
+from xadapter_export.bundle.pictures import read_pictures
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    HashMismatchError,
+    OutputExistsError,
+    OutputWriteError,
+)
 
 
 def write(path: Path, text: str = "new") -> None:
@@ -137,6 +145,122 @@ def test_an_unreadable_input_is_not_blamed_on_the_output(tmp_path: Path) -> None
         raise PermissionError(errno.EACCES, "denied", "/elsewhere/weights")
 
 
+def test_an_unreadable_input_beside_the_output_is_not_blamed_on_it(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="denied") as caught, staged_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "denied", str(tmp_path / "checkpoint/weights"))
+    assert not isinstance(caught.value, OutputWriteError)
+
+
+def test_a_missing_input_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-input"), staged_folder(tmp_path / "out"):
+        (tmp_path / "no-such-input").read_bytes()
+    assert names(tmp_path) == []
+
+
+def test_a_root_is_no_output() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"the output path is a root.*: /; add the name"),
+        staged_folder("/", force=True),
+    ):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nothing can be made")
+def test_a_place_where_no_folder_can_be_made() -> None:
+    with (
+        pytest.raises(
+            OutputWriteError, match=r"cannot be written: /proc/x/y \(got No such file.*choose a place"
+        ),
+        staged_folder("/proc/x/y"),
+    ):
+        pytest.fail("the block was entered")
+
+
+def test_an_output_that_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, message in (("a\0b", "null byte"), (str(tmp_path / "loop/out"), "loop")):
+        with pytest.raises(OutputWriteError, match=rf"cannot be written: .*{message}"), staged_folder(path):
+            pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize("name", ["rename", "mkdir"])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.EINVAL, errno.ELOOP])
+def test_any_error_of_making_and_moving_the_folder_is_about_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    def fail(path: Path, *_arguments: object, **_settings: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, name, fail)
+    with pytest.raises(OutputWriteError, match=rf"cannot be written: .*a/out \(got {os.strerror(number)}\)"):
+        write(tmp_path / "a" / "out")
+    monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
+def test_a_sync_that_fails_is_about_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputWriteError, match=rf"cannot be written: .*out \(got {os.strerror(errno.EIO)}\)"):
+        write(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_rejected_folder_that_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, _target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with (
+        pytest.raises(OutputWriteError, match=r"cannot be written: .*out\.rejected "),
+        staged_folder(tmp_path / "out") as staged,
+    ):
+        monkeypatch.setattr(Path, "rename", fail)
+        staged.keep_as_rejected()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "clip_tokenizer.json",
+        "bank.jsonl",
+        "reference.npz",
+        "parity.json",
+        "onnx/model.onnx",
+        "onnx/model_t.onnx_data",
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_that_the_manifest_does_not_list_is_refused(broken: Path, name: str, verify: bool) -> None:
+    (broken / "parity.json").touch()
+    rehash(broken)
+    read_bundle(broken, verify=verify)
+    files = json.loads((broken / "manifest.json").read_text("utf-8"))["files"]
+    del files[name]
+    rewrite_manifest(broken, files=files)
+    with pytest.raises(BundleError, match=rf"file.* lack|does not list a file.*: .*{name}") as caught:
+        read_bundle(broken, verify=verify)
+    assert name in str(caught.value)
+
+
+def test_a_manifest_that_lists_nothing_is_refused(broken: Path) -> None:
+    rewrite_manifest(broken, files={})
+    with pytest.raises(BundleError, match=r"does not list a file of the bundle.*: .*bank\.jsonl; copy or"):
+        read_bundle(broken)
+
+
+def test_what_a_bundle_may_do_without(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", sets=("none", "t"))
+    (folder / "reference.npz").unlink()
+    (folder / "bank.jsonl").unlink()
+    rehash(folder)
+    assert not {"config.json", "parity.json", "reference.npz", "bank.jsonl"} & set(
+        read_bundle(folder).manifest.files
+    )
+
+
 def test_a_whole_bundle_reads(tiny: Path) -> None:
     bundle = read_bundle(tiny)
     assert bundle.file("onnx/model.onnx") == tiny / "onnx" / "model.onnx"
@@ -200,6 +324,17 @@ def test_a_bank_list_that_does_not_fit(broken: Path, text: str, message: str) ->
     rehash(broken)
     with pytest.raises(BundleError, match=message):
         XAdapterSession.load(broken)
+
+
+def test_a_bank_list_that_cannot_be_read(broken: Path) -> None:
+    from xadapter_export.runtime.session import XAdapterSession
+
+    (broken / "bank.jsonl").write_bytes(b'{"id": "a", "caption": "caf\xe9"}\n' * 3)
+    rehash(broken)
+    with pytest.raises(BundleError, match=r"list of pictures cannot be read: .*bank\.jsonl.*can't decode"):
+        XAdapterSession.load(broken)
+    with pytest.raises(BundleError, match=r"list of pictures cannot be read: .*onnx.*Is a directory"):
+        read_pictures(broken / "onnx", num_pictures=3)
 
 
 def test_files_are_listed_without_the_manifest(tiny: Path) -> None:

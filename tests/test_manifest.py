@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_bundle import write_bundle
 from xadapter_export.bundle.manifest import Manifest
 from xadapter_export.errors import BundleError
 
@@ -40,13 +41,44 @@ def test_it_is_frozen(tiny: Path) -> None:
         ({"files": {"../../etc/passwd": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
         ({"files": {"C:/x": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
         ({"files": {"/x": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
-        ({"files": {"x": {"size_bytes": 1, "sha256": "0" * 64}}}, "variants name a file that files lacks"),
+        ({"files": {"x": {"size_bytes": 1, "sha256": "0" * 64}}}, r"that files lacks: onnx/model\.onnx, "),
+        ({"files": {"onnx/\0": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
+        ({"candidates": [{"word": "x", "token_id": 5}]}, "set none should give 1 logits, it gives 21"),
         ({"files": {"x": {"size_bytes": 1, "sha256": "zz"}}}, r"files.x.sha256: String should match"),
     ],
 )
 def test_a_wrong_key_is_named(tiny: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(json.dumps(fields(tiny) | change))
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "mask_token_id"])
+def test_special_tokens_lie_in_the_vocabulary(tiny: Path, key: str) -> None:
+    manifest = fields(tiny)
+    manifest["plm"][key] = 21
+    with pytest.raises(BundleError, match=rf"plm\.{key} is outside the vocabulary: 21 of 21"):
+        Manifest.from_json(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("task", "candidates", "wanted"),
+    [("fill-mask", None, 21), ("fill-mask", ("red", "green", "yellow"), 3), ("text-classification", None, 2)],
+)
+@pytest.mark.parametrize("axis", [1, 20, "vocab"])
+def test_there_is_a_logit_for_each_answer(
+    tmp_path: Path, task: str, candidates: tuple[str, ...] | None, wanted: int, axis: int | str
+) -> None:
+    manifest = fields(write_bundle(tmp_path / "b", task=task, candidates=candidates, sets=("none",)))
+    manifest["expert_sets"]["none"]["outputs"][0]["axes"][-1] = axis
+    with pytest.raises(BundleError, match=f"set none should give {wanted} logits, it gives {axis}\\)"):
+        Manifest.from_json(json.dumps(manifest))
+    manifest["expert_sets"]["none"]["outputs"] = []
+    with pytest.raises(BundleError, match=f"set none should give {wanted} logits, it gives none\\)"):
+        Manifest.from_json(json.dumps(manifest))
+
+
+def test_a_manifest_may_list_no_files_while_the_bundle_is_being_made(tiny: Path) -> None:
+    assert Manifest.model_validate_json(json.dumps(fields(tiny) | {"files": {}})).files == {}
 
 
 def test_a_missing_key_is_named(tiny: Path) -> None:

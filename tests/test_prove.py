@@ -129,6 +129,25 @@ def test_a_reference_with_no_case(broken: Path) -> None:
         prove_bundle(broken)
 
 
+def test_a_reference_that_lost_a_case(broken: Path) -> None:
+    def lose_a_case(arrays: dict[str, Any]) -> None:
+        for key in [key for key in arrays if key.startswith("batch_padded/")]:
+            del arrays[key]
+
+    change_reference(broken, lose_a_case)
+    with pytest.raises(
+        ParityError, match=r"lacks cases .*reference\.npz, set vt \(expected 25 cells, got 20\)"
+    ):
+        prove_bundle(broken, ["vt"])
+
+
+def test_a_bundle_without_a_proof_yet_is_compared_with_what_there_is(broken: Path) -> None:
+    variants = json.loads((broken / "manifest.json").read_text("utf-8"))["variants"]
+    rewrite_manifest(broken, variants=[variant | {"parity": None} for variant in variants])
+    change_reference(broken, lambda arrays: [arrays.pop(k) for k in list(arrays) if k[:6] != "single"])
+    assert len(prove_bundle(broken, ["vt"]).cells) == 15
+
+
 def test_a_reference_of_another_shape_is_a_failed_cell(broken: Path) -> None:
     def shorten(arrays: dict[str, Any]) -> None:
         arrays["batch_padded/none/out/logits"] = arrays["batch_padded/none/out/logits"][:, :1]

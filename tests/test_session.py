@@ -89,14 +89,22 @@ def test_a_bundle_exported_for_candidates(tmp_path: Path) -> None:
     [
         (["yellow", "bananas"], r"not one token of the language model: 'bananas' \(got banana \+ ##s\)"),
         (["mauve"], r"not one token .*'mauve' \(got \[UNK\]\)"),
-        ([" "], r"not one token .*\(got no token\)"),
+        ([" ", ""], "no candidate was given"),
+        ("red", r"the candidates are one string \(expected a list of words, got 'red'\); write \['red'\]"),
         ([], "no candidate was given"),
         (["red", "RED"], "two candidates are the same token: 'red', 'RED'"),
     ],
 )
-def test_bad_candidates(session: XAdapterSession, words: list[str], message: str) -> None:
+def test_bad_candidates(session: XAdapterSession, words: list[str] | str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         session.fill_mask(BANANA, candidates=words)
+
+
+def test_candidates_that_are_no_text(session: XAdapterSession) -> None:
+    with pytest.raises(InputTextError, match=r"a candidate is not a string: number 1 of 2 \(got int\)"):
+        session.fill_mask(BANANA, candidates=["red", 1])  # type: ignore[list-item]  # the mistake in question
+    with pytest.raises(InputTextError, match="a candidate is not valid Unicode: number 0 of 1"):
+        session.fill_mask(BANANA, candidates=["\udce9"])
 
 
 def test_byte_level_candidates_are_looked_up_inside_a_sentence() -> None:
@@ -107,6 +115,9 @@ def test_byte_level_candidates_are_looked_up_inside_a_sentence() -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert find_candidates(tokenizer, ["re"])[0].token_id == 4
+    assert len(find_candidates(tokenizer, ["", "re", " "])) == 1  # an empty word would be the space alone
+    with pytest.raises(ConfigError, match="no candidate was given"):
+        find_candidates(tokenizer, [""])
 
 
 def test_candidates_do_not_mind_the_tokenizers_own_padding() -> None:
@@ -222,6 +233,17 @@ def test_arrays_that_do_not_fit(
     inputs = session._clip_encoder.encode(BANANA) | changes
     with pytest.raises(ShapeError, match=message):
         session.run({name: array for name, array in inputs.items() if array is not None})
+
+
+def test_a_graph_that_cannot_compute_is_one_clear_error(session: XAdapterSession) -> None:
+    inputs = session._clip_encoder.encode(BANANA)
+    inputs["input_ids"] = inputs["input_ids"] + 1000
+    with pytest.raises(
+        BundleError, match=r"^onnxruntime cannot compute the graph: .*model_v\.onnx .*1002.*$"
+    ):
+        session.run(inputs)
+    with pytest.raises(BundleError, match=r"cannot compute the graph: .*model_v\.onnx .*no_such_output"):
+        session.run(session._clip_encoder.encode(BANANA), outputs=["no_such_output"])
 
 
 @pytest.mark.parametrize(

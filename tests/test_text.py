@@ -132,6 +132,67 @@ def test_a_long_clip_text_keeps_end_of_text() -> None:
     assert clip.tolist() == [[1, 7, 13, 13, 2], [1, 7, 2, 0, 0]]
 
 
+def clip_body(text: str, context: int, pair: str | None = None) -> list[int]:
+    """Return what CLIP reads of a text that is too long for it, without start and end."""
+    with pytest.warns(TruncationWarning, match="that CLIP can read"):
+        (ids,) = make_encoder(64, context).encode(text, pair)["clip_input_ids"].tolist()
+    assert (ids[0], ids[-1], len(ids)) == (1, 2, context)
+    return [int(i) for i in ids[1:-1]]
+
+
+def clip_ids(text: str) -> list[int]:
+    return list(clip_tokenizer().encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("the color of a lime is very very", "the color of a"),  # no mask: the beginning
+        ("the [MASK] color of a lime is", "the color of a"),  # the beginning holds it
+        ("the color of a banana is [MASK] .", "a banana is ."),  # the end
+        ("very very very lime is [MASK] and the color of", "lime is and the"),
+        ("very very very lime [MASK] is [MASK] and the color of", "very lime is and"),
+        ("lime very [MASK] very very very very very is [MASK] .", "lime very very very"),  # the first alone
+        ("the very very very very lime [MASK] is very very very very [MASK]", "very lime is very"),
+    ],
+)
+def test_clip_reads_where_the_mask_was(text: str, read: str) -> None:
+    assert clip_body(text, 6) == clip_ids(read)
+
+
+def test_clip_reads_where_the_mask_of_the_second_text_was() -> None:
+    assert clip_body("very very very very", 6, "a lime is [MASK] .") == clip_ids("a lime is .")
+
+
+filler = st.sampled_from(["the", "color", "of", "a", "banana", "cherry", "lime", "is", ".", "very", "and"])
+
+
+@pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
+@given(st.lists(filler, max_size=30), st.lists(filler, max_size=30), st.integers(0, 3), st.integers(2, 24))
+def test_clips_window_is_a_piece_of_the_text_with_both_neighbours_of_the_mask(
+    left: list[str], right: list[str], num_masks: int, context: int
+) -> None:
+    if not left and not num_masks:
+        left = ["a"]
+    text = " ".join([*left, *["[MASK]"] * num_masks, *right])
+    (row,) = make_encoder(128, context).encode(text)["clip_input_ids"].tolist()
+    whole = clip_tokenizer().encode(clip_text(text, "[MASK]")).ids
+    if len(whole) <= context:
+        assert row == whole
+        return
+    size = context - 2
+    assert (row[0], row[-1], len(row)) == (1, 2, context)
+    body, words = row[1:-1], whole[1:-1]
+    starts = [i for i in range(len(words) - size + 1) if words[i : i + size] == body]
+    assert starts
+    if num_masks == 0 or len(left) < size:
+        assert body == words[:size]
+    elif size > 1:
+        assert any(i < len(left) and (not right or len(left) < i + size) for i in starts)
+        middle = [i for i in starts if abs((len(left) - i) - (i + size - len(left))) <= 1]
+        assert middle or body == words[-size:]
+
+
 words_with_masks = st.lists(st.sampled_from(["very", "lime", "[MASK]"]), min_size=1, max_size=30)
 
 

@@ -25,7 +25,9 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from train.demo import clip, pictures, plm, plugin, results, shipping, text  # noqa: E402
 from train.demo.stages import Stages  # noqa: E402
 from xadapter_export.bank import FeatureBank  # noqa: E402
+from xadapter_export.bundle.folder import staged_folder  # noqa: E402
 from xadapter_export.bundle.pictures import Picture  # noqa: E402
+from xadapter_export.model.checkpoint import RECORD_NAME  # noqa: E402
 from xadapter_export.model.config import RetrievalConfig, XAdapterConfig  # noqa: E402
 from xadapter_export.model.x_adapter_model import XAdapterModel  # noqa: E402
 
@@ -160,8 +162,8 @@ def main() -> None:
     shipped_folder = run_split("shipped", shipped, seed)
 
     # What came of it
-    shutil.rmtree(options.output, ignore_errors=True)
-    shutil.copytree(shipped_folder / "checkpoint", options.output)
+    with staged_folder(options.output, force=True, marker=RECORD_NAME) as staged:
+        shutil.copytree(shipped_folder / "checkpoint", staged.path, dirs_exist_ok=True)
     splits = [results.from_json(json.loads((folder / "result.json").read_text())) for folder in folders]
     shipped_result = results.from_json(json.loads((shipped_folder / "result.json").read_text()))
     grids = (results.color_grid(shipped_result, splits), results.language_grid(splits), retrieval)

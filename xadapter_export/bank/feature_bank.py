@@ -54,8 +54,11 @@ class FeatureBank:
 
     @property
     def sha256(self) -> str:
-        """Hash of the rows as float32."""
-        return hashlib.sha256(np.ascontiguousarray(self.features, dtype=np.float32).data).hexdigest()
+        """Hash of the rows as float32, and of what each is called."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.features, dtype=np.float32).data)
+        for picture in self.pictures:
+            digest.update(f"{picture.id}\0{picture.caption}\0".encode())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Writes ``bank.safetensors`` and ``bank.jsonl`` into an existing folder."""
@@ -86,6 +89,6 @@ class FeatureBank:
         try:
             features = load_file(features_path)["features"]
             pictures = read_pictures(rows_path, num_pictures=len(features))
-        except (SafetensorError, KeyError, BundleError) as error:
+        except (OSError, SafetensorError, KeyError, BundleError) as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
         return cls(features, pictures)

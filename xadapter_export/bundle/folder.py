@@ -10,12 +10,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import FileEntry, Manifest
-from xadapter_export.errors import BundleError, HashMismatchError, OutputExistsError, OutputWriteError
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    HashMismatchError,
+    OutputExistsError,
+    OutputWriteError,
+    XAdapterError,
+)
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -24,6 +31,7 @@ BANK_NAME = "bank.jsonl"
 REFERENCE_NAME = "reference.npz"
 PARITY_NAME = "parity.json"
 
+# What an error raised inside the block must be to be about the output; see ``_concerns`` too.
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -68,10 +76,12 @@ class StagedFolder:
 
         Raises:
             OutputExistsError: If something of another kind is there.
+            OutputWriteError: If it cannot be moved there.
         """
         rejected = self.final.with_name(f"{self.final.name}.rejected")
-        _check_replaceable(rejected, self._marker, force=True)
-        _move_into_place(self.path, rejected)
+        with _blame_the_output(rejected):
+            _check_replaceable(rejected, self._marker, force=True)
+            _move_into_place(self.path, rejected)
         self.rejected = rejected
         return rejected
 
@@ -93,42 +103,77 @@ def staged_folder(
     Raises:
         OutputExistsError: If something is at ``final``, or, with ``force``, something of another kind.
         OutputWriteError: If the disk is full or the place cannot be written.
+        ConfigError: If ``final`` is a root, which has no name.
     """
-    final = Path(final).resolve()
+    final = _resolve(Path(final))
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     staged = StagedFolder(temporary, final, marker)
     made: list[Path] = []
     try:
-        _check_replaceable(final, marker, force=force)
-        made = [parent for parent in final.parents if not parent.exists()]
-        temporary.mkdir(parents=True)
-        yield staged
-        if staged.rejected is None:
-            _sync(temporary)
+        with _blame_the_output(final):
             _check_replaceable(final, marker, force=force)
-            _move_into_place(temporary, final)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE or not _concerns(error, final):
-            raise
-        raise OutputWriteError(
-            "the output cannot be written",
-            where=final,
-            got=error.strerror,
-            mend="free some space, or choose a place that you may write to",
-        ) from error
+            made = [parent for parent in final.parents if not parent.exists()]
+            temporary.mkdir(parents=True)
+        try:
+            yield staged
+        except OSError as error:
+            if isinstance(error, XAdapterError) or not _concerns(error, staged):
+                raise
+            raise _unwritable(error, final) from error
+        if staged.rejected is None:
+            with _blame_the_output(final):
+                _sync(temporary)
+                _check_replaceable(final, marker, force=force)
+                _move_into_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:  # innermost first; stays where it is no longer empty
-            if parent.is_dir() and not any(parent.iterdir()):
+        for parent in made:  # innermost first
+            with suppress(OSError):  # it was never made, or is no longer empty
                 parent.rmdir()
 
 
-def _concerns(error: OSError, final: Path) -> bool:
+def _resolve(final: Path) -> Path:
+    try:
+        resolved = final.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: a NUL
+        raise _unwritable(error, final) from error
+    if not resolved.name:
+        raise ConfigError(
+            "the output path is a root, not a folder of its own",
+            where=resolved,
+            mend="add the name of the folder to make",
+        )
+    return resolved
+
+
+@contextmanager
+def _blame_the_output(final: Path) -> Iterator[None]:
+    """Make of any error of the operating system one about the output; for our own calls only."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, XAdapterError):
+            raise
+        raise _unwritable(error, final) from error
+
+
+def _unwritable(error: Exception, final: Path) -> OutputWriteError:
+    return OutputWriteError(
+        "the output cannot be written",
+        where=final,
+        got=getattr(error, "strerror", None) or error,
+        mend="free some space, or choose a place that you may write to",
+    )
+
+
+def _concerns(error: OSError, staged: StagedFolder) -> bool:
     """Whether an error is about writing the folder, and not about some other file that was being read."""
+    if error.errno not in _UNWRITABLE:
+        return False
     if not isinstance(error.filename, str | bytes):
         return True
     path = Path(os.fsdecode(error.filename)).absolute()
-    return path.is_relative_to(final.parent) or final.is_relative_to(path)
+    return path.is_relative_to(staged.path) or staged.final.is_relative_to(path)
 
 
 def _check_replaceable(final: Path, marker: str, *, force: bool) -> None:
@@ -215,10 +260,12 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
 
     Args:
         folder: The bundle.
-        verify: Whether to compare every file's hash. Presence, place and size are always checked.
+        verify: Whether to compare every file's hash. Presence, place and size are always checked, and that
+            no file which is read later goes unlisted.
 
     Raises:
-        BundleError: If there is no bundle, its manifest is wrong, or a file is missing or cut short.
+        BundleError: If there is no bundle, its manifest is wrong, or a file is missing, cut short or not
+            listed.
         HashMismatchError: If a file is not the one that was recorded.
     """
     folder = Path(folder)
@@ -236,6 +283,13 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError("the manifest cannot be read", where=manifest_file, got=error) from error
     bundle = Bundle(folder, Manifest.from_json(text, where=str(manifest_file)))
+    unlisted = sorted(_files_to_list(bundle) - set(bundle.manifest.files))
+    if unlisted:
+        raise BundleError(
+            "the manifest does not list a file of the bundle, so its hash cannot be checked",
+            where=folder / unlisted[0],
+            mend="copy or export the bundle again",
+        )
     for relative, entry in bundle.manifest.files.items():
         path = bundle.file(relative)
         size = path.stat().st_size
@@ -256,3 +310,15 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
                 mend="copy or export the bundle again",
             )
     return bundle
+
+
+def _files_to_list(bundle: Bundle) -> set[str]:
+    """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
+    manifest = bundle.manifest
+    names = {path for variant in manifest.variants for path in (variant.file, *variant.weight_files)}
+    names.add(TOKENIZER_NAME)
+    if manifest.clip is not None:
+        names.add(CLIP_TOKENIZER_NAME)
+    if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):
+        names.add(BANK_NAME)
+    return names | {name for name in (REFERENCE_NAME, PARITY_NAME) if (bundle.folder / name).exists()}

@@ -25,7 +25,7 @@ EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
 def _inside(path: str) -> str:
     """Refuse a path that is not relative, or that leaves the folder on any operating system."""
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+    if not parts or path.startswith("/") or ".." in parts or any(char in path for char in "\\:\0"):
         raise ValueError("must be a relative path with forward slashes that stays inside the bundle")
     return path
 
@@ -152,7 +152,11 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """The contents of ``manifest.json``; ``files`` lists every file but the manifest itself."""
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        files: Every file but the manifest itself; empty only while the bundle is being made.
+    """
 
     format_version: Literal[1]
     created_with: dict[str, str]
@@ -183,7 +187,8 @@ class Manifest(_Strict):
         covered = {variant.expert_set for variant in self.variants}
         yield "variants and expert_sets do not name the same sets", covered != set(sets)
         named = {path for variant in self.variants for path in (variant.file, *variant.weight_files)}
-        yield "variants name a file that files lacks", bool(self.files) and not named <= set(self.files)
+        unlisted = sorted(named - set(self.files)) if self.files else []
+        yield f"variants name a file that files lacks: {', '.join(unlisted)}", bool(unlisted)
         inputs = {spec.name for item in sets.values() for spec in item.inputs}
         outputs = {spec.name for item in sets.values() for spec in item.outputs}
         yield "clip is null but a set takes clip_input_ids", self.clip is None and "clip_input_ids" in inputs
@@ -195,6 +200,21 @@ class Manifest(_Strict):
         yield "candidates go only with fill-mask", self.candidates is not None and self.task != "fill-mask"
         too_big = [c.word for c in self.candidates or () if c.token_id >= self.plm.vocab_size]
         yield f"candidates outside the vocabulary: {too_big}", bool(too_big)
+        for key in ("pad_token_id", "mask_token_id"):
+            token_id, size = getattr(self.plm, key), self.plm.vocab_size
+            wrong = token_id is not None and token_id >= size
+            yield f"plm.{key} is outside the vocabulary: {token_id} of {size}", wrong
+        for name, spec in sets.items() if self.task != "feature-extraction" else ():
+            wanted = self._num_logits()
+            got = [tensor.axes[-1:] for tensor in spec.outputs if tensor.name == "logits"]
+            found = ", ".join(map(str, got[0])) if got else "none"
+            yield f"set {name} should give {wanted} logits, it gives {found}", got != [(wanted,)]
+
+    def _num_logits(self) -> int:
+        """Return how many logits a mask, or a text, gets."""
+        if self.labels is not None:
+            return len(self.labels)
+        return self.plm.vocab_size if self.candidates is None else len(self.candidates)
 
     def variant(self, expert_set: ExpertSet) -> Variant:
         """Return the variant to run for an expert set.

@@ -22,9 +22,13 @@ def read_pictures(path: Path, *, num_pictures: int) -> tuple[Picture, ...]:
     """Read the pictures of a bank, in the order of its rows.
 
     Raises:
-        BundleError: If a line is not a picture, or there are not ``num_pictures`` of them.
+        BundleError: If the file cannot be read, a line is not a picture, or there are not ``num_pictures``.
     """
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError("the list of pictures cannot be read", where=path, got=error) from error
+    lines = text.removesuffix("\n").split("\n")
     if len(lines) != num_pictures:
         raise BundleError("wrong number of pictures", where=path, expected=num_pictures, got=len(lines))
     pictures = []

@@ -2,9 +2,14 @@
 
 import importlib
 import json
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
+from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
 EXPERT_SETS: Final = ("none", "v", "t", "vt")
 WIDE_COLUMNS = 200
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+TERMINATED = 143  # and for one that SIGTERM ended
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -42,7 +48,10 @@ class XadCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; see the class."""
-        with warnings.catch_warnings():
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter is no reason to fail
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        with warnings.catch_warnings(), _stopped_by_sigterm():
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
@@ -50,11 +59,30 @@ class XadCommand(click.Command):
                 if ctx.meta.get("xad.debug"):
                     raise
                 raise click.ClickException(str(error)) from error
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
                 if ctx.meta.get("xad.debug"):
                     raise
                 click.echo(f"{ctx.command_path}: stopped", err=True)
-                ctx.exit(INTERRUPTED)
+                ctx.exit(TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: what Ctrl-C cleans up must be cleaned up too."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LazyGroup(click.Group):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.cli.command import (
     EXPERT_SETS,
     XadCommand,
@@ -16,7 +17,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_json,
 )
-from xadapter_export.errors import import_extra
+from xadapter_export.errors import UnsupportedError, import_extra
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Task
@@ -26,9 +27,10 @@ TASKS = ("fill-mask", "text-classification", "feature-extraction")
 
 
 def _check_opset(_ctx: click.Context, _param: click.Parameter, opset: int) -> int:
-    if not 17 <= opset <= 21:
-        why = "LayerNormalization became standard in 17" if opset < 17 else "nothing above 21 has been proven"
-        raise click.BadParameter(f"{opset} is not from 17 to 21: {why}.")
+    try:
+        check_opset(opset)
+    except UnsupportedError as error:
+        raise click.BadParameter(str(error)) from error
     return opset
 
 
@@ -36,8 +38,15 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     """Reads ``yellow,green,red``, or a file with one word per line."""
     if value is None:
         return None
-    is_file = Path(value).is_file()
-    words = Path(value).read_text(encoding="utf-8").split("\n") if is_file else value.split(",")
+    path = Path(value)
+    try:
+        words = path.read_text(encoding="utf-8").split("\n") if path.is_file() else value.split(",")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{value} is not a UTF-8 text file with one word per line.") from error
+    except OSError:  # a list of words that is too long for a file name, or a file that cannot be read
+        words = value.split(",")
+    if words == [value] and (path.suffix or len(path.parts) > 1):
+        raise click.BadParameter(f"there is no readable file {value}; give words with commas, or a file.")
     return [word.strip() for word in words if word.strip()]
 
 
@@ -78,7 +87,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
-@click.option("--quiet", is_flag=True, help="No progress; errors only.")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @json_option
 def export(
     checkpoint: str,

@@ -16,7 +16,7 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
-from xadapter_export.errors import UnsupportedError
+from xadapter_export.errors import InputTextError, UnsupportedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,18 @@ class Reply:
 
 
 def _read_stdin() -> list[str]:
-    return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    """Return the lines of stdin that are not blank; UTF-8 whatever the locale says.
+
+    Raises:
+        InputTextError: If they are not UTF-8.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputTextError(
+            "the texts on stdin are not UTF-8", got=error, mend="convert them, with iconv -t UTF-8 say"
+        ) from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _ask(

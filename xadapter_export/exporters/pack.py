@@ -25,7 +25,7 @@ from xadapter_export.bundle.manifest import (
 )
 from xadapter_export.exporters.check import component_parameters
 from xadapter_export.exporters.merge import MergedModel, tap_name
-from xadapter_export.model.weight_hash import weights_sha256
+from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 WEIGHTS_FILE = "onnx/model.onnx_data"
@@ -183,7 +183,8 @@ def make_manifest(
         format_version=1,
         created_with={package: _version(package) for package in packages},
         checkpoint=CheckpointIdentity(
-            source=public_name(source), sha256=weights_sha256(model.trained_state())
+            source=public_name(source),
+            sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
         ),
         task=task,
         labels=model.config.labels if task == "text-classification" else None,
@@ -208,13 +209,6 @@ def make_manifest(
         variants=variants,
         files={},
     )
-
-
-def public_name(source: str) -> str:
-    """A hub id as it is; of a path only the last part, so that nothing published tells of this machine."""
-    path = Path(source)
-    is_path = path.is_absolute() or path.exists() or source.startswith((".", "~")) or source.count("/") > 1
-    return path.name if is_path else source
 
 
 def _version(package: str) -> str:

@@ -18,12 +18,13 @@ from xadapter_export.bundle.folder import (
 )
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.check import check_graph
 from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
-from xadapter_export.exporters.trace import check_opset, trace
+from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
@@ -96,7 +97,13 @@ def export(
         else:
             source = type(model).__name__
         plan = _plan(model, experts, task, candidates, max_seq)
-        manifest, report = _build(model.eval(), source, plan, opset, staged.path, staged.final.name, on_stage)
+        was_training = model.training
+        try:
+            manifest, report = _build(
+                model.eval(), source, plan, opset, staged.path, staged.final.name, on_stage
+            )
+        finally:
+            model.train(was_training)
         if not report.passed:
             rejected = staged.keep_as_rejected()
             try:

@@ -18,10 +18,10 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor
 
+from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.exporters.merge import MergedModel, tap_name
 
-MIN_OPSET, MAX_OPSET = 17, 21
 _LOWEST_TRACED = 18  # torch.onnx writes from here on; 17 is converted from it
 
 _AXES = {"clip_input_ids": ("batch", "clip_seq"), "mask_positions": ("batch", "masks")}
@@ -31,21 +31,6 @@ _TOKEN_AXES = ("batch", "seq")
 def input_axes(name: str) -> tuple[str, str]:
     """Names of the two axes of a graph input."""
     return _AXES.get(name, _TOKEN_AXES)
-
-
-def check_opset(opset: int) -> None:
-    """Refuses an opset that cannot be written.
-
-    Raises:
-        UnsupportedError: If it is outside 17 to 21.
-    """
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        why = (
-            "LayerNormalization is standard only since 17"
-            if opset < MIN_OPSET
-            else "the converter and the runtimes have been proven up to 21"
-        )
-        raise UnsupportedError(f"opset {opset} is not supported: expected {MIN_OPSET} to {MAX_OPSET}, {why}")
 
 
 def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq: int) -> ir.Model:

@@ -21,13 +21,13 @@ from xadapter_export.model.clip_text import (
     load_clip,
 )
 from xadapter_export.model.config import BankPart, CheckpointRecord, FrozenPart
+from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.plm import load_plm
-from xadapter_export.model.weight_hash import weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 RECORD_NAME = "xadapter.json"
 PLUGIN_NAME = "xadapter.safetensors"
-_FILES = ("*.json", "*.jsonl", "*.safetensors", "plm/*", "clip/*")
+_FILES = ("*.json", "*.jsonl", "*.safetensors")  # hub patterns reach into folders; no code, no pickles
 
 
 def read_record(folder: Path) -> CheckpointRecord:
@@ -151,6 +151,9 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint; see ``XAdapterModel.save_pretrained``."""
     plm, clip, bank = model.frozen_parts()
+    if self_contained:  # then nobody needs to find the parts where they were
+        plm = plm.model_copy(update={"source": public_name(plm.source)})
+        clip = clip and clip.model_copy(update={"source": public_name(clip.source)})
     record = CheckpointRecord(config=model.config, plm=plm, clip=clip, bank=bank, training=training)
     with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
         staging = staged.path

@@ -8,17 +8,19 @@ Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from xadapter_export.bundle.manifest import describe
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
 
@@ -54,7 +56,7 @@ _PACKED = ("query", "key", "value")  # order in which open_clip packs them
 _SUPPORTED = "open_clip transformer text towers (ViT-B-32, ViT-B-16, ViT-L-14 and their like)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ClipTextConfig:
     """Shape of a text tower, in open_clip's words (``text_cfg``).
 
@@ -86,12 +88,12 @@ class ClipTextConfig:
             UnsupportedError: If it describes a tower of another kind (HF text encoder, SigLIP, CoCa).
             CheckpointError: If it is no open_clip configuration.
         """
-        text_cfg = model_cfg.get("text_cfg")
-        if not isinstance(text_cfg, dict) or not isinstance(model_cfg.get("embed_dim"), int):
+        settings = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
+        if not isinstance(settings, dict) or not isinstance(model_cfg.get("embed_dim"), int):
             raise CheckpointError(
                 f"CLIP {source}: model_cfg needs embed_dim and text_cfg, as open_clip writes them"
             )
-        settings = dict(text_cfg)
+        settings = dict(settings)
 
         def refuse(setting: str, value: object) -> UnsupportedError:
             return UnsupportedError(
@@ -113,17 +115,22 @@ class ClipTextConfig:
         act, norm = settings.pop("act_kwargs", None) or {}, settings.pop("norm_kwargs", None) or {}
         settings = {name: value for name, value in settings.items() if name not in _IGNORED_SETTINGS}
         try:
-            return cls(
+            config = cls(
                 embed_dim=cast(int, model_cfg["embed_dim"]),
                 quick_gelu=bool(model_cfg.get("quick_gelu", False)),
                 gelu_approximate=act.get("approximate", "none"),
                 norm_eps=norm.get("eps", 1e-5),
                 **settings,
             )
-        except TypeError as error:
+        except ValidationError as error:
             raise UnsupportedError(
-                f"CLIP {source}: text_cfg has a setting that is not known ({error})"
+                f"CLIP {source}: text_cfg has a setting that is not known: {describe(error)}"
             ) from error
+        if config.heads < 1 or config.width % config.heads:
+            raise CheckpointError(
+                f"CLIP {source}: text width {config.width} is not a multiple of heads {config.heads}"
+            )
+        return config
 
     @property
     def feature_dim(self) -> int:
@@ -164,7 +171,7 @@ class _LayerScale(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        width, inner = config.width, int(config.width * config.mlp_ratio)
+        width, inner = config.width, round(config.width * config.mlp_ratio)
         scaled = config.ls_init_value is not None
         self.ln_1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = _Attention(config)
@@ -210,6 +217,12 @@ class ClipTextTower(nn.Module):
         elif config.proj_type == "linear":
             self.text_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))
         self.eval().requires_grad_(False)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Settings that belong to the identity of the tower: what its weights do not say."""
+        names = ("heads", "pool_type", "eos_id", "quick_gelu", "gelu_approximate", "norm_eps")
+        return {name: getattr(self.config, name) for name in names}
 
     @property
     def end_token_id(self) -> int:
@@ -346,7 +359,10 @@ def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer
             f"CLIP {source}: vocabulary of {config.vocab_size} is not open_clip's {OPEN_CLIP_VOCAB_SIZE}; "
             f"expected a {path.name}"
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise CheckpointError(f"CLIP {source}: {path.name} cannot be read ({error})") from error
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise CheckpointError(
             f"CLIP {source}: {path.name} has {tokenizer.get_vocab_size()} tokens, "
@@ -388,7 +404,7 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
         mlp_ratio=blocks[0].mlp.c_fc.out_features / width,
         ls_init_value=None if isinstance(blocks[0].ls_1, nn.Identity) else 1.0,
         pool_type=str(getattr(text, "pool_type", None) or getattr(model, "text_pool_type", "argmax")),
-        eos_id=int(getattr(text, "eos_id", None) or getattr(model, "text_eos_id", None) or 2),
+        eos_id=int(getattr(text, "eos_id", getattr(model, "text_eos_id", 2))),
         proj_type="none" if projection is None else "linear",
         proj_bias=biased,
         quick_gelu=type(act).__name__ == "QuickGELU",

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from xadapter_export.errors import import_extra
+from xadapter_export.errors import MissingExtraError
 
 START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
 OPEN_CLIP_VOCAB_SIZE = 49408
 _NUM_MERGES = OPEN_CLIP_VOCAB_SIZE - 2 * 256 - 2
-_SPACE = r"[\s\x1c-\x1f\x85]+"  # what Python's str.split splits at
+_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]"
+_SINGLE_QUOTES, _DOUBLE_QUOTES = "[\u02bc\u2018-\u201b]", "[\u201c-\u201f]"
+_LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}
+_SPACE = r"[\s\x85]+"  # what Python's str.split splits at
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -24,14 +27,16 @@ def clip_tokenizer() -> Tokenizer:
         Ids with start and end of text added, neither padded nor cut.
 
     Source:
-        ``SimpleTokenizer`` of open_clip 3.3. Ids are equal, except that text is taken as it is given:
-        HTML entities are not decoded and broken encodings are not repaired (ftfy); code points without a
-        character may be split elsewhere.
+        ``SimpleTokenizer`` of open_clip 3.3. Ids are equal for text as people type it, curly quotes,
+        ligatures and combining accents included. Not done is the rest of what it calls ftfy for: HTML
+        entities are not decoded, broken encodings and full-width letters stay, and a Greek final sigma is
+        lower-cased letter by letter.
     """
-    spec = find_spec("open_clip")
+    spec = find_spec("open_clip")  # only its file is read; importing it would take seconds
     if spec is None or spec.origin is None:
-        import_extra("open_clip", "train")
-        raise AssertionError("unreachable")
+        raise MissingExtraError(
+            "open_clip is not installed", mend='install it with: pip install "xadapter-export[export]"'
+        )
     merges_path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(merges_path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
     merges = [(left, right) for left, right in (line.split() for line in lines)]
@@ -53,8 +58,14 @@ def build_clip_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
     ]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
+    # What ftfy does to everyday text: phones type curly quotes, and documents hold ligatures.
+    replaced = {_CONTROL: "", _SPACE: " ", _SINGLE_QUOTES: "'", _DOUBLE_QUOTES: '"', **_LIGATURES}
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(_SPACE), " "), normalizers.Lowercase()]
+        [
+            normalizers.NFC(),
+            *(normalizers.Replace(Regex(pattern), to) for pattern, to in replaced.items()),
+            normalizers.Lowercase(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

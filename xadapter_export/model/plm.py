@@ -30,6 +30,16 @@ from transformers import (  # noqa: E402  # torchvision must be cured first
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402  # same
 
+# What a configuration says that the weights' names and shapes do not, and the result depends on.
+_SETTINGS = (
+    "model_type",
+    "num_attention_heads",
+    "hidden_act",
+    "activation",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
 
 @dataclass(frozen=True)
 class PlmFamily:
@@ -152,6 +162,11 @@ class FrozenPlm(nn.Module):
             self.max_seq -= int(config.pad_token_id) + 1
         self.has_token_type_ids = int(getattr(config, "type_vocab_size", 0)) > 1
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """Settings that belong to the identity of the PLM."""
+        return {name: getattr(self.model.config, name, None) for name in _SETTINGS}
+
     def train(self, mode: bool = True) -> "FrozenPlm":
         """Stays in evaluation mode, whatever ``mode`` asks: a frozen PLM has no dropout."""
         del mode
@@ -238,11 +253,12 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
         found = f"found the pickle {pickles[0]}, which is refused" if pickles else "found none"
         raise CheckpointError(f"{what}: expected model.safetensors, {found}. Save it with save_pretrained")
     try:
-        family_of(AutoConfig.from_pretrained(source))
+        family_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
         auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
-        with _no_progress_bar():
+        with _quiet_transformers():
             model, info = auto.from_pretrained(
                 source,
+                trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -270,19 +286,22 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    enabled = transformers_logging.is_progress_bar_enabled()
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar, and no table of the pooler that is not used; what matters is raised."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
 
 
 def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:
     try:
-        auto = AutoTokenizer.from_pretrained(source)
+        auto = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
@@ -293,6 +312,8 @@ def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:
     if backend is None:
         raise CheckpointError(f"PLM {source} has no fast tokenizer (tokenizer.json), which a bundle needs")
     tokenizer = Tokenizer.from_str(backend.to_str())
+    if tokenizer.get_vocab().keys() <= set(auto.all_special_tokens):  # what transformers makes of no file
+        raise CheckpointError(f"PLM {source} has no tokenizer; expected tokenizer.json beside the weights")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     special = {"pad": int(auto.pad_token_id if auto.pad_token_id is not None else 0)}

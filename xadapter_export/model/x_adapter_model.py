@@ -18,8 +18,8 @@ from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
+from xadapter_export.model.identity import weights_sha256
 from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
-from xadapter_export.model.weight_hash import weights_sha256
 from xadapter_export.model.x_adapter import XAdapterLayer
 from xadapter_export.runtime.text import TextEncoder
 
@@ -267,14 +267,14 @@ class XAdapterModel(nn.Module):
         plm = FrozenPart(
             source=self.plm.source,
             family=self.plm.family.name,
-            sha256=weights_sha256(self.plm.model.state_dict()),
+            sha256=weights_sha256(self.plm.model.state_dict(), self.plm.settings, self.plm.tokenizer),
         )
         clip = bank = None
         if self.clip is not None:
             clip = FrozenPart(
                 source=self.clip.source,
                 family="open_clip",
-                sha256=weights_sha256(self.clip.open_clip_state()),
+                sha256=weights_sha256(self.clip.open_clip_state(), self.clip.settings, self.clip.tokenizer),
             )
         if self.bank is not None:
             bank = BankPart(
@@ -295,7 +295,7 @@ class XAdapterModel(nn.Module):
         """Experts of a set, all that the plug-in holds for None.
 
         Raises:
-            ConfigError: If the plug-in does not hold one of them.
+            CheckpointError: If the plug-in does not hold one of them.
         """
         experts = experts_of(self.config.experts if expert_set is None else expert_set)
         if missing := [expert for expert in experts if expert not in self.config.experts]:

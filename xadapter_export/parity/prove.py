@@ -1,8 +1,8 @@
 """Prove a bundle: run every graph on the inputs in ``reference.npz``, compare with PyTorch's outputs there.
 
 Keys of ``reference.npz``: ``{case}/in/{input}``, ``{case}/{set}/out/{output}``, ``{case}/{set}/tap/{l}.{e}``.
-Every output and tap that the manifest names must have a reference in every case, so that nothing passes by
-not being looked at.
+Every output and tap that the manifest names must have a reference in every case, and there must be as many
+cases as when the bundle was made, so that nothing passes by not being looked at.
 """
 
 import zipfile
@@ -53,7 +53,7 @@ def prove_bundle(
 
     Raises:
         BundleError: If the bundle, or its reference, is not whole.
-        ParityError: If there is nothing to compare.
+        ParityError: If there is nothing to compare, or less than when the bundle was made.
     """
     bundle = read_bundle(folder, verify=verify)
     manifest = bundle.manifest
@@ -79,6 +79,16 @@ def prove_bundle(
             cells += _prove_values(session, variant, spec, reference, keys)
     if not cells:
         raise ParityError("nothing to compare, which proves nothing", where=bundle.folder)
+    for variant in manifest.variants:
+        num_cells = sum(cell.expert_set == variant.expert_set for cell in cells)
+        if variant.expert_set in wanted and variant.parity and num_cells < variant.parity.num_cells:
+            raise ParityError(
+                "the reference lacks cases that the bundle was proven with",
+                where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
+                expected=f"{variant.parity.num_cells} cells",
+                got=num_cells,
+                mend="copy or export the bundle again",
+            )
     return ParityReport(
         tolerances=TOLERANCES,
         created_with={

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from xadapter_export.bundle.manifest import Candidate
 from xadapter_export.errors import ConfigError
-from xadapter_export.runtime.text import without_limits
+from xadapter_export.runtime.text import check_texts, without_limits
 
 
 def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candidate, ...]:
@@ -17,15 +17,27 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
 
     Args:
         tokenizer: The PLM's tokenizer.
-        words: The words; surrounding whitespace is ignored.
+        words: The words; surrounding whitespace is ignored, and so is an empty word.
 
     Raises:
-        ConfigError: If there is no word, one is not exactly one known token, or two are the same token.
+        ConfigError: If ``words`` is one string, there is no word, one is not exactly one known token, or two
+            are the same token.
+        InputTextError: If a word is not a string or is not valid Unicode.
     """
+    if isinstance(words, str):
+        raise ConfigError(
+            "the candidates are one string",
+            expected="a list of words",
+            got=repr(words),
+            mend=f"write [{words!r}]",
+        )
+    words = [word for word in words if not isinstance(word, str) or word.strip()]
+    if not words:
+        raise ConfigError("no candidate was given", mend="name at least one word")
     tokenizer = without_limits(tokenizer)
     unknown = {"[UNK]", "<unk>", getattr(tokenizer.model, "unk_token", None)}
     found: dict[int, Candidate] = {}
-    for word in (word.strip() for word in words):
+    for word in (word.strip() for word in check_texts(words, "candidate")):
         encoding = tokenizer.encode(f" {word}", add_special_tokens=False)
         if len(encoding.ids) != 1 or encoding.tokens[0] in unknown:
             raise ConfigError(
@@ -40,6 +52,4 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
                 "two candidates are the same token", where=f"{found[token_id].word!r}, {word!r}"
             )
         found[token_id] = Candidate(word=word, token_id=token_id)
-    if not found:
-        raise ConfigError("no candidate was given", mend="name at least one word")
     return tuple(found.values())

@@ -16,7 +16,7 @@ from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, create_session
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.errors import ConfigError, InputTextError, UnsupportedError
+from xadapter_export.errors import BundleError, ConfigError, InputTextError, UnsupportedError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.encoders import load_encoders
@@ -155,7 +155,8 @@ class XAdapterSession:
 
         Raises:
             InputTextError: If a text is empty, has no mask, or has masks too far apart.
-            ConfigError: If ``top_k`` is below 1, or a candidate is not one token.
+            ConfigError: If ``top_k`` is below 1, ``candidates`` is not a list of words, or one of them is not
+                one token.
             UnsupportedError: If the bundle is for another task.
             BundleError: If the bundle does not hold the expert set.
         """
@@ -313,12 +314,18 @@ class XAdapterSession:
 
         Raises:
             ShapeError: If an input is missing, or has another dtype or shape than the bundle's contract says.
-            BundleError: If the bundle does not hold the expert set.
+            BundleError: If the bundle does not hold the expert set, or onnxruntime cannot compute its graph.
         """
         spec = self._spec(experts)
         feed = check_feed(inputs, spec, self.manifest)
         names = [tensor.name for tensor in spec.outputs] if outputs is None else list(outputs)
-        return dict(zip(names, self._session(experts or self.experts).run(names, feed), strict=True))
+        session = self._session(experts or self.experts)
+        try:
+            values = session.run(names, feed)
+        except Exception as error:  # onnxruntime's own errors have no common base below Exception
+            file = self.bundle.folder / self.manifest.variant(experts or self.experts).file
+            raise BundleError("onnxruntime cannot compute the graph", where=file, got=error) from error
+        return dict(zip(names, values, strict=True))
 
     def _session(self, experts: ExpertSet) -> OnnxSession:
         with self._lock:

@@ -35,6 +35,15 @@ def clip_text(text: str, mask_token: str | None, text_pair: str | None = None) -
     return " ".join(joined.split())
 
 
+def _clip_text_before(text: str, mask_token: str | None, text_pair: str | None) -> tuple[str, str]:
+    """Return what of ``clip_text`` stands before the first mask and before the last; nothing without one."""
+    joined = text if text_pair is None else f"{text} {text_pair}"
+    if not mask_token or mask_token not in joined:
+        return "", ""
+    first, last = joined.split(mask_token, 1)[0], joined.rsplit(mask_token, 1)[0]
+    return clip_text(first, mask_token), clip_text(last, mask_token)
+
+
 class TextEncoder:
     """Both tokenizers of a model, with the rules for padding, truncation and masks.
 
@@ -104,7 +113,8 @@ class TextEncoder:
 
         A text that is too long is cut to one window of it with a warning. The window is the beginning where
         that holds every mask, and otherwise slides until it does, with as much text on the left of the masks
-        as on the right.
+        as on the right. CLIP reads no mask, but its window follows the same rule about where the masks were;
+        if they are too far apart for it, it slides to the first.
 
         Args:
             texts: B texts, or one.
@@ -146,7 +156,8 @@ class TextEncoder:
         if self._clip is not None:
             pairs = [None] * len(firsts) if seconds is None else seconds
             sentences = [clip_text(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
-            arrays["clip_input_ids"] = _encode_clip(sentences, *self._clip)
+            before = [_clip_text_before(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
+            arrays["clip_input_ids"] = _encode_clip(sentences, before, *self._clip)
         if self.mask_token_id is not None:
             arrays["mask_positions"] = self._mask_positions(ids, firsts, require_mask)
         elif require_mask:
@@ -201,11 +212,36 @@ class TextEncoder:
         return np.array([row + (row[:1] or [0]) * (most - len(row)) for row in rows], dtype=np.int64)
 
 
-def _encode_clip(sentences: list[str], tokenizer: Tokenizer, limit: int, end_token_id: int) -> Int64Array:
-    """Return ``(B, S) int64``: start, text, end-of-text, then zeros."""
+def _encode_clip(
+    sentences: list[str],
+    before: list[tuple[str, str]],
+    tokenizer: Tokenizer,
+    limit: int,
+    end_token_id: int,
+) -> Int64Array:
+    """Return ``(B, S) int64``: start, text or a window of it, end-of-text, then zeros.
+
+    Args:
+        sentences: B sentences, without masks.
+        before: What of each stands before its first mask and before its last.
+        tokenizer: CLIP's tokenizer.
+        limit: CLIP's context length.
+        end_token_id: CLIP's end-of-text token.
+    """
     rows = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
     _warn_if_cut([len(row) for row in rows], limit, "CLIP")
-    return _padded([row if len(row) <= limit else [*row[: limit - 1], end_token_id] for row in rows], 0)
+    size = limit - 2  # start and end take a place each
+    for i, row in enumerate(rows):
+        if len(row) <= limit:
+            continue
+        first, last = (len(tokenizer.encode(text, add_special_tokens=False)) for text in before[i])
+        if last - first > size:  # no window holds both
+            last = first
+        start = 0
+        if last >= size:
+            start = min((first + last - size) // 2, len(row) - 2 - size)
+        rows[i] = [row[0], *row[1 + start : 1 + start + size], end_token_id]
+    return _padded(rows, 0)
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
