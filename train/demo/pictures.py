@@ -24,6 +24,8 @@ import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
+from train.demo.stages import Stages
+
 COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 _COLOR_WORDS = frozenset(
     (
@@ -118,6 +120,25 @@ def pack_packages(packages: Sequence[str], folder: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder / _folder_name(spec), filter="data")
         archive.unlink()
+
+
+def gather_material(stages: Stages, recipe: Mapping[str, Any]) -> Material:
+    """Fetch the packages and draw the pictures, unless both were kept from an earlier run.
+
+    Args:
+        stages: Where the stages ``npm`` and ``pictures`` are kept.
+        recipe: Sections ``pictures`` and ``coda_names`` of this folder's ``recipe.toml``.
+    """
+    settings, coda_names = recipe["pictures"], recipe["coda_names"]
+    packages = settings["packages"]
+    npm = stages.run("npm", packages, (), lambda folder: pack_packages(packages, folder))
+    folder = stages.run(
+        "pictures",
+        [settings, coda_names],
+        ("npm",),
+        lambda folder: make_pictures(packages, settings["groups"], settings["size"], coda_names, npm, folder),
+    )
+    return read_material(folder)
 
 
 def make_pictures(

@@ -15,11 +15,19 @@ import torch.nn.functional as F
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from train.demo.pictures import COLORS, DemoObject
 from train.demo.stages import track
 from train.demo.text import MASK, Fact, draw_color_sentences, plain_words
+from xadapter_export.torchvision_cure import cure_torchvision
+
+cure_torchvision()
+
+from transformers import (  # noqa: E402  # torchvision must be cured first
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 PAD, UNKNOWN, FIRST, LAST = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = (PAD, UNKNOWN, FIRST, LAST, MASK)

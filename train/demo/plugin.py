@@ -98,7 +98,7 @@ class Split:
 
     def names_held_out(self, text: str) -> bool:
         """Whether a word of the text belongs to a held-out object."""
-        return not self.held_out_words.isdisjoint(_words(text))
+        return not self.held_out_words.isdisjoint(content_words(text))
 
 
 def split_objects(objects: Sequence[DemoObject], share: float, always: Sequence[str], seed: int) -> Split:
@@ -121,12 +121,15 @@ def split_objects(objects: Sequence[DemoObject], share: float, always: Sequence[
     for head in order:
         if len(held_out) < share * len(clear):
             held_out += heads[head]
-    words = frozenset(word for row in held_out for name in objects[row].names for word in _words(name))
-    training = [row for row, entry in enumerate(objects) if words.isdisjoint(_words(" ".join(entry.names)))]
+    words = frozenset(word for row in held_out for name in objects[row].names for word in content_words(name))
+    training = [
+        row for row, entry in enumerate(objects) if words.isdisjoint(content_words(" ".join(entry.names)))
+    ]
     return Split(tuple(training), tuple(sorted(held_out)), words)
 
 
-def _words(text: str) -> set[str]:
+def content_words(text: str) -> set[str]:
+    """Words of a text in the singular, without the small ones."""
     return {_singular(word) for word in _WORD.findall(text.lower())} - _SMALL_WORDS
 
 

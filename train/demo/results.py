@@ -1,26 +1,11 @@
-"""The table of results, for the terminal and for ``docs/results.md``."""
+"""What the splits' results become: tables, and JSON between stages."""
 
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from statistics import mean, stdev
 
-from rich.console import Console
-from rich.table import Table
-
 from train.demo.plugin import Language, SplitResult
-
-_BEGIN, _END = "<!-- train.demo begin -->", "<!-- train.demo end -->"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: title, names of the columns, rows of text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+from train.tables import Grid
 
 
 def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
@@ -69,44 +54,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def measure_grid(title: str, measured: dict[str, str]) -> Grid:
     """A plain list of names and values."""
     return Grid(title, ("", ""), tuple(measured.items()))
-
-
-def print_grid(grid: Grid, console: Console) -> None:
-    """Show a table in the terminal."""
-    table = Table(title=grid.title, title_justify="left")
-    for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="right" if index else "left")
-    for row in grid.rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def write_results(path: Path, grids: Sequence[Grid], notes: Sequence[str], seed: int) -> None:
-    """Replace the recipe's section of a Markdown file, or add it; everything around it stays."""
-    section = [
-        _BEGIN,
-        "",
-        f"Printed by `python -m train.demo`, seed {seed}, on {platform.machine()} with 2 threads.",
-        "",
-    ]
-    for grid in grids:
-        section += [
-            f"### {grid.title}",
-            "",
-            _line(grid.columns),
-            _line(("---", *("---:" for _ in grid.columns[1:]))),
-        ]
-        section += [*(_line(row) for row in grid.rows), ""]
-    section += [*(f"- {note}" for note in notes), "", _END]
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"# Results\n\n{_BEGIN}\n{_END}\n"
-    before, _, rest = text.partition(_BEGIN)
-    after = rest.partition(_END)[2]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(before + "\n".join(section) + after, encoding="utf-8")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def to_json(result: SplitResult) -> dict[str, object]:

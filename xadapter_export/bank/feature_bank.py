@@ -4,6 +4,7 @@ Dimensions: N pictures, D CLIP embedding size.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from xadapter_export.bank.reader import BankReader
+from xadapter_export.bank.record import (
+    FEATURES_NAME,
+    BankClip,
+    BankKind,
+    BankRecord,
+    package_versions,
+    write_bank_record,
+)
+from xadapter_export.bank.rows import NUMPY_DTYPES, Float32, block_rows, check_lengths, to_float32
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.errors import BundleError, CheckpointError, ShapeError
-
-FEATURES_NAME = "bank.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,53 +33,84 @@ class FeatureBank:
     """Image features and their captions.
 
     Attributes:
-        features: ``(N, D) float16 or float32``. Rows of length 1.
+        features: ``(N, D) float32, float16 or int8``. Rows of length 1, as they are stored; see ``rows``.
         pictures: N rows, in the order of the features.
+        scales: ``(N,) float32``. What an int8 row is multiplied by; None for the others.
+        clip: The CLIP that made the features; None where nobody said.
+        kind: Whether a row is a picture, or a prototype of many.
+        num_skipped: Pictures that were listed and could not be decoded.
     """
 
-    features: NDArray[np.float16] | NDArray[np.float32]
+    features: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8]
     pictures: tuple[Picture, ...]
+    scales: Float32 | None = None
+    clip: BankClip | None = None
+    kind: BankKind = "pictures"
+    num_skipped: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.features.ndim != 2
-            or self.features.dtype not in (np.float16, np.float32)
-            or not len(self.features)
-        ):
+        features, scales = self.features, self.scales
+        if features.ndim != 2 or features.dtype not in NUMPY_DTYPES.values() or not features.size:
             raise ShapeError(
-                "bank features: expected (N, D) float16 or float32 with N > 0, "
-                f"got {self.features.shape} {self.features.dtype}"
+                "bank features: expected (N, D) int8, float16 or float32 with N > 0, "
+                f"got {features.shape} {features.dtype}"
             )
-        if len(self.pictures) != len(self.features):
+        if len(self.pictures) != len(features):
             raise ShapeError(
-                f"bank: {len(self.features)} feature rows but {len(self.pictures)} captions; they must match"
+                f"bank: {len(features)} feature rows but {len(self.pictures)} captions; they must match"
             )
-        lengths = np.linalg.norm(self.features.astype(np.float32), axis=1)
-        if not np.all(np.isfinite(lengths)) or np.abs(lengths - 1).max() > 0.01:
-            row = int(np.nanargmax(np.abs(np.where(np.isfinite(lengths), lengths, np.inf) - 1)))
+        if (scales is not None) != (features.dtype == np.int8):
+            raise ShapeError(f"bank scales: int8 needs them and nothing else, features are {features.dtype}")
+        if scales is not None and (scales.shape != (len(features),) or scales.dtype != np.float32):
             raise ShapeError(
-                f"bank row {row}: expected a feature of length 1, got {lengths[row]:.4g}; normalise the rows"
+                f"bank scales: expected ({len(features)},) float32, got {scales.shape} {scales.dtype}"
             )
+        for start, block in self._blocks():
+            check_lengths(block, first_row=start)
+
+    def rows(self) -> Float32:
+        """Return a new array of the features as ``(N, D) float32``, whatever they are stored as."""
+        rows = to_float32(self.features, self.scales)
+        return rows.copy() if rows is self.features else rows
 
     @property
     def sha256(self) -> str:
         """Hash of the rows as float32, and of what each is called."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.features, dtype=np.float32).data)
+        digest = hashlib.sha256()
+        for _, block in self._blocks():
+            digest.update(np.ascontiguousarray(block).data)
         for picture in self.pictures:
             digest.update(f"{picture.id}\0{picture.caption}\0".encode())
         return digest.hexdigest()
 
+    @property
+    def record(self) -> BankRecord:
+        """What ``bank.json`` says about the bank."""
+        dtype = next(name for name, dtype in NUMPY_DTYPES.items() if dtype == self.features.dtype)
+        return BankRecord(
+            kind=self.kind,
+            dtype=dtype,
+            num_pictures=len(self.features),
+            dim=self.features.shape[1],
+            num_skipped=self.num_skipped,
+            clip=self.clip,
+            created_with=package_versions(),
+        )
+
     def save(self, folder: str | Path) -> None:
-        """Writes ``bank.safetensors`` and ``bank.jsonl`` into an existing folder."""
+        """Writes ``bank.safetensors``, ``bank.jsonl`` and ``bank.json`` into an existing folder."""
         folder = Path(folder)
-        save_file({"features": np.ascontiguousarray(self.features)}, folder / FEATURES_NAME)
+        tensors = {"features": np.ascontiguousarray(self.features)}
+        if self.scales is not None:
+            tensors["scales"] = np.ascontiguousarray(self.scales)
+        save_file(tensors, folder / FEATURES_NAME)
         self.save_rows(folder / BANK_NAME)
+        write_bank_record(folder, self.record)
 
     def save_rows(self, path: Path) -> None:
         """Writes one JSON line per picture."""
-        path.write_text(
-            "".join(picture.model_dump_json() + "\n" for picture in self.pictures), encoding="utf-8"
-        )
+        with path.open("w", encoding="utf-8") as stream:
+            stream.writelines(picture.model_dump_json() + "\n" for picture in self.pictures)
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureBank":
@@ -78,17 +118,27 @@ class FeatureBank:
 
         Raises:
             CheckpointError: If a file is missing or broken.
-            ShapeError: If features and captions do not match.
+            ShapeError: If features and captions do not match, or a feature is not of length 1.
         """
-        features_path, rows_path = Path(folder) / FEATURES_NAME, Path(folder) / BANK_NAME
-        for path in (features_path, rows_path):
-            if not path.is_file():
-                raise CheckpointError(
-                    f"bank: {path} is missing; a V-expert needs {FEATURES_NAME} and {BANK_NAME}"
-                )
+        folder = Path(folder)
+        reader = BankReader(folder)
         try:
-            features = load_file(features_path)["features"]
-            pictures = read_pictures(rows_path, num_pictures=len(features))
-        except (OSError, SafetensorError, KeyError, BundleError) as error:
+            tensors = load_file(folder / FEATURES_NAME)
+            pictures = read_pictures(folder / BANK_NAME, num_pictures=reader.num_pictures)
+        except (OSError, SafetensorError, BundleError) as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
-        return cls(features, pictures)
+        return cls(
+            tensors["features"],
+            pictures,
+            tensors.get("scales"),
+            reader.record.clip if reader.record else None,
+            reader.kind,
+            reader.num_skipped,
+        )
+
+    def _blocks(self) -> Iterator[tuple[int, Float32]]:
+        """Give first row and ``(rows, D) float32`` of one piece after the other."""
+        size = block_rows(self.features.shape[1])
+        for start in range(0, len(self.features), size):
+            scales = None if self.scales is None else self.scales[start : start + size]
+            yield start, to_float32(self.features[start : start + size], scales)

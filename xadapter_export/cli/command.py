@@ -58,6 +58,9 @@ class XadCommand(click.Command):
             except XAdapterError as error:
                 if ctx.meta.get("xad.debug"):
                     raise
+                if isinstance(error, KeyboardInterrupt):  # stopped, and it says where what was done is kept
+                    click.echo(f"{ctx.command_path}: {error}", err=True)
+                    ctx.exit(INTERRUPTED)
                 raise click.ClickException(str(error)) from error
             except KeyboardInterrupt as interrupt:
                 if ctx.meta.get("xad.debug"):

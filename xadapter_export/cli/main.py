@@ -5,6 +5,9 @@ import click
 from xadapter_export.cli.command import LazyGroup, example
 
 _COMMANDS = {
+    "bank": ("xadapter_export.cli.bank:bank", "Make and look at feature banks."),
+    "train": ("xadapter_export.cli.train:train", "Train a plug-in between a frozen PLM and a frozen CLIP."),
+    "eval": ("xadapter_export.cli.evaluate:evaluate", "Score a checkpoint or a bundle beside its controls."),
     "export": ("xadapter_export.cli.export:export", "Turn a trained X-adapter into a proven bundle."),
     "parity": ("xadapter_export.cli.parity:parity", "Prove that a bundle says what PyTorch said."),
     "run": ("xadapter_export.cli.run:run", "Ask a bundle."),

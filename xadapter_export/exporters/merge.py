@@ -124,7 +124,8 @@ class MergedModel(nn.Module):
         for index in range(len(self.plm.layers)):
             if str(index) in self.adapters:
                 added = [
-                    self._contribution(index, expert, hidden, memory, memory_masks) for expert in self.active
+                    self._contribution(index, expert, hidden, memory, memory_masks, mask)
+                    for expert in self.active
                 ]
                 contributions += added
                 hidden = sum(added, start=hidden)
@@ -162,12 +163,13 @@ class MergedModel(nn.Module):
         hidden: Tensor,
         memory: dict[Expert, Tensor],
         masks: dict[Expert, Tensor],
+        token_mask: Tensor,
     ) -> Tensor:
         adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
         if expert in memory:
             return adapter(hidden, memory[expert], masks.get(expert))  # type: ignore[no-any-return]  # nn.Module call
         keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
-        return adapter.attend(hidden, keys, values, None)
+        return adapter.attend(hidden, keys, values, None, token_mask)
 
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:

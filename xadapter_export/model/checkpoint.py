@@ -148,6 +148,7 @@ def write_checkpoint(
     self_contained: bool,
     dtype: torch.dtype,
     training: dict[str, str | int | float | bool | None],
+    more_files: dict[str, str],
 ) -> None:
     """Writes a checkpoint; see ``XAdapterModel.save_pretrained``."""
     plm, clip, bank = model.frozen_parts()
@@ -162,6 +163,8 @@ def write_checkpoint(
             {name: tensor.contiguous() for name, tensor in model.trained_state().items()},
             staging / PLUGIN_NAME,
         )
+        for name, text in more_files.items():
+            (staging / name).write_text(text, encoding="utf-8")
         if model.bank is not None:
             model.bank.save(staging)
         if self_contained:

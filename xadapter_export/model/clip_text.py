@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import describe
 from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
 
 CONFIG_NAME = "open_clip_config.json"
@@ -298,7 +299,8 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
 
     Args:
         source: A folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``; ``model:tag`` as
-            open_clip lists them (``ViT-B-32:laion2b_s34b_b79k``); a hub id; or an open_clip model.
+            open_clip lists them (``ViT-B-32:laion2b_s34b_b79k``); a hub id; ``builtin``; or an open_clip
+            model.
 
     Raises:
         CheckpointError: If it is not found, is a pickle, or its weights do not fit its configuration.
@@ -307,9 +309,9 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
     if isinstance(source, nn.Module):
         return _from_open_clip_model(source)
     name = str(source)
-    folder = Path(source)
+    folder = builtin_folder() / "clip" if name == BUILTIN else Path(source)
     if not folder.is_dir():
-        folder = _download(name)
+        folder = download_clip(name)
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
         raise CheckpointError(
@@ -419,8 +421,15 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
     return _build(config, dict(text.state_dict()), _tokenizer_for(config, Path(TOKENIZER_NAME), name), name)
 
 
-def _download(name: str) -> Path:
-    """Fetches configuration, safetensors and tokenizer of a hub id or of open_clip's ``model:tag``."""
+def download_clip(name: str) -> Path:
+    """Fetches configuration, safetensors and tokenizer of a hub id or of open_clip's ``model:tag``.
+
+    Returns:
+        The folder they are in.
+
+    Raises:
+        CheckpointError: If it cannot be had.
+    """
     from huggingface_hub import snapshot_download
 
     from xadapter_export.torchvision_cure import cure_torchvision

@@ -18,10 +18,13 @@ class RetrievalConfig(_Strict):
     """Where the V-expert's memory comes from; fixed at training.
 
     ``topk``: the ``k`` bank rows nearest (cosine) to CLIP's text embedding of the sentence.
-    ``static``: every row of a small bank of prototypes, with no CLIP tower at all; ``k`` is not used.
+    ``static``: every row of a small bank of prototypes, with no CLIP tower at all; ``k`` is not used. Each
+    token asks for itself, or, with ``query`` ``sentence``, all tokens together, and each prototype has a key
+    that is learned.
     """
 
     mode: Literal["topk", "static"] = "topk"
+    query: Literal["token", "sentence"] = "token"
     k: Annotated[int, Field(ge=1)] = 4
 
 
@@ -35,7 +38,8 @@ class XAdapterConfig(_Strict):
         num_heads: Attention heads of each expert.
         retrieval: The V-expert's retrieval mode.
         task: What the model is for; decides head and outputs.
-        labels: Class names of ``text-classification``, in the order of the logits; else empty.
+        labels: Class names of ``text-classification``, in the order of the logits; exactly one, the name of
+            the value, for a regression; else empty.
     """
 
     experts: Literal["v", "t", "vt"] = "vt"
@@ -52,10 +56,12 @@ class XAdapterConfig(_Strict):
             raise ValueError(
                 f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}"
             )
+        if self.retrieval.query == "sentence" and self.retrieval.mode != "static":
+            raise ValueError("retrieval: a sentence query goes with static retrieval")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
-        if (self.task == "text-classification") != (len(self.labels) >= 2):
-            raise ValueError("labels: text-classification needs two or more, every other task none")
+        if (self.task == "text-classification") != bool(self.labels):
+            raise ValueError("labels: text-classification needs them, every other task none")
         return self
 
 

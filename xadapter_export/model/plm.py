@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -221,8 +222,8 @@ def load_plm(
     """Loads a PLM and its tokenizer from a folder or hub id, or takes a loaded transformers model.
 
     Args:
-        source: Folder in ``save_pretrained`` layout, hub id, or a model (its tokenizer is then read from
-            ``tokenizer_source`` or ``model.name_or_path``).
+        source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model (its tokenizer is then
+            read from ``tokenizer_source`` or ``model.name_or_path``).
         task: ``fill-mask`` needs a PLM with a trained MLM head.
         tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
@@ -235,7 +236,9 @@ def load_plm(
         model, name = source, str(source.name_or_path or type(source).__name__)
         family_of(model.config)
     else:
-        model, name = _load_model(source, task), str(source)
+        name = str(source)
+        source = builtin_folder() / "plm" if name == BUILTIN else source
+        model, tokenizer_source = _load_model(source, task), tokenizer_source or source
     tokenizer, special = _load_tokenizer(tokenizer_source or name)
     if task == "fill-mask" and "mask" not in special:
         raise CheckpointError(

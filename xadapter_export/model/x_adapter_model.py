@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
 from xadapter_export.model.identity import weights_sha256
 from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
-from xadapter_export.model.x_adapter import XAdapterLayer
+from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.runtime.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -118,17 +117,14 @@ class XAdapterModel(nn.Module):
         widths: dict[Expert, int] = {}
         if "v" in config.experts and bank is not None:
             widths["v"] = bank.features.shape[1]
-            rows = unit_length(torch.from_numpy(bank.features.astype(np.float32)))  # (N, D)
+            rows = unit_length(torch.from_numpy(bank.rows()))  # (N, D)
             self.register_buffer("bank_features", rows, persistent=False)
         if "t" in config.experts and clip is not None:
             widths["t"] = clip.config.width
         self.adapters = nn.ModuleDict(
             {
                 str(layer): nn.ModuleDict(
-                    {
-                        expert: XAdapterLayer(plm.hidden_size, width, config.adapter_width, config.num_heads)
-                        for expert, width in widths.items()
-                    }
+                    {expert: self._make_layer(expert, width) for expert, width in widths.items()}
                 )
                 for layer in config.layers
             }
@@ -139,6 +135,13 @@ class XAdapterModel(nn.Module):
             else None
         )
         self.text_encoder = self.make_text_encoder(plm.max_seq)
+
+    def _make_layer(self, expert: Expert, memory_width: int) -> XAdapterLayer:
+        config = self.config
+        shape = self.plm.hidden_size, memory_width, config.adapter_width, config.num_heads
+        if expert == "v" and config.retrieval.query == "sentence":
+            return SentenceXAdapterLayer(*shape, len(self.bank_features))
+        return XAdapterLayer(*shape)
 
     def make_text_encoder(self, max_seq: int) -> TextEncoder:
         """Both tokenizers with their rules, for inputs of at most ``max_seq`` PLM tokens."""
@@ -182,6 +185,13 @@ class XAdapterModel(nn.Module):
                 raise ConfigError(
                     f"retrieval k={config.retrieval.k}, but the bank has {len(bank.features)} pictures"
                 )
+            if bank.clip is not None:
+                found = weights_sha256(clip.open_clip_state(), clip.settings, clip.tokenizer)
+                if found != bank.clip.sha256:
+                    raise ConfigError(
+                        f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
+                        f"({found[:12]}); use the same one, or build the bank with this one"
+                    )
 
     @classmethod
     def create(
@@ -235,6 +245,7 @@ class XAdapterModel(nn.Module):
         self_contained: bool = False,
         dtype: torch.dtype = torch.float32,
         training: dict[str, str | int | float | bool | None] | None = None,
+        more_files: dict[str, str] | None = None,
     ) -> None:
         """Writes a checkpoint folder; an existing checkpoint there is replaced when the new one is complete.
 
@@ -243,6 +254,7 @@ class XAdapterModel(nn.Module):
             self_contained: Also write PLM and CLIP text tower; else they are found by their source again.
             dtype: Type of the stored PLM and CLIP weights; a narrower type must lose nothing.
             training: How it was trained, free form, kept in ``xadapter.json``.
+            more_files: Text files to put beside, by name.
 
         Raises:
             CheckpointError: If ``dtype`` would change a weight.
@@ -251,7 +263,12 @@ class XAdapterModel(nn.Module):
         from xadapter_export.model.checkpoint import write_checkpoint
 
         write_checkpoint(
-            self, Path(folder), self_contained=self_contained, dtype=dtype, training=training or {}
+            self,
+            Path(folder),
+            self_contained=self_contained,
+            dtype=dtype,
+            training=training or {},
+            more_files=more_files or {},
         )
 
     def train(self, mode: bool = True) -> Self:
@@ -393,7 +410,7 @@ class XAdapterModel(nn.Module):
                 adapters = cast(nn.ModuleDict, self.adapters[str(index)])
                 for expert in active:
                     contributions[index, expert] = adapters[expert](
-                        hidden, memories[expert], memory_masks[expert]
+                        hidden, memories[expert], memory_masks[expert], mask
                     )
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
             hidden = self.plm.layer(index, hidden, mask)

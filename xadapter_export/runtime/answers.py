@@ -26,7 +26,10 @@ class FillMaskAnswer:
 
 @dataclass(frozen=True)
 class LabelAnswer:
-    """One label with its probability among the labels, and the number that the graph gave."""
+    """One label with its probability among the labels, and the number that the graph gave.
+
+    A regression has one label, the name of the value, and that value is score and logit alike.
+    """
 
     label: str
     score: float

@@ -221,7 +221,7 @@ class XAdapterSession:
         answers = []
         for _, inputs in self._encoded(texts, text_pairs, experts):
             for row in self.run(inputs, outputs=("logits",), experts=experts)["logits"]:  # (labels,)
-                best = _best(row, len(labels))
+                best = _best(row, len(labels)) if len(labels) > 1 else [(0, float(row[0]))]  # a regression
                 answers.append([LabelAnswer(labels[i], score, float(row[i])) for i, score in best])
         return answers[0] if isinstance(texts, str) else answers
 

@@ -1,0 +1,344 @@
+"""Training on tiny parts: nothing frozen moves, a resumed run is the same run, processes add up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_checkpoint import write_parts
+from xadapter_export import XAdapterModel, XAdapterSession, export
+from xadapter_export.errors import (
+    CheckpointError,
+    ConfigError,
+    InputTextError,
+    OutputExistsError,
+    OutputWriteError,
+)
+from xadapter_export.model.identity import weights_sha256
+from xadapter_export.training import TrainingStopped, TrainResult, make_config, train, train_control
+
+TEXTS = [
+    "the color of a banana is green.",
+    "a fruit is very very green.",
+    "the banana is a fruit.",
+    "green fruit is green.",
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    write_parts(folder)
+    (folder / "text.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    rows = "".join(f"{text}\t{number % 2}\n" for number, text in enumerate(TEXTS * 3))
+    (folder / "train.tsv").write_text(rows, encoding="utf-8")
+    return folder
+
+
+def settings(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        **{name: str(parts / name) for name in ("plm", "clip", "bank")},
+        "train_files": [str(parts / "text.txt")],
+        "experts": "vt",
+        "layers": [1, 2],
+        "adapter_width": 16,
+        "num_heads": 2,
+        "k": 3,
+        "max_steps": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+        **more,
+    }
+
+
+def run(parts: Path, output: Path, **more: Any) -> TrainResult:
+    return train(make_config(settings(parts, output, **more), "test"))
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [entry["loss"] for entry in result.curve if "loss" in entry]
+
+
+def test_nothing_frozen_moves_and_only_the_plugin_is_kept(parts: Path, tmp_path: Path) -> None:
+    result = run(parts, tmp_path / "ck")
+    record = json.loads((tmp_path / "ck" / "train.json").read_text(encoding="utf-8"))
+    assert record["frozen_sha256_before"] == record["frozen_sha256_after"]
+    assert set(record["frozen_sha256_before"]) == {"plm", "clip", "bank"}
+    before = load_file(parts / "plm" / "model.safetensors")
+    after = {name: tensor for name, tensor in result.model.plm.model.state_dict().items() if name in before}
+    assert weights_sha256(before) == weights_sha256(after)
+    kept = load_file(tmp_path / "ck" / "xadapter.safetensors")
+    assert kept
+    assert all(name.startswith("adapters.") for name in kept)
+    assert any(tensor.abs().max() > 0 for name, tensor in kept.items() if name.endswith("out.weight"))
+    assert result.steps == 6  # two for each of v, t and vt
+    assert sum(tensor.numel() for tensor in kept.values()) == record["trained_parameters"]
+    again = XAdapterModel.from_pretrained(tmp_path / "ck")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in again.trained_state().items())
+    assert not list((tmp_path / "ck.run").glob("state-*"))
+
+
+def test_a_weight_that_should_be_frozen_and_moves_is_found_out(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(settings(parts, tmp_path / "ck"), "test")
+
+    def meddle(step: int, _steps: int, _note: str) -> None:
+        if step == 1:
+            with torch.no_grad():
+                plm.layers[0].attention.self.query.weight[0, 0] += 1e-3  # type: ignore[union-attr,operator,index]
+
+    from xadapter_export.model.plm import load_plm
+
+    plm = load_plm(str(parts / "plm"), "fill-mask")
+    with pytest.raises(CheckpointError, match="the frozen PLM changed in training"):
+        train(config, plm=plm, on_step=meddle)
+    assert not (tmp_path / "ck").exists()
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(parts: Path, tmp_path: Path) -> None:
+    whole = run(parts, tmp_path / "whole", max_steps=4)
+
+    def stop(step: int, _steps: int, _note: str) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = make_config(settings(parts, tmp_path / "part", max_steps=4), "test")
+    with pytest.raises(TrainingStopped, match=r"stopped after step \d+ of 12.*the same command goes on"):
+        train(config, on_step=stop)
+    assert not (tmp_path / "part").exists()
+    steps: list[int] = []
+    resumed = train(config, on_step=lambda step, *_: steps.append(step))
+    assert 1 < steps[0] <= 7  # it did not begin again
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.trained_state().items():
+        assert torch.equal(tensor, resumed.model.trained_state()[name]), name
+
+
+def test_other_settings_do_not_go_on_with_an_unfinished_run(parts: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        train(make_config(settings(parts, tmp_path / "ck"), "test"), on_step=stop)
+    with pytest.raises(ConfigError, match="unfinished run with other settings"):
+        run(parts, tmp_path / "ck", learning_rate=1e-3)
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_doubled_batch(parts: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("save_gradients.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+
+    def gradients(name: str, batch: int, launcher: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps(settings(parts, tmp_path / name, batch_size=batch)))
+        done = subprocess.run(
+            [*launcher, str(script), str(config), str(tmp_path / f"{name}.npz")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one_process = gradients("one", 4, [sys.executable])
+    two_processes = gradients("two", 2, two)
+    assert one_process.keys() == two_processes.keys()
+    assert len({name.partition(".")[0] for name in one_process}) == 6  # every step
+    assert sum(gradient.any() for gradient in one_process.values()) > 100
+    for name, gradient in one_process.items():
+        distance = np.linalg.norm(two_processes[name] - gradient)
+        assert distance <= 1e-3 * np.linalg.norm(gradient) + 1e-6, name
+    first, second = (load_file(tmp_path / name / "xadapter.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_cached_features_change_nothing(parts: Path, tmp_path: Path) -> None:
+    cached = run(parts, tmp_path / "cached", cache=str(tmp_path / "cache"))
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert {name.split("-")[0] for name in kept} == {"hidden", "retrieved", "token_states"}
+    plain = run(parts, tmp_path / "plain", cache=str(tmp_path / "cache"), cache_hidden=False)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == kept
+    np.testing.assert_allclose(losses(plain), losses(cached), rtol=1e-5)
+    run(parts, tmp_path / "k", cache=str(tmp_path / "cache"), k=2)  # only retrieval depends on k
+    new = {path.name for path in (tmp_path / "cache").iterdir()} - set(kept)
+    assert [name.split("-")[0] for name in new] == ["retrieved"]
+
+
+def test_one_expert_after_the_other(parts: Path, tmp_path: Path) -> None:
+    result = run(parts, tmp_path / "ck", order="sequential")
+    assert {entry["phase"] for entry in result.curve} == {1, 2}
+    assert result.steps == 4
+    alone = run(parts, tmp_path / "v", experts="v")
+    for name, tensor in alone.model.trained_state().items():
+        if "norm" not in name and tensor.ndim == 2 and ".out." in name:
+            assert tensor.abs().max() > 0
+    joint = run(parts, tmp_path / "joint", order="joint")
+    assert joint.steps == 2
+
+
+def test_a_static_memory_learns_to_look_where_clip_would_search(parts: Path, tmp_path: Path) -> None:
+    more = {"experts": "v", "retrieval": "static", "max_steps": 40, "learning_rate": 2e-2}
+    taught = run(parts, tmp_path / "taught", distill_weight=1.0, **more)
+    assert losses(taught)[-1] < losses(taught)[0]
+    assert taught.model.clip is None
+    again = XAdapterModel.from_pretrained(tmp_path / "taught")  # no CLIP is needed to run it
+    result = export(again, tmp_path / "bundle", "v")
+    assert result.parity.passed
+    assert "clip_input_ids" not in [tensor.name for tensor in result.manifest.expert_sets["v"].inputs]
+
+
+def task(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
+    changed = {"objective": "task", "train_files": [str(parts / "train.tsv")], "labels": ["no", "yes"]}
+    return settings(parts, output, **{**changed, **more})
+
+
+def test_a_classifier_from_table_to_bundle(parts: Path, tmp_path: Path) -> None:
+    more = {"eval_file": str(parts / "train.tsv"), "patience": 2, "max_steps": 6, "tensorboard": True}
+    result = train(make_config(task(parts, tmp_path / "ck", **more), "test"))
+    assert any("eval_metric" in entry for entry in result.curve)
+    assert list((tmp_path / "ck.run" / "tensorboard").glob("events*"))
+    kept = load_file(tmp_path / "ck" / "xadapter.safetensors")
+    assert {name.split(".")[0] for name in kept} == {"adapters", "head"}
+    bundle = export(tmp_path / "ck", tmp_path / "bundle", "vt").folder
+    session = XAdapterSession.load(bundle)
+    with torch.inference_mode():
+        inputs = result.model.encode(TEXTS)
+        inputs.pop("mask_positions")
+        logits = result.model(**inputs).logits
+    said = session.classify(TEXTS)
+    for row, answers in zip(logits.tolist(), said, strict=True):
+        assert {answer.label for answer in answers} == {"no", "yes"}
+        assert {a.label: a.logit for a in answers} == pytest.approx(
+            dict(zip(("no", "yes"), row, strict=True)), abs=1e-4
+        )
+
+
+def test_the_head_alone_is_the_baseline(parts: Path, tmp_path: Path) -> None:
+    result = train(make_config(task(parts, tmp_path / "ck", head_only=True), "test"))
+    state = result.model.trained_state()
+    assert all(not tensor.any() for name, tensor in state.items() if ".out." in name)
+    assert state["head.out_proj.weight"].std() > 0
+
+
+def test_a_regression(parts: Path, tmp_path: Path) -> None:
+    rows = "".join(f"{text}\t{0.5 * number}\n" for number, text in enumerate(TEXTS * 2))
+    (tmp_path / "values.tsv").write_text(rows, encoding="utf-8")
+    more = {"train_files": [str(tmp_path / "values.tsv")], "labels": None, "regression": True, "max_steps": 3}
+    result = train(make_config(task(parts, tmp_path / "ck", **more), "test"))
+    assert len(result.model.config.labels) == 1
+    session = XAdapterSession.load(export(tmp_path / "ck", tmp_path / "bundle", "vt").folder)
+    answer = session.classify(TEXTS[0])[0]
+    assert answer.score == answer.logit  # a value, not a probability
+
+
+def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path: Path) -> None:
+    run(parts, tmp_path / "ck", experts="v")
+    control = train_control(tmp_path / "ck", tmp_path / "control")
+    original = XAdapterModel.from_pretrained(tmp_path / "ck")
+    again = XAdapterModel.from_pretrained(tmp_path / "control")
+    assert again.clip is None
+    assert again.bank is not None
+    assert len(again.bank.features) == 16
+    sizes = [sum(t.numel() for t in model.trained_state().values()) for model in (original, again)]
+    assert sizes[0] == sizes[1]
+    assert control.record["config"]["control"]
+    with pytest.raises(CheckpointError, match="does not say how it was trained"):
+        train_control(parts, tmp_path / "other")
+
+
+def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": "the color of a banana is [MASK].", "answers": {"green": 3, "fruit": 1}},
+        {"text": "[MASK] and [MASK] fruit.", "answers": ["green", {"very": 1.0}]},
+        {"text": "a banana is [MASK].", "answers": None},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    result = run(parts, tmp_path / "ck", train_files=[str(path)], experts="v", max_steps=30)
+    assert losses(result)[-1] < losses(result)[0]
+    for broken, message in (
+        ({"text": "a banana.", "answers": "green"}, "a text has no mask"),
+        ({"text": "[MASK] [MASK]", "answers": "green"}, "not one answer to each mask"),
+        ({"text": "[MASK].", "answers": {"green": 0}}, "must add up to more than 0"),
+    ):
+        path.write_text(json.dumps(broken), encoding="utf-8")
+        with pytest.raises(InputTextError, match=message):
+            run(parts, tmp_path / "bad", train_files=[str(path)])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"learning_rte": 1.0}, "unknown setting.*did you mean learning_rate"),
+        ({"train_files": []}, "name the training data"),
+        ({"clip": None}, "clip: needed by"),
+        ({"adapter_width": 15}, "multiple of num_heads"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"precision": "fp16"}, "fp16 training needs a GPU"),
+        ({"train_files": ["nowhere.txt"]}, "there is no such file"),
+        ({"layers": [7]}, "layer 7.*has layers 0 to 2"),
+        ({"max_seq": 4000}, "max_seq is longer than the PLM reads"),
+    ],
+)
+def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    if torch.cuda.is_available() and "precision" in more:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=message):
+        run(parts, tmp_path / "ck", **more)
+    assert not (tmp_path / "ck").exists()
+
+
+def test_texts_that_cannot_be_learnt_from(parts: Path, tmp_path: Path) -> None:
+    for name, content, message in (
+        ("empty.txt", "\n \n", "there is no text in the file"),
+        ("bad.jsonl", '{"txt": 1}', "a line has no text"),
+        ("marks.txt", "... !!!\n", "no text has a word"),
+        ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputTextError, match=message):
+            run(parts, tmp_path / "ck", train_files=[str(path)])
+    (tmp_path / "labels.tsv").write_text("a fruit\t0\na banana\t7\n", encoding="utf-8")
+    with pytest.raises(
+        InputTextError, match=r"a label is out of range.*row 2.*expected one of no, yes.*got 7"
+    ):
+        train(make_config(task(parts, tmp_path / "ck", train_files=[str(tmp_path / "labels.tsv")]), "test"))
+
+
+def test_what_is_in_the_way_stays(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "thesis.txt").write_text("years", encoding="utf-8")
+    with pytest.raises(OutputExistsError, match="already at the output path"):
+        run(parts, tmp_path / "ck")
+    with pytest.raises(OutputExistsError, match="not ours to replace"):
+        run(parts, tmp_path / "ck", force=True)
+    assert (tmp_path / "ck" / "thesis.txt").read_text(encoding="utf-8") == "years"
+
+
+def test_no_space_left(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xadapter_export.training import trainer
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_file", full)
+        with pytest.raises(OutputWriteError, match=r"No space left on device.*the same command goes on"):
+            run(parts, tmp_path / "ck")
+    assert run(parts, tmp_path / "ck").steps == 6

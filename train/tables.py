@@ -1,0 +1,66 @@
+"""The tables of results, for the terminal and for ``docs/results.md``."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: title, names of the columns, rows of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def print_grid(grid: Grid, console: Console) -> None:
+    """Show a table in the terminal."""
+    table = Table(title=grid.title, title_justify="left")
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in grid.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_results(path: Path, recipe: str, grids: Sequence[Grid], notes: Sequence[str], seeds: str) -> None:
+    """Replace a recipe's section of a Markdown file, or add it; everything around it stays.
+
+    Args:
+        path: The file.
+        recipe: Module that printed the tables, ``train.demo``.
+        grids: The tables.
+        notes: What must be read beside them.
+        seeds: What is said of the seeds.
+    """
+    begin, end = f"<!-- {recipe} begin -->", f"<!-- {recipe} end -->"
+    section = [
+        begin,
+        "",
+        f"Printed by `python -m {recipe}`, {seeds}, on {platform.machine()} with 2 threads.",
+        "",
+    ]
+    for grid in grids:
+        section += [
+            f"### {grid.title}",
+            "",
+            _line(grid.columns),
+            _line(("---", *("---:" for _ in grid.columns[1:]))),
+        ]
+        section += [*(_line(row) for row in grid.rows), ""]
+    section += [*(f"- {note}" for note in notes), "", end]
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(before + "\n".join(section) + rest.partition(end)[2], encoding="utf-8")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

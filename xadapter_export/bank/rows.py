@@ -1,0 +1,67 @@
+"""Rows of a bank as numbers: how a feature is stored in each dtype, and what every row must be.
+
+Dimensions: N rows, D CLIP embedding size.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xadapter_export.bank.record import BankDtype
+from xadapter_export.errors import ShapeError
+
+Float32 = NDArray[np.float32]
+Raw = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8]
+
+NUMPY_DTYPES: Final[dict[BankDtype, np.dtype[Any]]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
+_BLOCK_VALUES = 2**17  # half a MiB as float32: large enough to be quick, small enough to be nothing
+_LENGTH_TOLERANCE = 0.01  # float16 rounding moves a length by 0.0005
+
+
+def block_rows(dim: int) -> int:
+    """Return how many rows of width ``dim`` are read and written at a time."""
+    return max(64, _BLOCK_VALUES // dim)
+
+
+def to_float32(raw: Raw, scales: Float32 | None) -> Float32:
+    """Return ``(N, D) float32``: the stored rows, those of int8 times their ``(N,) float32`` scales."""
+    rows = raw.astype(np.float32, copy=False)
+    return rows if scales is None else rows * scales[:, None]
+
+
+def to_dtype(rows: Float32, dtype: BankDtype) -> tuple[Raw, Float32 | None]:
+    """Return ``(N, D) float32`` rows of length 1 as they are stored, and the ``(N,) float32`` scales of int8.
+
+    The largest value of an int8 row becomes 127, and its scale gives the row its length of 1 back.
+    """
+    if dtype != "int8":
+        return rows.astype(NUMPY_DTYPES[dtype], copy=False), None
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    whole = np.rint(rows * (127 / largest)).astype(np.int8)
+    lengths = np.linalg.norm(whole.astype(np.float32), axis=1)
+    return whole, (1 / lengths).astype(np.float32)
+
+
+def check_lengths(rows: Float32, *, first_row: int = 0) -> None:
+    """Check that ``(N, D) float32`` rows are finite and of length 1.
+
+    Args:
+        rows: The rows.
+        first_row: Number of the first of them in its bank.
+
+    Raises:
+        ShapeError: If one is not.
+    """
+    lengths = np.linalg.norm(rows, axis=1)
+    wrong = ~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE)  # so that NaN is wrong too
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ShapeError(
+            f"bank row {first_row + row}: expected a feature of length 1, got {lengths[row]:.4g}; "
+            "normalise the rows"
+        )

@@ -1,0 +1,187 @@
+"""CLIP's image tower with its own preprocessing, and its identity.
+
+Dimensions: B batch, D CLIP embedding size.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from xadapter_export.bank import BankClip
+from xadapter_export.errors import CheckpointError, ConfigError, UnsupportedError
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.clip_text import CONFIG_NAME, WEIGHTS_NAME, download_clip, load_clip
+from xadapter_export.model.identity import public_name, weights_sha256
+from xadapter_export.torchvision_cure import cure_torchvision
+
+BUILTIN_CLIP_SOURCE = "built-in/clip"  # what the built-in checkpoint calls it
+
+Precision = Literal["fp32", "fp16", "bf16"]
+_INPUT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """An image tower on its device.
+
+    Attributes:
+        model: open_clip's model.
+        preprocess: RGB picture to ``(3, size, size) float32``.
+        clip: Its identity.
+        device: Where it is.
+        input_dtype: What it takes.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor]
+    clip: BankClip
+    device: torch.device
+    input_dtype: torch.dtype
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode ``(B, 3, size, size) float32`` to ``(B, D) float32`` of length 1, on the tower's device."""
+        pixels = pixels.to(self.device, self.input_dtype, non_blocking=True)
+        encode_image: Callable[[Tensor], Tensor] = self.model.encode_image  # type: ignore[assignment]  # method
+        return F.normalize(encode_image(pixels).to(torch.float32), dim=-1)
+
+
+def find_clip_folder(source: str) -> Path:
+    """Return the folder of a CLIP in open_clip's hub layout, fetching it where it is no folder.
+
+    Raises:
+        CheckpointError: If it cannot be had.
+    """
+    if source == BUILTIN:
+        return builtin_folder() / "clip"
+    return Path(source) if Path(source).is_dir() else download_clip(source)
+
+
+def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """Return a device by name; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]  # there is one
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            "there is no such device", where=name, got=str(error).split("\n", 1)[0], mend="use --device cpu"
+        ) from error
+    return device
+
+
+def load_image_tower(source: str | None, *, device: torch.device, precision: Precision) -> ImageTower:
+    """Load an image tower.
+
+    Args:
+        source: Folder in open_clip's hub layout, ``model:tag``, hub id; None for the built-in CLIP.
+        device: Where it goes.
+        precision: What it computes in; fp16 needs an accelerator.
+
+    Raises:
+        CheckpointError: If it is not found, or holds no image tower.
+        ConfigError: If the device does not have the precision.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 on a CPU is slow and inexact", mend="use --precision fp32 or bf16")
+    folder = find_clip_folder(source or BUILTIN)
+    name = BUILTIN_CLIP_SOURCE if source in {None, BUILTIN} else str(source)
+    visual = _visual_weights(folder / WEIGHTS_NAME, name)
+    settings = _read_settings(folder, name)
+    cure_torchvision()
+    import open_clip
+
+    try:
+        with tempfile.TemporaryDirectory() as work:  # with nothing but the files that were checked
+            (Path(work) / CONFIG_NAME).write_text(json.dumps(settings), encoding="utf-8")
+            (Path(work) / WEIGHTS_NAME).symlink_to((folder / WEIGHTS_NAME).resolve())
+            model, preprocess = open_clip.create_model_from_pretrained(
+                f"local-dir:{work}", precision=precision, device=device
+            )
+    except Exception as error:  # open_clip raises many kinds
+        raise CheckpointError(
+            "open_clip cannot load the CLIP", where=name, got=f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    model.eval().requires_grad_(False)
+    preprocess_cfg = {key: _plain(value) for key, value in model.visual.preprocess_cfg.items()}
+    identity = {
+        "vision_cfg": settings["model_cfg"].get("vision_cfg"),
+        "quick_gelu": bool(settings["model_cfg"].get("quick_gelu", False)),
+        "preprocess": preprocess_cfg,
+    }
+    clip = BankClip(
+        source=public_name(name),
+        sha256=_text_sha256(folder),
+        image_sha256=weights_sha256(visual, identity),
+    )
+    return ImageTower(model, preprocess, clip, device, _INPUT_DTYPES[precision])
+
+
+def _read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Read ``open_clip_config.json``; a bare model configuration, as open_clip's own are, is wrapped."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. "
+            "Save it in open_clip's hub layout"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if "model_cfg" not in settings:
+            settings = {"model_cfg": settings}
+        if not {"embed_dim", "vision_cfg", "text_cfg"} <= settings["model_cfg"].keys():
+            raise ValueError("embed_dim, vision_cfg and text_cfg are needed")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"CLIP {name}: {CONFIG_NAME} cannot be read", got=error) from error
+    return dict(settings)
+
+
+def _visual_weights(path: Path, name: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). "
+            "Save the weights as safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt") as weights:
+            visual = {key: weights.get_tensor(key) for key in weights.keys() if key.startswith("visual.")}  # noqa: SIM118  # no dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"CLIP {name}: {WEIGHTS_NAME} cannot be read", got=error) from error
+    if not visual:
+        raise CheckpointError(
+            f"CLIP {name} holds its text tower only, and pictures need its image tower; give the whole CLIP"
+        )
+    return visual
+
+
+def _text_sha256(folder: Path) -> str:
+    """Hash the text tower as a model does; one of another kind, which no model reads, by its weights."""
+    try:
+        tower = load_clip(folder)
+    except UnsupportedError:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
+            names = [key for key in weights.keys() if not key.startswith("visual.")]  # noqa: SIM118  # no dict
+            return weights_sha256({key: weights.get_tensor(key) for key in names})
+    return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting for hashing; numbers as float32, however many digits are written down."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return torch.tensor(value, dtype=torch.float32).item() if isinstance(value, float) else value

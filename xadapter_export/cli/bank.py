@@ -1,0 +1,501 @@
+"""``xad bank``: build, look at, search and reshape feature banks."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.errors import OutputExistsError, OutputWriteError, import_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xadapter_export.bank.reader import BankReader
+    from xadapter_export.bank.record import BankDtype, BankRecord
+    from xadapter_export.bank_builder.build import BuildResult, OnNote, OnPictures
+    from xadapter_export.bank_builder.image_tower import Precision
+
+DTYPES = ("fp32", "fp16", "int8")
+MIB = 1024 * 1024
+_SECONDS_BETWEEN_LINES = 10.0
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@click.group(
+    epilog=example(
+        'xad-bank search builtin "a ripe banana"',
+        "xad-bank compact builtin --prototypes 64 -o prototypes",
+    )
+)
+def bank() -> None:
+    """Build, look at, search and reshape feature banks.
+
+    A bank holds the CLIP features of pictures, and a caption for each: bank.safetensors, bank.jsonl and
+    bank.json in a folder. BANK is such a folder, a checkpoint's folder, or `builtin`.
+    """
+
+
+def output_options(function: F) -> F:
+    """Add ``--output`` and ``--force``."""
+    function = click.option("--force", is_flag=True, help="Replace a bank that is already there.")(function)
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the new bank."
+    )(function)
+
+
+@bank.command(
+    cls=XadCommand, epilog=example("xad-bank build pictures -o bank", 'xad-bank search bank "a banana"')
+)
+@click.argument("sources", metavar="SOURCE...", nargs=-1)
+@output_options
+@click.option(
+    "--clip",
+    metavar="CLIP",
+    help="open_clip model: folder in its hub layout, model:tag, or hub id. [default: the built-in CLIP]",
+)
+@click.option("--dataset", metavar="NAME", help="Dataset of the Hugging Face hub, in the place of SOURCE.")
+@click.option("--split", help="Split of a dataset. [default: train]")
+@click.option("--image-column", default="image", show_default=True, help="Column of a dataset.")
+@click.option("--caption-column", default="caption", show_default=True, help="Column of a dataset.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Processes that decode pictures. [default: by the machine]"
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Pictures at a time. [default: 64, accelerators 256]"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the tower. [default: PyTorch's]")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="fp16", show_default=True, help="Stored features."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What the tower computes in.",
+)
+@click.option("--strict", is_flag=True, help="Fail if a picture cannot be decoded.")
+@click.option(
+    "--thumbnails", type=click.IntRange(16, 1024), metavar="PIXELS", help="Keep thumbnails of this size."
+)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@json_option
+def build(
+    sources: tuple[str, ...],
+    output: Path,
+    force: bool,
+    clip: str | None,
+    dataset: str | None,
+    split: str | None,
+    image_column: str,
+    caption_column: str,
+    device: str,
+    workers: int | None,
+    batch_size: int | None,
+    threads: int | None,
+    dtype: "BankDtype",
+    precision: "Precision",
+    strict: bool,
+    thumbnails: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run pictures through CLIP and keep their features and captions.
+
+    SOURCE is a folder of pictures; a list: text with a path on each line, or CSV or JSONL with the columns
+    path and caption; WebDataset shards, such as "shards-{000..009}.tar"; or a folder that datasets saved.
+
+    Pictures that cannot be decoded are skipped and listed in skipped.jsonl. A build that was stopped goes on
+    with the same command. Many processes: torchrun --nproc-per-node 4 -m xadapter_export.cli.bank build ...
+    """
+    if bool(sources) == bool(dataset):
+        raise click.UsageError("Give a SOURCE, or --dataset, and not both.")
+    start = time.monotonic()
+    main_process = os.environ.get("RANK", "0") == "0"
+    with _progress(quiet=quiet or not main_process) as (on_note, on_pictures):
+        on_note("loading PyTorch")
+        module = import_extra("xadapter_export.bank_builder.build", "bank")
+        settings = module.BuildSettings(
+            clip=clip,
+            device=device,
+            workers=workers,
+            batch_size=batch_size,
+            threads=threads,
+            dtype=dtype,
+            precision=precision,
+            strict=strict,
+            thumbnail_px=thumbnails,
+        )
+        try:
+            result: BuildResult | None = module.build_bank(
+                sources,
+                output,
+                settings,
+                dataset=dataset,
+                columns=module.DatasetColumns(split, image_column, caption_column),
+                force=force,
+                on_note=on_note,
+                on_pictures=on_pictures,
+            )
+        except KeyboardInterrupt:
+            if main_process:
+                work = module.work_folder_of(output)
+                click.echo(f"stopped; what is done is kept in {work}, the same command goes on", err=True)
+            raise
+    if result is None:  # another process speaks
+        return
+    if as_json:
+        print_json(
+            {
+                "bank": str(result.folder),
+                "num_listed": result.num_listed,
+                "num_resumed_shards": result.num_resumed_shards,
+                "first_skipped": result.first_skipped,
+                "seconds": round(time.monotonic() - start, 3),
+                "record": result.record.model_dump(mode="json"),
+            }
+        )
+        return
+    console = make_console()
+    record = result.record
+    console.print(f"{record.num_pictures} pictures, {record.dim} wide, {record.dtype}, CLIP {record.clip}")
+    if record.num_skipped:
+        console.print(
+            f"{record.num_skipped} skipped, listed in skipped.jsonl; the first: {result.first_skipped}"
+        )
+    console.print(f"bank: {result.folder}")
+
+
+@bank.command(cls=XadCommand, epilog=example("xad-bank info builtin"))
+@click.argument("folder", metavar="BANK")
+@json_option
+def info(folder: str, as_json: bool) -> None:
+    """Show what is in a bank, and check every row."""
+    reader = _open(folder)
+    size_bytes = sum(path.stat().st_size for path in _files(reader))
+    sha256 = reader.sha256()
+    created_with = reader.record.created_with if reader.record else {}
+    if as_json:
+        print_json(
+            {
+                "bank": str(reader.folder),
+                "kind": reader.kind,
+                "num_pictures": reader.num_pictures,
+                "dim": reader.dim,
+                "dtype": reader.dtype,
+                "num_skipped": reader.num_skipped,
+                "size_bytes": size_bytes,
+                "sha256": sha256,
+                "clip": None if reader.clip is None else reader.clip.model_dump(mode="json"),
+                "created_with": created_with,
+            }
+        )
+        return
+    facts = {
+        "kind": reader.kind,
+        "rows": f"{reader.num_pictures}, {reader.dim} wide, {reader.dtype}, each of length 1",
+        "skipped": str(reader.num_skipped),
+        "CLIP": str(reader.clip or "not recorded"),
+        "files": f"{size_bytes / MIB:.1f} MiB",
+        "SHA-256": sha256,
+        "made with": ", ".join(map(" ".join, created_with.items())) or "not recorded",
+    }
+    console = make_console()
+    for name, value in facts.items():
+        console.print(f"{name:<10}{value}")
+
+
+@bank.command(
+    cls=XadCommand,
+    epilog=example(
+        'xad-bank search builtin "a ripe banana"', 'xad-bank search builtin "a red car" --html sheet.html'
+    ),
+)
+@click.argument("folder", metavar="BANK")
+@click.argument("query", metavar="TEXT")
+@click.option(
+    "--clip", metavar="CLIP", help="CLIP that reads the text. [default: the one that made the bank]"
+)
+@click.option(
+    "-k", "--top-k", "k", type=click.IntRange(min=1), default=8, show_default=True, help="How many rows."
+)
+@click.option("--html", "sheet", type=click.Path(path_type=Path), help="Also write a page with the pictures.")
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder the pictures were built from, for the page of a bank without thumbnails.",
+)
+@click.option("--force", is_flag=True, help="Replace a page that is already there.")
+@json_option
+def search(
+    folder: str,
+    query: str,
+    clip: str | None,
+    k: int,
+    sheet: Path | None,
+    pictures: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Find the pictures of a bank that are nearest to a text."""
+    reader = _open(folder)
+    if sheet is not None and sheet.exists() and not force:
+        raise OutputExistsError(
+            "something is already at the output path", where=sheet, mend="replace it with --force"
+        )
+    from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
+    from xadapter_export.bank.nearest import check_k, find_nearest
+
+    check_k(reader, k)
+    text_search = import_extra("xadapter_export.bank_builder.text_search", "bank", "export")
+    tower = text_search.load_bank_clip(reader, clip)
+    found = find_nearest(reader, text_search.encode_texts(tower, [query]), k)
+    rows = found.rows[0].tolist()
+    names = reader.pictures_of(rows)
+    hits = [Hit(*hit) for hit in zip(rows, names, found.scores[0].tolist(), strict=True)]
+    if sheet is not None:
+        about = f"{reader.num_pictures} {reader.kind}, the nearest {k} by CLIP's cosine"
+        page = render_sheet(query, about, hits, find_thumbnails(reader, hits, pictures))
+        _write_page(sheet, page)
+    if as_json:
+        print_json(
+            [{"row": hit.row, **hit.picture.model_dump(), "score": round(hit.score, 6)} for hit in hits]
+        )
+        return
+    console = make_console()
+    width = max(len(hit.picture.caption) for hit in hits)
+    for hit in hits:
+        console.print(f"{hit.score:6.3f}  {hit.picture.caption:<{width}}  {hit.picture.id}")
+    if sheet is not None:
+        console.print(f"page: {sheet}")
+
+
+@bank.command(cls=XadCommand, epilog=example("xad-bank merge cats dogs -o pets"))
+@click.argument("folders", metavar="BANK...", nargs=-1, required=True)
+@output_options
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Stored features. [default: the most exact of theirs]"
+)
+@click.option("--keep-duplicates", is_flag=True, help="Let a picture be there twice.")
+@json_option
+def merge(
+    folders: tuple[str, ...],
+    output: Path,
+    force: bool,
+    dtype: "BankDtype | None",
+    keep_duplicates: bool,
+    as_json: bool,
+) -> None:
+    """Put banks of the same CLIP behind each other."""
+    from xadapter_export.bank.merge import merge_banks
+
+    paths = [_resolve(folder) for folder in folders]
+    record = merge_banks(paths, output, dtype=dtype, keep_duplicates=keep_duplicates, force=force)
+    _report(output, record, as_json=as_json)
+
+
+@bank.command(cls=XadCommand, epilog=example("xad-bank compact builtin --prototypes 64 -o prototypes"))
+@click.argument("folder", metavar="BANK")
+@output_options
+@click.option("--prototypes", type=click.IntRange(min=1), required=True, help="How many.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the clustering."
+)
+@json_option
+def compact(folder: str, output: Path, force: bool, prototypes: int, seed: int, as_json: bool) -> None:
+    """Cluster a bank into a few prototypes, for a static bank.
+
+    A prototype is the middle of its pictures, and its caption is their commonest captions.
+    """
+    from xadapter_export.bank.compact import compact_bank
+
+    made = compact_bank(_resolve(folder), output, prototypes, seed=seed, force=force)
+    if as_json:
+        listed = [
+            {**asdict(prototype), "picture": prototype.picture.model_dump()} for prototype in made.prototypes
+        ]
+        record = made.record.model_dump(mode="json")
+        print_json({"bank": str(output), "record": record, "prototypes": listed})
+        return
+    from rich.table import Table
+
+    table = Table("prototype", "pictures", "mean cosine", "caption", show_edge=False)
+    for prototype in made.prototypes:
+        table.add_row(
+            prototype.picture.id,
+            str(prototype.num_pictures),
+            f"{prototype.mean_cosine:.3f}",
+            prototype.picture.caption,
+        )
+    make_console().print(table)
+    total = sum(prototype.num_pictures for prototype in made.prototypes)
+    mean = sum(prototype.num_pictures * prototype.mean_cosine for prototype in made.prototypes) / total
+    click.echo(f"{total} pictures, mean cosine to their prototype {mean:.3f}")
+    _report(output, made.record, as_json=False)
+
+
+@bank.command(name="dtype", cls=XadCommand, epilog=example("xad-bank dtype builtin --to int8 -o small"))
+@click.argument("folder", metavar="BANK")
+@output_options
+@click.option("--to", type=click.Choice(DTYPES), required=True, help="How to store the features.")
+@click.option(
+    "--queries", type=click.IntRange(min=1), default=500, show_default=True, help="How many the recall is of."
+)
+@click.option(
+    "--clip", metavar="CLIP", help="Search with captions through this CLIP, in the place of rows with noise."
+)
+@json_option
+def convert(
+    folder: str, output: Path, force: bool, to: "BankDtype", queries: int, clip: str | None, as_json: bool
+) -> None:
+    """Store a bank in another dtype, and say what its search loses.
+
+    Recall@k is the share of the k nearest rows that stay among the k nearest.
+    """
+    from xadapter_export.bank.convert import convert_bank, measure_recall, noisy_queries, sample_rows
+    from xadapter_export.bank.reader import BankReader
+
+    reader = _open(folder)
+    if clip is None:
+        features = noisy_queries(reader, queries)
+    else:
+        text_search = import_extra("xadapter_export.bank_builder.text_search", "bank", "export")
+        pictures = reader.pictures_of(sample_rows(reader, queries))
+        texts = [picture.caption or picture.id for picture in pictures]
+        features = text_search.encode_texts(text_search.load_bank_clip(reader, clip), texts)
+    record = convert_bank(reader.folder, output, to, force=force)
+    recalls = measure_recall(reader, BankReader(output), features)
+    before, after = ((path / "bank.safetensors").stat().st_size / MIB for path in (reader.folder, output))
+    if as_json:
+        print_json(
+            {
+                "bank": str(output),
+                "record": record.model_dump(mode="json"),
+                "num_queries": len(features),
+                "recall": {str(k): value for k, value in recalls.items()},
+            }
+        )
+        return
+    shown = ", ".join(f"@{k} {value:.4f}" for k, value in recalls.items())
+    click.echo(f"recall against {reader.dtype}, {len(features)} queries: {shown}")
+    click.echo(f"features: {before:.2f} MiB in {reader.dtype}, {after:.2f} MiB in {record.dtype}")
+    _report(output, record, as_json=False)
+
+
+def _resolve(folder: str) -> Path:
+    from xadapter_export.model.builtin import BUILTIN, builtin_folder
+
+    return builtin_folder() if folder == BUILTIN else Path(folder)
+
+
+def _open(folder: str) -> "BankReader":
+    from xadapter_export.bank.reader import BankReader
+
+    return BankReader(_resolve(folder))
+
+
+def _files(reader: "BankReader") -> list[Path]:
+    from xadapter_export.bank.record import FEATURES_NAME, RECORD_NAME, SKIPPED_NAME, THUMBNAILS_NAME
+    from xadapter_export.bundle.folder import BANK_NAME
+
+    names = (FEATURES_NAME, BANK_NAME, RECORD_NAME, SKIPPED_NAME, THUMBNAILS_NAME)
+    return [path for name in names if (path := reader.folder / name).is_file()]
+
+
+def _report(output: Path, record: "BankRecord", *, as_json: bool) -> None:
+    if as_json:
+        print_json({"bank": str(output), "record": record.model_dump(mode="json")})
+    else:
+        click.echo(f"{record.num_pictures} {record.kind}, {record.dim} wide, {record.dtype}")
+        click.echo(f"bank: {output}")
+
+
+def _write_page(path: Path, page: str) -> None:
+    """Write the page whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputWriteError("the page cannot be written", where=path, got=error.strerror) from error
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> "Iterator[tuple[OnNote, OnPictures]]":
+    """Show on stderr what happens: a bar on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    if quiet:
+        yield (lambda _note: None), (lambda _done, _total: None)
+    elif console.is_terminal:
+        with _bar(console) as told:
+            yield told
+    else:
+        start = time.monotonic()
+        rate = _Rate()
+        due = start + _SECONDS_BETWEEN_LINES
+
+        def say(note: str) -> None:
+            click.echo(f"{time.monotonic() - start:6.1f} s  {note}", err=True)
+
+        def count(done: int, total: int) -> None:
+            nonlocal due
+            speed = rate.of(done)
+            if time.monotonic() >= due or done == total:
+                due = time.monotonic() + _SECONDS_BETWEEN_LINES
+                say(f"{done} of {total} pictures, {speed:.0f} pictures/s")
+
+        yield say, count
+
+
+@contextmanager
+def _bar(console: "Console") -> "Iterator[tuple[OnNote, OnPictures]]":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    rate = _Rate()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None, speed="")
+
+        def say(note: str) -> None:
+            progress.update(task, description=note)
+
+        def count(done: int, total: int) -> None:
+            speed = f"{rate.of(done):.0f} pictures/s"
+            progress.update(task, description="encoding", completed=done, total=total, speed=speed)
+
+        yield say, count
+
+
+class _Rate:
+    """Pictures per second since the first batch, which also pays for warming up."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def of(self, done: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        elapsed = now - self._first[0]
+        return (done - self._first[1]) / elapsed if elapsed > 0 else 0.0
+
+
+if __name__ == "__main__":
+    bank()

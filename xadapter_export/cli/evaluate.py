@@ -1,0 +1,575 @@
+"""``xad eval``: score a checkpoint or a bundle beside its controls."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from xadapter_export.cli.command import (
+    EXPERT_SETS,
+    XadCommand,
+    example,
+    json_option,
+    make_console,
+    print_json,
+    session_options,
+)
+from xadapter_export.errors import ConfigError, OutputExistsError, import_extra
+
+if TYPE_CHECKING:
+    from xadapter_export.bundle.manifest import ExpertSet, Task
+    from xadapter_export.evaluation.colour import ColorEvaluation
+    from xadapter_export.evaluation.labelled import Labelled
+    from xadapter_export.evaluation.objects import ObjectSet
+    from xadapter_export.evaluation.readings import OnProgress, Reading
+    from xadapter_export.evaluation.results import Evaluation
+    from xadapter_export.evaluation.scorer import Scorer
+
+TRAINED_CONTROL = "same text, no pictures"
+_TRAIN_NAME = "train.json"
+_CONTROL_CHANGES = ("output", "run", "cache", "force", "control", "distill_weight")
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every evaluation takes."""
+
+    model: str
+    experts: "tuple[ExpertSet, ...]"
+    with_controls: bool
+    controls: tuple[str, ...]
+    control_folder: Path | None
+    batch_size: int
+    providers: tuple[str, ...]
+    threads: int | None
+    output: Path | None
+    force: bool
+    quiet: bool
+    as_json: bool
+
+
+def shared_options(function: F) -> F:
+    """Add the argument MODEL and the options of ``Shared``."""
+    options = [
+        click.argument("model"),
+        click.option(
+            "--experts",
+            type=click.Choice(EXPERT_SETS),
+            multiple=True,
+            help="Expert set; may be repeated. [default: all that the model holds, and none]",
+        ),
+        click.option(
+            "--controls",
+            "with_controls",
+            is_flag=True,
+            help="Add what a gain must be compared with: the frozen PLM, the memory of another text, and, "
+            f"for a checkpoint with {_TRAIN_NAME}, the same training without pictures, which runs now.",
+        ),
+        click.option(
+            "--control",
+            "controls",
+            multiple=True,
+            metavar="NAME=MODEL",
+            help="Add a row for another checkpoint or bundle; may be repeated.",
+        ),
+        click.option(
+            "--control-folder",
+            type=click.Path(path_type=Path),
+            help="Where the trained control goes; one that is there is used. [default: MODEL-control]",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=32,
+            show_default=True,
+            help="Texts that go through the model together.",
+        ),
+        session_options,
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            help="Folder for results.json, results.md and charts.",
+        ),
+        click.option("--force", is_flag=True, help="Replace results that are already there."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+        json_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def object_options(function: F) -> F:
+    """Add what chooses objects, and where their pictures are."""
+    options = [
+        click.option(
+            "--objects",
+            metavar="NAMES|FILE",
+            help="Only these: names with commas, a file of one a line, or a file of data.",
+        ),
+        click.option("--in-bank", is_flag=True, help="Only objects that a caption of the bank names."),
+        click.option(
+            "--not-in",
+            metavar="NAMES|FILE",
+            help="Leave these out: those that were trained on, say.",
+        ),
+        click.option(
+            "--full-stop/--no-full-stop",
+            default=True,
+            show_default=True,
+            help="Whether a full stop follows the mask of a prompt that does not place it itself.",
+        ),
+        click.option(
+            "--pictures",
+            type=click.Path(path_type=Path, exists=True),
+            help="Folder with a file for each picture id, or thumbnails.zip, for the chart of objects. "
+            "[default: the model's thumbnails.zip, if it has one]",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group()
+def evaluate() -> None:
+    """Score a checkpoint or a bundle beside its controls.
+
+    MODEL is a checkpoint's folder or hub id, ``builtin``, or a bundle's folder, which needs no PyTorch. Both
+    give the same numbers, to rounding.
+    """
+
+
+@evaluate.command(
+    cls=XadCommand,
+    epilog=example("xad-eval colour builtin --data memory_colors.jsonl --controls --published -o results"),
+)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSON lines with item, label and perhaps descriptor (Memory Colors), or CSV with object and color "
+    "(ColorTerms).",
+)
+@click.option(
+    "--prompts",
+    default="valm",
+    show_default=True,
+    metavar="valm|norlund|FILE",
+    help="Sentences: VaLM's 9, Norlund's 13, or a file of one a line with [ITEM], and perhaps [DESCRIPTOR], "
+    "[MASK] and [SEP].",
+)
+@click.option(
+    "--candidates",
+    default="labels",
+    show_default=True,
+    metavar="labels|eleven|WORDS",
+    help="Colours that may be answered: those that occur in the data, the eleven basic ones, or words with "
+    "commas.",
+)
+@click.option("--published", is_flag=True, help="Add published figures for the benchmark.")
+@object_options
+@shared_options
+def colour(
+    data: Path,
+    prompts: str,
+    candidates: str,
+    published: bool,
+    objects: str | None,
+    in_bank: bool,
+    not_in: str | None,
+    full_stop: bool,
+    pictures: Path | None,
+    **shared: Any,
+) -> None:
+    """Ask which colour objects have: accuracy over the candidate colours.
+
+    Accuracy is the mean over prompts and objects; the deviation is over prompts.
+    """
+    from xadapter_export.evaluation.objects import ELEVEN, read_colors
+    from xadapter_export.evaluation.prompts import read_prompts
+
+    options = Shared(**shared)
+    things, sentences = read_colors(data), read_prompts(prompts)
+    words = {"labels": None, "eleven": ELEVEN}.get(
+        candidates, tuple(word.strip() for word in candidates.split(","))
+    )
+    chosen = _choose_names(objects, not_in)
+    with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
+        readings = _open(options, "fill-mask", on_progress)
+        from xadapter_export.evaluation.colour import evaluate_colour
+
+        found = evaluate_colour(
+            readings,
+            _select(things, readings[0].scorer, *chosen, in_bank=in_bank),
+            sentences,
+            prompts_name=prompts,
+            candidates=words,
+            ends_with_stop=full_stop,
+            published=published,
+            on_progress=on_progress,
+        )
+        _draw(found, sentences, folder, options, pictures, full_stop=full_stop)
+    _report(found.evaluation, options)
+
+
+@evaluate.command(
+    cls=XadCommand, epilog=example("xad-eval coda builtin --data coda.csv --in-bank --controls")
+)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="CSV with object, plural, perhaps annotators, and the share of each colour (CoDa).",
+)
+@click.option(
+    "--templates",
+    default="coda",
+    show_default=True,
+    metavar="coda|valm|norlund|FILE",
+    help="Sentences: our 6, or others; a file has one a line with [ITEM] or [PLURAL].",
+)
+@object_options
+@shared_options
+def coda(
+    data: Path,
+    templates: str,
+    objects: str | None,
+    in_bank: bool,
+    not_in: str | None,
+    full_stop: bool,
+    pictures: Path | None,
+    **shared: Any,
+) -> None:
+    """Compare what a model says of colours with how often people say them.
+
+    Reports accuracy at 1, Spearman, Kendall tau and the Jensen-Shannon divergence (base 2), each a mean over
+    objects and sentences.
+    """
+    from xadapter_export.evaluation.objects import read_distributions
+    from xadapter_export.evaluation.prompts import read_prompts
+
+    options = Shared(**shared)
+    things, sentences = read_distributions(data), read_prompts(templates)
+    chosen = _choose_names(objects, not_in)
+    with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
+        readings = _open(options, "fill-mask", on_progress)
+        from xadapter_export.evaluation.coda import evaluate_coda
+
+        found = evaluate_coda(
+            readings,
+            _select(things, readings[0].scorer, *chosen, in_bank=in_bank),
+            sentences,
+            prompts_name=templates,
+            ends_with_stop=full_stop,
+            on_progress=on_progress,
+        )
+        _draw(found, sentences, folder, options, pictures, full_stop=full_stop)
+    _report(found.evaluation, options)
+
+
+@evaluate.command(cls=XadCommand, epilog=example("xad-eval glue my-classifier --task sst2 --data sst2"))
+@click.option(
+    "--task", help="GLUE task: its columns, labels and metrics. [default: accuracy, or correlation]"
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A file, or a folder with one for each split. [default: GLUE from the hub]",
+)
+@click.option("--split", default="validation", show_default=True, help="Which file, or split, is scored.")
+@click.option("--text-column", help="Name of the text's column, or its number from 0.")
+@click.option("--pair-column", help="Likewise for the second text.")
+@click.option("--label-column", help="Likewise for the label.")
+@shared_options
+def glue(
+    task: str | None,
+    data: Path | None,
+    split: str,
+    text_column: str | None,
+    pair_column: str | None,
+    label_column: str | None,
+    **shared: Any,
+) -> None:
+    """Score a classifier, or a regression, on labelled texts with the metrics of GLUE."""
+    from xadapter_export.evaluation.labelled import glue_task, read_labelled
+
+    options = Shared(**shared)
+    if task is not None:
+        glue_task(task)
+    with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
+        readings = _open(options, "text-classification", on_progress)
+        from xadapter_export.evaluation.glue import evaluate_glue
+
+        labels = readings[0].scorer.labels
+
+        def read(name: str) -> "Labelled":
+            return read_labelled(
+                data,
+                task=task,
+                split=name,
+                text_column=text_column,
+                pair_column=pair_column,
+                label_column=label_column,
+                labels=labels if task is None and len(labels) > 1 else None,
+                regression=len(labels) == 1,
+            )
+
+        sets = {split: read(split)}
+        if task == "mnli" and split == "validation" and _has_mismatched(data):
+            sets["mismatched"] = read("validation_mismatched")
+        found = evaluate_glue(readings, sets, task=task, on_progress=on_progress)
+        if folder is not None:
+            found.write(folder)
+    _report(found, options)
+
+
+@evaluate.command(
+    cls=XadCommand, epilog=example("xad-eval mlm builtin --data text.txt --limit 100 --controls")
+)
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="UTF-8 text, one sentence a line."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many lines.")
+@shared_options
+def mlm(data: Path, limit: int | None, **shared: Any) -> None:
+    """Mask every token in turn: pseudo-perplexity and top-1, to see what the plug-in costs."""
+    from xadapter_export.evaluation.mlm import evaluate_mlm, read_texts
+
+    options = Shared(**shared)
+    texts = read_texts(data, limit=limit)
+    with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
+        readings = _open(options, "fill-mask", on_progress)
+        found = evaluate_mlm(readings, texts, data_name=data.name, on_progress=on_progress)
+        if folder is not None:
+            found.write(folder)
+    _report(found, options)
+
+
+def _open(options: Shared, task: "Task", on_progress: "OnProgress") -> "tuple[Reading, ...]":
+    """Open the model and its controls, train the control that is missing, and return the rows."""
+    from xadapter_export.evaluation.opening import is_bundle, open_scorer
+    from xadapter_export.evaluation.readings import plan_readings
+
+    def open_one(source: str | Path) -> "Scorer":
+        return open_scorer(
+            source,
+            providers=options.providers or None,
+            num_threads=options.threads,
+            batch_size=options.batch_size,
+        )
+
+    sources: dict[str, str | Path] = {}
+    for control in options.controls:
+        name, equals, source = control.partition("=")
+        if not (name and equals and source):
+            raise click.UsageError(f"--control {control}: expected NAME=MODEL.")
+        if name in sources:
+            raise click.UsageError(f"--control {name} is given twice.")
+        sources[name] = source
+    on_progress("loading", 0, 0)
+    scorer = open_one(options.model)
+    plan = plan_readings(scorer, task, options.experts, shuffled=options.with_controls)  # fails early
+    if taken := {reading.name for reading in plan} & sources.keys():
+        raise click.UsageError(f"--control {min(taken)}: the table has a row of this name.")
+    if options.with_controls and TRAINED_CONTROL not in sources:
+        if is_bundle(options.model):
+            _say(f'a bundle cannot be trained; --control "{TRAINED_CONTROL}=CHECKPOINT" adds that row')
+        elif trained := _trained_control(options, scorer.name, on_progress):
+            sources[TRAINED_CONTROL] = trained
+    controls = {name: open_one(source) for name, source in sources.items()}
+    return plan_readings(scorer, task, options.experts, shuffled=options.with_controls, controls=controls)
+
+
+def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> Path | None:
+    """Return the control that was trained for a checkpoint, or train it; None if there is no record.
+
+    Raises:
+        OutputExistsError: If the control that is there was trained otherwise.
+    """
+    record = Path(options.model) / _TRAIN_NAME
+    if not record.is_file():
+        _say(
+            f'{name} has no {_TRAIN_NAME}, so its control cannot be trained; --control "{TRAINED_CONTROL}='
+            'CHECKPOINT" adds that row'
+        )
+        return None
+    output = options.control_folder or Path(f"{name}-control")
+    if not output.exists():
+        import_extra("torch", "train")
+        from xadapter_export.training import train_control
+
+        train_control(
+            Path(options.model),
+            output,
+            on_stage=lambda stage, _detail: on_progress(f"{TRAINED_CONTROL}: {stage}", 0, 0),
+            on_step=lambda done, total, _detail: on_progress(f"{TRAINED_CONTROL}: training", done, total),
+        )
+        _say(f"trained control: {output}")
+    elif _training_settings(output / _TRAIN_NAME) != _training_settings(record):
+        raise OutputExistsError(
+            "the control that is there belongs to another training",
+            where=output,
+            mend="choose another --control-folder, or remove it",
+        )
+    return output
+
+
+def _training_settings(record: Path) -> Mapping[str, object]:
+    try:
+        settings: dict[str, object] = dict(json.loads(record.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {key: value for key, value in settings.items() if key not in _CONTROL_CHANGES}
+
+
+def _choose_names(objects: str | None, not_in: str | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    from xadapter_export.evaluation.objects import read_names
+
+    return [read_names(objects)] if objects else [], read_names(not_in) if not_in else ()
+
+
+def _select(
+    things: "ObjectSet",
+    scorer: "Scorer",
+    only: list[tuple[str, ...]],
+    leave_out: tuple[str, ...],
+    *,
+    in_bank: bool,
+) -> "ObjectSet":
+    from xadapter_export.evaluation.objects import select_objects
+
+    if in_bank:
+        if not scorer.pictures:
+            raise ConfigError(
+                "the model retrieves no pictures, so nothing is in its bank",
+                where=scorer.name,
+                mend="leave --in-bank out, or export the V-expert too",
+            )
+        only = [*only, tuple(picture.caption for picture in scorer.pictures)]
+    return select_objects(things, only=only, leave_out=leave_out)
+
+
+def _has_mismatched(data: Path | None) -> bool:
+    """Whether MNLI's second validation set is there: on the hub, or as a file in the folder."""
+    from xadapter_export.evaluation.labelled import SUFFIXES, glue_task
+
+    if data is None:
+        return True
+    stems = (glue_task("mnli").splits or {})["validation_mismatched"]
+    return any((data / f"{stem}{suffix}").is_file() for stem in stems for suffix in SUFFIXES)
+
+
+def _draw(
+    found: "ColorEvaluation",
+    prompts: Sequence[str],
+    folder: Path | None,
+    options: Shared,
+    pictures: Path | None,
+    *,
+    full_stop: bool,
+) -> None:
+    """Write the results and the charts of the row that matters most, beside the frozen PLM's answers."""
+    if folder is None:
+        return
+    from xadapter_export.bank.record import THUMBNAILS_NAME
+    from xadapter_export.evaluation.charts import draw_confusion, draw_objects
+    from xadapter_export.evaluation.color_answers import look_up_pictures
+    from xadapter_export.evaluation.readings import main_reading
+    from xadapter_export.evaluation.thumbnails import load_thumbnails
+
+    found.evaluation.write(folder)
+    main = main_reading([answers.reading for answers in found.answers])
+    shown = next(answers for answers in found.answers if answers.reading is main)
+    frozen = [a for a in found.answers if a.reading.experts == "none" and a is not shown]
+    draw_confusion([*frozen[:1], shown], folder / "confusion.png")
+    if pictures is None and (Path(options.model) / THUMBNAILS_NAME).is_file():
+        pictures = Path(options.model)
+    seen = look_up_pictures(shown, prompts, ends_with_stop=full_stop)
+    images = load_thumbnails(pictures, (picture for some in seen for picture in some))
+    draw_objects(shown, seen, images, folder / "objects.png")
+
+
+@contextmanager
+def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
+    """Stage the folder of results first, so that what is wrong with it shows before the work."""
+    if options.output is None:
+        yield None
+        return
+    from xadapter_export.bundle.folder import staged_folder
+    from xadapter_export.evaluation.results import RESULTS_NAME
+
+    if draws:
+        import_extra("matplotlib.figure", "report")
+    with staged_folder(options.output, force=options.force, marker=RESULTS_NAME) as staged:
+        yield staged.path
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> "Iterator[OnProgress]":
+    """Show the row at work on stderr: a bar on a terminal, a line for each row elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    start = time.monotonic()
+    if quiet:
+        yield lambda *_: None
+    elif console.is_terminal:
+        columns = TextColumn("{task.description}", markup=False), BarColumn()
+        with Progress(
+            *columns, MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+        ) as bar:
+            task = bar.add_task("loading", total=None)
+            yield lambda name, done, total: bar.update(
+                task, description=name, completed=done, total=total or None
+            )
+    else:
+        last = ""
+
+        def say(name: str, _done: int, _total: int) -> None:
+            nonlocal last
+            if name != last:
+                _say(f"{time.monotonic() - start:6.1f} s  {name}")
+            last = name
+
+        yield say
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _report(found: "Evaluation", options: Shared) -> None:
+    if options.as_json:
+        print_json(found.to_json())
+        return
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    table.add_column("")
+    for metric in found.metrics.values():
+        table.add_column(metric.title, justify="right")
+    before = None
+    for row in found.rows:
+        if before is not None and before.is_baseline != row.is_baseline:
+            table.add_section()
+        cells = [metric.write(row.values.get(key)) for key, metric in found.metrics.items()]
+        table.add_row(row.name, *cells, style="dim" if row.is_baseline else None)
+        before = row
+    console = make_console()
+    console.print(found.title, style="bold")
+    console.print(table)
+    for name, value in found.settings.items():
+        if value is not None:
+            console.print(f"{name}: {value}", style="dim")
+    if options.output is not None:
+        console.print(f"results: {options.output}")

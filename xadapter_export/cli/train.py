@@ -1,0 +1,138 @@
+"""``xad train``: train a plug-in."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.errors import import_extra
+from xadapter_export.training.config import TrainConfig, read_config
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from xadapter_export.training.run import OnStage, OnStep, TrainResult
+
+
+def _flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Add a flag for every setting."""
+    for name, field in reversed(TrainConfig.model_fields.items()):
+        function = _flag(name, field)(function)
+    return function
+
+
+def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    option = "--" + name.replace("_", "-")
+    kind: Any = field.annotation
+    kinds = [part for part in get_args(kind) if part is not type(None)]
+    if type(None) in get_args(kind):  # "X | None"
+        kind = kinds[0]
+    help_text = str(field.description)
+    shown = field.default
+    if not field.is_required() and shown not in (None, (), False) and not isinstance(shown, tuple):
+        help_text += f" [default: {shown}]"
+    if kind is bool:
+        return click.option(f"{option}/--no-{name.replace('_', '-')}", default=None, help=help_text)
+    if get_origin(kind) is Literal:
+        return click.option(option, type=click.Choice(get_args(kind)), help=help_text)
+    if get_origin(kind) is tuple:
+        return click.option(option, multiple=True, metavar="VALUE", help=f"{help_text} May be repeated.")
+    names = ["-o", option] if name == "output" else [option]
+    return click.option(*names, metavar="PATH" if kind is Path else "VALUE", help=help_text)
+
+
+@click.command(
+    cls=XadCommand,
+    epilog=example(
+        "echo 'The banana is yellow.' > text.txt",
+        "xad-train --plm builtin --clip builtin --bank builtin --train-files text.txt --epochs 2 -o plugin",
+    ),
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings; flags win over it.")
+@_flags
+@click.option("--quiet", is_flag=True, help="No progress.")
+@json_option
+def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
+    """Train a plug-in between a frozen PLM and a frozen CLIP.
+
+    Every setting is a key of the config and a flag. A run that was stopped goes on when the same command is
+    given again. On several processes: torchrun --nproc-per-node 2 -m xadapter_export.cli.train --config FILE
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    settings = read_config(config, given)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with _progress(quiet=quiet or not is_first) as (on_stage, on_step):
+        on_stage("load", "PyTorch")
+        module = import_extra("xadapter_export.training.run", "train")
+        result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
+    if not is_first:
+        return
+    if as_json:
+        print_json({"checkpoint": str(result.folder), "record": result.record})
+    else:
+        _report(result)
+
+
+def _report(result: "TrainResult") -> None:
+    console = make_console()
+    record = result.record
+    losses = [entry["loss"] for entry in result.curve if "loss" in entry]
+    if losses:
+        console.print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last, {result.steps} steps")
+    held_out = [entry for entry in result.curve if "eval_loss" in entry]
+    if held_out:
+        last = {name.removeprefix("eval_"): value for name, value in held_out[-1].items() if "eval_" in name}
+        shown = [f"{name} {value:.4f}" for name, value in last.items() if name not in _NOT_SHOWN]
+        console.print(f"held out: {', '.join(shown)}")
+    console.print(
+        f"trained {record['trained_parameters']:,} parameters in {record['elapsed_s']:.0f} s; "
+        "the frozen weights are what they were, by their hashes"
+    )
+    console.print(f"checkpoint: {result.folder}")
+    console.print(f"next: xad-export {result.folder}")
+
+
+_NOT_SHOWN = {"runtime", "samples_per_second", "steps_per_second", "metric"}
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> "Iterator[tuple[OnStage, OnStep]]":
+    """Stages and steps on stderr: a bar on a terminal, a line for each tenth elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    start = time.monotonic()
+
+    def say(stage: str, detail: str) -> None:
+        console.print(f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}", soft_wrap=True)
+
+    if quiet:
+        yield lambda *_: None, lambda *_: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=console, transient=True
+        ) as progress:
+            task = progress.add_task("steps", total=None, note="", visible=False)
+
+            def advance(step: int, steps: int, note: str) -> None:
+                progress.update(task, completed=step, total=steps, note=note, visible=True)
+
+            yield say, advance
+    else:
+
+        def tell(step: int, steps: int, note: str) -> None:
+            if step * 10 // steps > (step - 1) * 10 // steps:
+                say("train", f"step {step} of {steps} {note}")
+
+        yield say, tell
+
+
+if __name__ == "__main__":
+    train()

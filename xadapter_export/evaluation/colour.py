@@ -1,0 +1,142 @@
+"""Which colour does an object have? Accuracy as Memory Colors and ColorTerms are scored.
+
+Dimensions: P prompts, n objects, C colours.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from xadapter_export.errors import ConfigError
+from xadapter_export.evaluation.color_answers import ColorAnswers, answer_colors
+from xadapter_export.evaluation.objects import ObjectSet
+from xadapter_export.evaluation.readings import OnProgress, Reading, ignore_progress
+from xadapter_export.evaluation.results import Evaluation, Row, percentage
+
+METRICS: Final = {"accuracy": percentage("accuracy at 1"), "accuracy_sd": percentage("sd over prompts")}
+
+# Accuracy at 1 on the whole set. Yariv et al. (arXiv 2406.13621), table 1; Hagstrom and Johansson 2022, mean
+# over 13 prompts.
+PUBLISHED: Final[dict[str, dict[str, float]]] = {
+    "memory_colors": {
+        "BERT (Yariv et al.)": 0.316,
+        "BERT fine-tuned on the same text, no pictures (Yariv et al.)": 0.339,
+        "X-adapter on BERT (Yariv et al.)": 0.641,
+        "VaLM, 4 pictures (Yariv et al.)": 0.540,
+        "VaLM, 8 pictures (Yariv et al.)": 0.586,
+        "LaMI on BERT (Yariv et al.)": 0.745,
+        "BERT trained on captions, text only (Hagstrom and Johansson)": 0.724,
+        "CLIP-BERT, explicit feature (Hagstrom and Johansson)": 0.882,
+    },
+    "color_terms": {
+        "BERT (Yariv et al.)": 0.307,
+        "BERT fine-tuned on the same text, no pictures (Yariv et al.)": 0.315,
+        "X-adapter on BERT (Yariv et al.)": 0.600,
+        "VaLM, 4 pictures (Yariv et al.)": 0.527,
+        "VaLM, 8 pictures (Yariv et al.)": 0.502,
+        "LaMI on BERT (Yariv et al.)": 0.725,
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ColorEvaluation:
+    """The table, and the answers behind each row that a model answered."""
+
+    evaluation: Evaluation
+    answers: tuple[ColorAnswers, ...]
+
+
+def evaluate_colour(
+    readings: Sequence[Reading],
+    data: ObjectSet,
+    prompts: Sequence[str],
+    *,
+    prompts_name: str = "",
+    candidates: Sequence[str] | None = None,
+    ends_with_stop: bool = True,
+    published: bool = False,
+    on_progress: OnProgress = ignore_progress,
+) -> ColorEvaluation:
+    """Score how often the right colour is the most probable one.
+
+    Args:
+        readings: The rows.
+        data: The objects.
+        prompts: P prompts.
+        prompts_name: What to call them in the report.
+        candidates: Colours that may be answered; those that occur in the data's file if None.
+        ends_with_stop: Whether a full stop follows a mask that goes after the last word.
+        published: Whether to add the published figures for the same benchmark.
+        on_progress: Told after each batch.
+
+    Raises:
+        ConfigError: If an object's colour is not among the candidates, or one is not one token of the PLM.
+        UnsupportedError: If a model does not fill masks.
+    """
+    colors = tuple(data.colors if candidates is None else candidates)
+    for thing in data.objects:
+        if thing.color not in colors:
+            raise ConfigError(
+                "a label is out of range",
+                where=f"{data.where}, {thing.name}",
+                expected=f"one of {', '.join(colors)}",
+                got=thing.color,
+                mend="choose candidates that hold it",
+            )
+    counts = Counter(thing.color for thing in data.objects)
+    majority, num_majority = counts.most_common(1)[0]
+    rows = [
+        Row("chance", {"accuracy": 1 / len(colors)}, is_baseline=True),
+        Row(f"majority ({majority})", {"accuracy": num_majority / len(data.objects)}, is_baseline=True),
+    ]
+    answers = []
+    for reading in readings:
+        answered = answer_colors(
+            reading,
+            data.objects,
+            prompts,
+            colors,
+            ends_with_stop=ends_with_stop,
+            on_progress=on_progress,
+        )
+        answers.append(answered)
+        per_prompt = answered.is_right.mean(1)  # (P,)
+        details = {
+            "accuracy_per_prompt": dict(zip(prompts, per_prompt.tolist(), strict=True)),
+            "answers": answered.by_object(),
+        }
+        values = {"accuracy": float(per_prompt.mean()), "accuracy_sd": spread(per_prompt)}
+        rows.append(Row(reading.name, values, reading.experts, details=details))
+    if published:
+        rows += [
+            Row(f"published: {name}", {"accuracy": accuracy}, is_baseline=True)
+            for name, accuracy in PUBLISHED.get(data.benchmark, {}).items()
+        ]
+    settings: dict[str, str | int | float | bool | None] = {
+        "prompts": prompts_name or None,
+        "candidates": ", ".join(colors),
+        "full stop after a mask that was put last": ends_with_stop,
+        "accuracy": "mean over prompts and objects; sd over prompts with n - 1",
+    }
+    if published:
+        settings["published"] = "on all objects of the benchmark, each with its own prompts"
+    evaluation = Evaluation(
+        kind="colour",
+        model=readings[0].scorer.name,
+        data=Path(data.where).name,
+        counts={"objects": len(data.objects), "prompts": len(prompts), "colours": len(colors)},
+        settings=settings,
+        metrics=METRICS,
+        rows=tuple(rows),
+    )
+    return ColorEvaluation(evaluation, tuple(answers))
+
+
+def spread(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:
+    """Return the standard deviation of ``(P,) float64`` with n - 1; None for a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else None

@@ -1,0 +1,66 @@
+"""Reads the pictures that a chart shows, from files named as their ids or from a bank's thumbnails."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xadapter_export.bank.record import THUMBNAILS_NAME
+from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.errors import ConfigError, import_extra
+from xadapter_export.runtime.answers import RetrievedPicture
+
+Image = NDArray[np.uint8]
+_SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+def load_thumbnails(
+    source: Path | None, pictures: Iterable[RetrievedPicture], *, side: int = 64
+) -> dict[int, Image]:
+    """Return pictures by their bank row, ``(height, width, 4) uint8``, but those that cannot be read.
+
+    Args:
+        source: A folder with files named as picture ids, with or without an extension; or
+            ``thumbnails.zip``, or a folder with one. None for no pictures at all.
+        pictures: What is wanted.
+        side: Pixels that the longer side has at most.
+
+    Raises:
+        ConfigError: If the source is none of these.
+        CheckpointError: If ``thumbnails.zip`` is broken.
+        MissingExtraError: If there is a source and pillow is not installed.
+    """
+    if source is None:
+        return {}
+    pillow = import_extra("PIL.Image", "report")
+    id_of_row = {picture.row: picture.id for picture in pictures}
+    streams: dict[int, Any] = {}
+    bank = source.parent if source.name == THUMBNAILS_NAME else source
+    if (bank / THUMBNAILS_NAME).is_file():
+        found = read_thumbnails(bank, set(id_of_row))
+        streams = {row: io.BytesIO(webp) for row, webp in found}
+    elif source.is_dir():
+        for row, name in id_of_row.items():
+            for path in ((source / f"{name}{suffix}").resolve() for suffix in _SUFFIXES):
+                if path.is_relative_to(source.resolve()) and path.is_file():  # an id may not lead elsewhere
+                    streams[row] = path
+                    break
+    else:
+        raise ConfigError(
+            "there are no pictures here",
+            where=source,
+            expected=f"a folder with a file for each picture id, or {THUMBNAILS_NAME}",
+        )
+    images = {}
+    for row, stream in streams.items():
+        try:
+            with pillow.open(stream) as image:
+                small = image.convert("RGBA")
+        except (OSError, ValueError):  # not a picture that pillow knows
+            continue
+        small.thumbnail((side, side))
+        images[row] = np.asarray(small, dtype=np.uint8)
+    return images

@@ -1,0 +1,231 @@
+"""Everything that a training run is told: one flat list of settings, each a key of a file and a flag."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xadapter_export.errors import ConfigError
+
+COLOR_WORDS = (
+    "black",
+    "blue",
+    "brown",
+    "green",
+    "grey",
+    "orange",
+    "pink",
+    "purple",
+    "red",
+    "white",
+    "yellow",
+)
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TrainConfig(BaseModel):
+    """Settings of a training run. Relative paths are relative to the current folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Parts
+    output: Path = Field(description="Folder of the checkpoint to write.")
+    plm: str = Field(description="Frozen PLM: folder in save_pretrained layout, or hub id.")
+    clip: str | None = Field(
+        None, description="Frozen CLIP: folder in open_clip's layout, model:tag, hub id, or builtin."
+    )
+    bank: str | None = Field(None, description="Feature bank: folder that xad-bank wrote, or builtin.")
+
+    # Plug-in
+    experts: Literal["v", "t", "vt"] = Field("v", description="Experts to train.")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="PLM layers before which experts are added, from 0. Default: the last two."
+    )
+    adapter_width: Positive = Field(64, description="Width of the attention inside the plug-in.")
+    num_heads: Positive = Field(4, description="Attention heads of each expert.")
+    retrieval: Literal["topk", "static"] = Field(
+        "topk", description="topk: search the bank for each text. static: attend to all rows of a small bank."
+    )
+    k: Positive = Field(4, description="Pictures that a text is answered from.")
+    k_drawn_from: Positive | None = Field(
+        None, description="Nearest pictures that training draws the k from. Default: twice k."
+    )
+    order: Literal["joint", "sequential", "alternating"] = Field(
+        "alternating",
+        description="With both experts. joint: always together. sequential: V, then T on top of a finished "
+        "V. alternating: V, T and both in turn, so that each works alone too.",
+    )
+    query: Literal["token", "sentence"] = Field(
+        "token",
+        description="Static retrieval: each token asks for itself, or all together, with a learned key for "
+        "each prototype.",
+    )
+    distill_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="Static retrieval: weight of learning to attend where CLIP would search (needs clip).",
+    )
+    distill_temperature: Annotated[float, Field(gt=0.0)] = Field(
+        0.05, description="Of the search that is imitated: cosines are divided by it."
+    )
+
+    distill_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps of distillation alone before the training; cheap, as no PLM layer is run."
+    )
+    distill_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-2, description="Peak learning rate of these steps."
+    )
+
+    # Data
+    objective: Literal["mlm", "task"] = Field("mlm", description="Fill masks, or classify and regress.")
+    train_files: tuple[str, ...] = Field(
+        (),
+        description="Text (.txt, one a line), .jsonl (text; with answers, text has its masks already), .csv, "
+        ".tsv or .parquet; hub:NAME for a datasets data set.",
+    )
+    train_weights: tuple[Positive, ...] | None = Field(
+        None, description="How many texts of each file a round draws. Default: one of each."
+    )
+    eval_file: str | None = Field(None, description="Held-out texts or rows; watched while training.")
+    glue: str | None = Field(None, description="GLUE task by name; says columns, labels and metric.")
+    glue_data: str | None = Field(None, description="Folder with the task's files. Default: the hub.")
+    text_column: str | None = Field(None, description="Column of the text.")
+    pair_column: str | None = Field(None, description="Column of a second text.")
+    label_column: str | None = Field(None, description="Column of the label.")
+    labels: tuple[str, ...] | None = Field(None, description="Label names in the order of the logits.")
+    regression: bool = Field(False, description="Labels are values, not classes.")
+    mask_share: Share = Field(0.15, description="Of the words of a text that are masked, at least one.")
+    maskings: Positive = Field(1, description="Ways in which each text is masked.")
+    favor_words: tuple[str, ...] = Field(COLOR_WORDS, description="Words that are masked more often.")
+    favor_share: Share = Field(0.5, description="How often a text with such a word has just that masked.")
+    max_seq: Positive | None = Field(None, description="Longest input in tokens. Default: the PLM's limit.")
+
+    # Optimisation
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        3.0, description="Passes over the data, for each expert set in turn; unless max_steps."
+    )
+    max_steps: Positive | None = Field(None, description="Optimiser steps, for each expert set in turn.")
+    batch_size: Positive = Field(32, description="Texts of one process in one forward pass.")
+    accumulation: Positive = Field(1, description="Forward passes for one optimiser step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of AdamW.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Of matrices; norms and biases have none."
+    )
+    warmup_share: Share = Field(0.1, description="Of the steps, in which the learning rate rises.")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to it.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where a GPU has it, else fp32."
+    )
+    seed: int = Field(7, description="Of weights, masks and order.")
+
+    # Watching and keeping
+    eval_every: Positive | None = Field(None, description="Steps between evaluations. Default: ten in all.")
+    patience: Positive | None = Field(
+        None, description="Stop after so many evaluations without a better one, and keep the best."
+    )
+    save_every: Positive | None = Field(
+        None, description="Steps between states to resume from. Default: ten in all."
+    )
+    log_every: Positive = Field(20, description="Steps between lines of the loss curve.")
+    tensorboard: bool = Field(False, description="Write TensorBoard logs to the run folder.")
+    cache_hidden: bool = Field(
+        True, description="Keep the states of the layers below the plug-in on disk; they never change."
+    )
+    cache: Path | None = Field(
+        None, description="Folder of what is computed once. Default: in the run folder."
+    )
+    run: Path | None = Field(None, description="Folder of states, logs and cache. Default: OUTPUT.run")
+    self_contained: bool = Field(False, description="Also store the PLM and CLIP's text tower.")
+    force: bool = Field(False, description="Replace a checkpoint that is already there.")
+    head_only: bool = Field(
+        False, description="Task training: train the head alone on the plain PLM, as a baseline."
+    )
+    control: bool = Field(
+        False, description="Train the control: the same adapter with random rows in place of CLIP's."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.glue is None and not self.train_files:
+            raise ValueError("train_files: name the training data, or a GLUE task with glue")
+        if self.glue is not None and self.objective != "task":
+            raise ValueError("glue goes with objective = task")
+        if self.train_weights is not None and len(self.train_weights) != len(self.train_files):
+            raise ValueError("train_weights: one for each of train_files")
+        if self.patience is not None and self.eval_file is None and self.glue is None:
+            raise ValueError("patience needs an eval_file to watch")
+        needs_clip = "t" in self.experts or self.retrieval == "topk" or self.distill_weight > 0
+        if needs_clip and self.clip is None:
+            raise ValueError("clip: needed by the T-expert, by topk retrieval and by distillation")
+        if "v" in self.experts and self.bank is None:
+            raise ValueError("bank: needed by the V-expert")
+        if self.query == "sentence" and self.retrieval != "static":
+            raise ValueError("query = sentence goes with retrieval = static")
+        if self.distill_steps and not (self.distill_weight and self.cache_hidden):
+            raise ValueError("distill_steps needs a distill_weight above 0 and cache_hidden")
+        if self.distill_weight > 0 and (self.retrieval != "static" or "v" not in self.experts):
+            raise ValueError("distill_weight is for a V-expert with static retrieval")
+        if self.head_only and self.objective != "task":
+            raise ValueError("head_only goes with objective = task; fill-mask has no head to train")
+        if self.adapter_width % self.num_heads:
+            raise ValueError("adapter_width must be a multiple of num_heads")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Where states, logs and cache are."""
+        return self.run or self.output.with_name(f"{self.output.name}.run")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where frozen features are."""
+        return self.cache or self.run_folder / "cache"
+
+    @property
+    def pool(self) -> int:
+        """How many of the nearest pictures training draws from."""
+        return max(self.k, self.k_drawn_from or 2 * self.k)
+
+
+def read_config(path: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """Read a TOML file and lay flags over it.
+
+    Args:
+        path: The file, or None.
+        flags: Settings by name; they win.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is not known (the message names the nearest one that
+            is), or a value makes no sense.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError("the config cannot be read", where=path, got=error) from error
+    return make_config({**values, **flags}, where=str(path) if path else "the flags")
+
+
+def make_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """Check settings.
+
+    Raises:
+        ConfigError: As ``read_config``.
+    """
+    for key in values:
+        if key not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.0)
+            raise ConfigError("unknown setting", where=f"{where}, {key}", mend=f"did you mean {near[0]}?")
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{place}: {message}" if place else message, where=where) from error

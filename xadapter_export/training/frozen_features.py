@@ -1,0 +1,234 @@
+"""What frozen models say about the examples: computed once, kept on disk, read back as memory maps.
+
+Dimensions: n examples, T PLM tokens, S CLIP tokens, H hidden size, W CLIP text width, D CLIP embedding size,
+K nearest pictures.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xadapter_export.bundle.folder import staged_folder
+from xadapter_export.model.clip_text import ClipTextTower
+from xadapter_export.model.x_adapter_model import XAdapterModel, unit_length
+from xadapter_export.training.examples import Examples
+
+_RECORD = "features.json"
+_FORMAT = 1
+_BATCH = 64
+
+OnStage = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, one after the other.
+
+    Attributes:
+        values: ``(total, width) float32``, a memory map.
+        offsets: ``(n + 1,) int64``. Where each row begins.
+    """
+
+    values: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Outputs of frozen models for n examples; what the plug-in does not need is None.
+
+    Attributes:
+        hidden: n rows ``(T, H)``: what enters the first layer with a plug-in.
+        retrieved: ``(n, K) int32``. Bank rows, nearest first.
+        token_states: n rows ``(S, W)``: what the T-expert attends to.
+        queries: ``(n, D) float32`` of length 1: CLIP's text features, for distillation.
+    """
+
+    hidden: Ragged | None
+    retrieved: NDArray[np.int32] | None
+    token_states: Ragged | None
+    queries: NDArray[np.float32] | None
+
+
+def frozen_features(
+    model: XAdapterModel,
+    examples: Examples,
+    folder: Path,
+    *,
+    pool: int,
+    with_hidden: bool,
+    teacher: ClipTextTower | None = None,
+    hashes: Mapping[str, str],
+    title: str = "texts",
+    on_stage: OnStage = lambda *_: None,
+) -> FrozenFeatures:
+    """Compute, or find on disk, what the frozen models say about the examples.
+
+    Each kind is kept in a folder of its own, named by the hash of all that it depends on, so that a run which
+    changes only K, say, computes only retrieval again.
+
+    Args:
+        model: Its PLM below the first adapter, CLIP and bank are run.
+        examples: n tokenised examples.
+        folder: Where results are kept.
+        pool: K, pictures to find for each example.
+        with_hidden: Whether to keep hidden states, ``T * H * 4`` bytes for each example.
+        teacher: CLIP text tower whose text features are wanted as well.
+        hashes: Of ``plm``, ``clip``, ``bank`` and ``teacher``, as far as there are such.
+        title: What the examples are called in messages.
+        on_stage: Told what goes on.
+
+    Raises:
+        OutputWriteError: If the folder cannot be written.
+    """
+    cache = _Cache(model, examples, folder, hashes, title, on_stage)
+    experts = model.active_experts()
+    layer = model.config.layers[0]
+    retrieves = "v" in experts and model.config.retrieval.mode == "topk"
+    plm_rows = (examples.input_ids, examples.token_type_ids)
+    clip_rows = (examples.clip_input_ids,)
+    hidden = retrieved = states = queries = None
+    if with_hidden:
+        place = cache.get("hidden", plm_rows, ["plm"], [layer], cache.write_hidden)
+        hidden = _read_ragged(place)
+    if retrieves:
+        place = cache.get(
+            "retrieved", clip_rows, ["clip", "bank"], [pool], partial(cache.write_retrieved, pool=pool)
+        )
+        retrieved = np.load(place / "rows.npy", mmap_mode="r")
+    if "t" in experts:
+        states = _read_ragged(cache.get("token_states", clip_rows, ["clip"], [], cache.write_token_states))
+    if teacher is not None:
+        place = cache.get(
+            "queries", clip_rows, ["teacher"], [], partial(cache.write_queries, teacher=teacher)
+        )
+        queries = np.load(place / "rows.npy", mmap_mode="r")
+    return FrozenFeatures(hidden, retrieved, states, queries)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Finds or writes the folder of one kind of feature."""
+
+    model: XAdapterModel
+    examples: Examples
+    folder: Path
+    hashes: Mapping[str, str]
+    title: str
+    on_stage: OnStage
+
+    def get(
+        self,
+        kind: str,
+        rows: Sequence[Sequence[NDArray[np.int64]] | None],
+        parts: Sequence[str],
+        settings: Sequence[int],
+        write: Callable[[Path], None],
+    ) -> Path:
+        digest = hashlib.sha256(
+            json.dumps([_FORMAT, kind, [self.hashes[part] for part in parts], list(settings)]).encode()
+        )
+        for column in rows:
+            for row in column or ():
+                digest.update(len(row).to_bytes(4, "little"))
+                digest.update(np.ascontiguousarray(row).data)
+            digest.update(b"|")
+        key = digest.hexdigest()
+        place = self.folder / f"{kind}-{key[:16]}"
+        if not (place / _RECORD).is_file():
+            self.on_stage("cache", f"{kind} of {len(self.examples)} {self.title}, into {place}")
+            with staged_folder(place, marker=_RECORD) as staged, torch.inference_mode():
+                write(staged.path)
+                (staged.path / _RECORD).write_text(json.dumps({"key": key, "examples": len(self.examples)}))
+        return place
+
+    def write_hidden(self, place: Path) -> None:
+        ids, types, layer = self.examples.input_ids, self.examples.token_type_ids, self.model.config.layers[0]
+        target = _make_ragged(place, [len(row) for row in ids], self.model.plm.hidden_size)
+        pad = self.model.plm.special["pad"]
+        for rows in self._batches(ids):
+            batch, mask = padded([ids[row] for row in rows], pad)
+            type_ids = None if types is None else padded([types[row] for row in rows], 0)[0].to(self._device)
+            states = self.model.hidden_before(layer, batch.to(self._device), mask.to(self._device), type_ids)
+            _put(target, rows, states)
+
+    def write_retrieved(self, place: Path, pool: int) -> None:
+        target = open_memmap(place / "rows.npy", mode="w+", dtype=np.int32, shape=(len(self.examples), pool))
+        for rows in self._batches(self._clip_ids):
+            found = self.model.memory(self._clip_batch(rows), "v", k=pool).retrieved
+            target[rows] = found.cpu().numpy()  # type: ignore[union-attr]  # top-k gives them
+
+    def write_token_states(self, place: Path) -> None:
+        width = self.model.clip.config.width  # type: ignore[union-attr]  # a T-expert has a CLIP
+        target = _make_ragged(place, [len(row) for row in self._clip_ids], width)
+        for rows in self._batches(self._clip_ids):
+            _put(target, rows, self.model.memory(self._clip_batch(rows), "t").t)  # type: ignore[arg-type]  # same
+
+    def write_queries(self, place: Path, teacher: ClipTextTower) -> None:
+        shape = (len(self.examples), teacher.config.feature_dim)
+        target = open_memmap(place / "rows.npy", mode="w+", dtype=np.float32, shape=shape)
+        for rows in self._batches(self._clip_ids):
+            ids = self._clip_batch(rows)
+            target[rows] = unit_length(teacher.pool(teacher.token_states(ids), ids)).cpu().numpy()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.plm.parameters()).device
+
+    @property
+    def _clip_ids(self) -> Sequence[NDArray[np.int64]]:
+        assert self.examples.clip_input_ids is not None  # a model with a CLIP encodes them
+        return self.examples.clip_input_ids
+
+    def _clip_batch(self, rows: NDArray[np.int64]) -> Tensor:
+        return padded([self._clip_ids[row] for row in rows], 0)[0].to(self._device)
+
+    def _batches(self, rows: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        """Rows of similar length together, so that little is padded."""
+        n = len(rows)
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        for start in range(0, n, _BATCH):
+            yield order[start : start + _BATCH]
+            done = min(start + _BATCH, n)
+            if done * 4 // n > start * 4 // n:
+                self.on_stage("cache", f"{done} of {n} {self.title}")
+
+
+def _read_ragged(place: Path) -> Ragged:
+    return Ragged(np.load(place / "rows.npy", mmap_mode="r"), np.load(place / "offsets.npy"))
+
+
+def _make_ragged(place: Path, lengths: Sequence[int], width: int) -> Ragged:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    np.save(place / "offsets.npy", offsets)
+    values = open_memmap(place / "rows.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]), width))
+    return Ragged(values, offsets)
+
+
+def _put(target: Ragged, rows: NDArray[np.int64], states: Tensor) -> None:
+    for row, state in zip(rows, states.cpu().numpy(), strict=True):
+        kept = target[int(row)]
+        kept[:] = state[: len(kept)]
+
+
+def padded(rows: Sequence[NDArray[np.int64]], value: int) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids: ``(B, longest) int64``, and the same shape with 1 at what is real."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.from_numpy(np.ascontiguousarray(row))
+        mask[number, : len(row)] = 1
+    return ids, mask

@@ -1,0 +1,609 @@
+"""A whole training run: parts, examples, frozen features, the phases of the plug-in, proof, checkpoint."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.folder import sha256_file
+from xadapter_export.bundle.manifest import Expert, ExpertSet
+from xadapter_export.bundle.pictures import Picture
+from xadapter_export.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputExistsError,
+    OutputWriteError,
+    XAdapterError,
+    import_extra,
+)
+from xadapter_export.evaluation.labelled import Labelled, read_labelled
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.clip_text import ClipTextTower, load_clip
+from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
+from xadapter_export.model.plm import FrozenPlm, load_plm
+from xadapter_export.model.x_adapter_model import XAdapterModel, experts_of
+from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
+from xadapter_export.training.config import TrainConfig
+from xadapter_export.training.examples import (
+    Examples,
+    Masker,
+    answered_texts,
+    encode_labelled,
+    encode_masked,
+    read_texts,
+)
+from xadapter_export.training.frozen_features import frozen_features
+from xadapter_export.training.objective import TrainingModel
+from xadapter_export.training.trainer import WEIGHTS_NAME, Progress, XAdapterTrainer
+
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed  # isort: skip  # cured by model.plm
+from transformers.integrations.integration_utils import TensorBoardCallback  # isort: skip
+from transformers.trainer import TRAINER_STATE_NAME  # isort: skip
+from transformers.trainer_callback import PrinterCallback  # isort: skip
+
+TRAIN_NAME = "train.json"
+RUN_NAME = "run.json"
+CONTROL_ROWS = 16
+_NOT_OF_THE_RUN = {"output", "run", "cache", "force", "log_every", "tensorboard", "self_contained"}
+_PACKAGES = ("xadapter-export", "torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
+
+OnStage = Callable[[str, str], None]
+OnStep = Callable[[int, int, str], None]
+
+
+class TrainingStopped(XAdapterError, KeyboardInterrupt):  # noqa: N818  # no error: somebody asked
+    """A run was stopped by Ctrl-C or SIGTERM; its state is kept and the same command goes on with it."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made.
+
+    Attributes:
+        folder: The checkpoint.
+        model: The trained model, on the CPU, in evaluation mode.
+        steps: Optimiser steps in all.
+        curve: ``{"step": ..., "loss": ...}`` and evaluations, in the order in which they came.
+        record: What ``train.json`` holds.
+    """
+
+    folder: Path
+    model: XAdapterModel
+    steps: int
+    curve: list[dict[str, float]]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Some steps: which sets are switched on in turn, and which experts learn."""
+
+    expert_sets: tuple[ExpertSet, ...]
+    trained: ExpertSet
+    only_distill: bool = False
+
+
+def train(
+    config: TrainConfig,
+    *,
+    plm: FrozenPlm | None = None,
+    on_stage: OnStage = lambda *_: None,
+    on_step: OnStep = lambda *_: None,
+) -> TrainResult:
+    """Train a plug-in and write its checkpoint.
+
+    A run that was stopped goes on when it is started again with the same settings. Under ``torchrun`` or
+    ``accelerate launch`` every process calls this; the first one writes.
+
+    Args:
+        config: All settings.
+        plm: The frozen PLM, where it is already loaded; else ``config.plm`` is.
+        on_stage: Called as each stage begins, with its name and what it works on.
+        on_step: Called after each optimiser step with the step, the steps of the phase, and a note.
+
+    Raises:
+        ConfigError: If settings make no sense together, or the run folder holds another run.
+        CheckpointError: If PLM, CLIP or bank cannot be loaded, or a frozen weight changed in training.
+        InputTextError: If a text is empty, a mask has no answer, or a label is out of range.
+        OutputExistsError: If there is a checkpoint already and ``force`` is not set.
+        OutputWriteError: If the disk is full or the place cannot be written.
+        TrainingStopped: If Ctrl-C or SIGTERM came; what was learned is kept in the run folder.
+    """
+    if config.output.exists() and not config.force:
+        raise OutputExistsError(
+            "something is already at the output path",
+            where=config.output,
+            mend="choose another path, or --force",
+        )
+    start = time.monotonic()
+    set_seed(config.seed)
+    arguments = _arguments(config, config.run_folder / "state", steps=1, watched=False)  # sets up processes
+    is_first = arguments.process_index == 0
+
+    on_stage("load", ", ".join(filter(None, (config.plm, config.clip, config.bank))))
+    rows = _read_rows(config)
+    model, teacher = _make_model(config, rows, plm)
+    before = model.frozen_parts()
+    with arguments.main_process_first(local=False):
+        sources, watched = _make_sources(config, model, teacher, rows, before, on_stage)
+
+    if is_first:
+        _claim(config.run_folder, _fingerprint(config, before))
+    phases = _phases(config, model)
+    curve: list[dict[str, float]] = []
+    steps = 0
+    training_model = TrainingModel(
+        model, distill_weight=config.distill_weight, distill_temperature=config.distill_temperature
+    )
+    for number, phase in enumerate(phases, 1):
+        on_stage(
+            "train", f"experts {', '.join(phase.expert_sets)}" + f" (phase {number})" * (len(phases) > 1)
+        )
+        history, done = _run_phase(config, phase, number, training_model, sources, watched, on_step)
+        curve += [{**entry, "phase": number} for entry in history]
+        steps += done
+
+    on_stage("prove", "frozen weights are what they were")
+    model.to("cpu").eval()
+    after = model.frozen_parts()
+    for name, one, other in zip(("PLM", "CLIP", "bank"), before, after, strict=True):
+        if (one and one.sha256) != (other and other.sha256):
+            raise CheckpointError(
+                f"the frozen {name} changed in training; nothing was written", where=config.plm
+            )
+    if config.retrieval == "static" and config.experts == "v":
+        model.clip = None  # taught, and no longer needed
+        model.text_encoder = model.make_text_encoder(model.plm.max_seq)
+    record = _record(config, before, after, model, curve, steps, time.monotonic() - start)
+    if is_first:
+        on_stage("save", str(config.output))
+        model.save_pretrained(
+            config.output,
+            self_contained=config.self_contained,
+            training={
+                "objective": config.objective,
+                "steps": steps,
+                "seed": config.seed,
+                "control": config.control,
+            },
+            more_files={TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n"},
+        )
+        for folder in config.run_folder.glob("state-*"):
+            shutil.rmtree(folder)
+        (config.run_folder / RUN_NAME).unlink(missing_ok=True)
+    return TrainResult(config.output, model, steps, curve, record)
+
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+def _make_model(
+    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None
+) -> tuple[XAdapterModel, ClipTextTower | None]:
+    """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
+    task = "fill-mask" if config.objective == "mlm" else "text-classification"
+    plm = plm or load_plm(config.plm, task)  # type: ignore[arg-type]  # one of the tasks
+    count = len(plm.layers)
+    layers = config.layers or tuple(range(max(0, count - 2), count))
+    clip = None if config.clip is None else load_clip(config.clip)
+    bank = None
+    if config.bank is not None and "v" in config.experts:
+        bank = FeatureBank.load(builtin_folder() if config.bank == BUILTIN else config.bank)
+    experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
+    if config.control:
+        bank = _random_bank(_memory_width(clip, bank), config.seed)
+        width *= len(config.experts)
+        experts, retrieval, query, clip = "v", "static", "token", None
+    model = XAdapterModel(
+        XAdapterConfig.model_validate(
+            {
+                "experts": experts,
+                "layers": layers,
+                "adapter_width": width,
+                "num_heads": config.num_heads,
+                "retrieval": RetrievalConfig(mode=retrieval, query=query, k=config.k),
+                "task": task,
+                "labels": rows.labels,
+            }
+        ),
+        plm,
+        clip,
+        bank,
+    )
+    if config.max_seq is not None:
+        if config.max_seq > plm.max_seq:
+            raise ConfigError(
+                "max_seq is longer than the PLM reads", expected=f"at most {plm.max_seq}", got=config.max_seq
+            )
+        model.text_encoder = model.make_text_encoder(config.max_seq)
+    return model, clip if config.distill_weight and not config.control else None
+
+
+def _memory_width(clip: ClipTextTower | None, bank: FeatureBank | None) -> int:
+    if bank is not None:
+        return int(bank.features.shape[1])
+    assert clip is not None  # the config requires it for a T-expert
+    return clip.config.width
+
+
+def _random_bank(dim: int, seed: int) -> FeatureBank:
+    features = np.random.default_rng(seed).standard_normal((CONTROL_ROWS, dim)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return FeatureBank(
+        features, tuple(Picture(id=f"random-{i:02}", caption="no picture") for i in range(CONTROL_ROWS))
+    )
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the files hold: labelled texts, or lists of texts."""
+
+    labelled: Labelled | None
+    watched: Labelled | None
+    texts: tuple[list[Any], ...]
+    watched_texts: list[Any] | None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return () if self.labelled is None else self.labelled.label_names
+
+
+def _read_rows(config: TrainConfig) -> _Rows:
+    if config.objective == "mlm":
+        texts = tuple(read_texts(source, config.text_column) for source in config.train_files)
+        watched = None if config.eval_file is None else read_texts(config.eval_file, config.text_column)
+        return _Rows(None, None, texts, watched)
+    columns = {
+        "task": config.glue,
+        "text_column": config.text_column,
+        "pair_column": config.pair_column,
+        "label_column": config.label_column,
+        "labels": config.labels,
+        "regression": config.regression,
+    }
+    if len(config.train_files) > 1:
+        raise ConfigError("task training takes one training file", got=len(config.train_files))
+    data = config.train_files[0] if config.train_files else config.glue_data
+    labelled = read_labelled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
+    names = {**columns, "labels": None if labelled.is_regression else labelled.label_names}
+    held_out = None
+    if config.eval_file is not None or config.glue is not None:
+        held_out = read_labelled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
+    return _Rows(labelled, held_out, (), None)
+
+
+def _make_sources(
+    config: TrainConfig,
+    model: XAdapterModel,
+    teacher: ClipTextTower | None,
+    rows: _Rows,
+    parts: tuple[FrozenPart, FrozenPart | None, BankPart | None],
+    on_stage: OnStage,
+) -> tuple[list[Source], Source | None]:
+    encoder = model.text_encoder
+
+    def labelled(entry: Labelled) -> Examples:
+        return encode_labelled(
+            encoder, entry.texts, entry.pairs, entry.labels, regression=entry.is_regression
+        )
+
+    def masked(texts: list[Any], where: str, seed: int) -> Examples:
+        answered = [row for row in texts if isinstance(row, dict)]
+        plain = [row for row in texts if isinstance(row, str)]
+        masker = Masker(
+            encoder,
+            share=config.mask_share,
+            ways=config.maskings,
+            favored=config.favor_words,
+            favored_share=config.favor_share,
+            seed=seed,
+        )
+        found = answered_texts(answered, encoder, where) + (masker.mask(plain) if plain else [])
+        return encode_masked(encoder, found)
+
+    hashes = {name: part.sha256 for name, part in zip(("plm", "clip", "bank"), parts, strict=True) if part}
+    if teacher is not None:
+        hashes["teacher"] = _hash_of(teacher)
+
+    def source(examples: Examples, title: str, weight: int = 1) -> Source:
+        features = frozen_features(
+            model,
+            examples,
+            config.cache_folder,
+            pool=min(config.pool, _num_rows(model)),
+            with_hidden=config.cache_hidden,
+            teacher=teacher,
+            hashes=hashes,
+            title=title,
+            on_stage=on_stage,
+        )
+        return Source(examples, features, weight)
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if rows.labelled is not None:
+        watched = None if rows.watched is None else source(labelled(rows.watched), "held-out texts")
+        return [source(labelled(rows.labelled), "training texts")], watched
+    weights = config.train_weights or (1,) * len(rows.texts)
+    sources = [
+        source(masked(texts, name, config.seed), f"texts of {Path(name).name}", weight)
+        for texts, name, weight in zip(rows.texts, config.train_files, weights, strict=True)
+    ]
+    watched = None
+    if rows.watched_texts is not None:
+        watched = source(masked(rows.watched_texts, str(config.eval_file), config.seed + 1), "held-out texts")
+    return sources, watched
+
+
+def _hash_of(tower: ClipTextTower) -> str:
+    from xadapter_export.model.identity import weights_sha256
+
+    return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
+
+
+def _num_rows(model: XAdapterModel) -> int:
+    return 1 if model.bank is None else len(model.bank.features)
+
+
+# ------------------------------------------------------------------------------------------ phases
+
+
+def _phases(config: TrainConfig, model: XAdapterModel) -> tuple[_Phase, ...]:
+    experts = model.config.experts
+    if config.head_only:
+        return (_Phase(("none",), "none"),)
+    distillation = (
+        (_Phase(("v",), "v", only_distill=True),) if config.distill_steps and not config.control else ()
+    )
+    if experts != "vt" or config.order == "joint":
+        return *distillation, _Phase((experts,), experts)
+    if config.order == "alternating":
+        return *distillation, _Phase(("v", "t", "vt"), "vt")
+    return *distillation, _Phase(("v",), "v"), _Phase(("vt",), "t")
+
+
+def _run_phase(
+    config: TrainConfig,
+    phase: _Phase,
+    number: int,
+    model: TrainingModel,
+    sources: list[Source],
+    watched: Source | None,
+    on_step: OnStep,
+) -> tuple[list[dict[str, float]], int]:
+    for name, parameter in model.model.adapters.named_parameters():
+        parameter.requires_grad_(_expert_of(name) in experts_of(phase.trained))
+    folder = config.run_folder / f"state-{number}"
+    finished = folder / "finished.json"
+    if finished.is_file():  # by an earlier start of this run
+        model.model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
+        kept = json.loads(finished.read_text(encoding="utf-8"))
+        return kept["history"], kept["steps"]
+
+    arguments = _arguments(config, folder, steps=1, watched=False)
+    per_step = config.batch_size * config.accumulation * arguments.world_size
+    num_examples = sum(len(source.examples) for source in sources)
+    one_set = config.max_steps or math.ceil(config.epochs * num_examples / per_step)
+    steps = config.distill_steps if phase.only_distill else one_set * len(phase.expert_sets)
+    watched = None if phase.only_distill else watched
+    arguments = _arguments(config, folder, steps=steps, watched=watched is not None, phase=phase)
+    pad = model.model.plm.special["pad"]
+    k = config.k
+    with Progress(on_step) as progress:
+        trainer = XAdapterTrainer(
+            expert_sets=phase.expert_sets,
+            only_distill=phase.only_distill,
+            model=model,
+            args=arguments,
+            data_collator=Collator(pad),
+            train_dataset=TrainingOrder(sources, steps * per_step, k, config.seed),
+            eval_dataset=None if watched is None else EvaluationOrder(watched, k),
+            compute_metrics=_metrics(config) if watched and watched.examples.labels is not None else None,
+            callbacks=[
+                progress,
+                *([EarlyStoppingCallback(config.patience)] if config.patience and watched else []),
+                *([_tensorboard(config.run_folder / "tensorboard")] if config.tensorboard else []),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        last = _last_state(folder)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except OSError as error:
+            if isinstance(error, XAdapterError):
+                raise
+            raise OutputWriteError(
+                "the run folder cannot be written",
+                where=config.run_folder,
+                got=error.strerror or error,
+                mend="free some space, or choose another with --run; the same command goes on",
+            ) from error
+        if progress.stopped and trainer.state.global_step < steps:
+            raise TrainingStopped(
+                f"stopped after step {trainer.state.global_step} of {steps}",
+                where=config.run_folder,
+                mend="the same command goes on from there",
+            )
+    history = [
+        {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
+        for entry in trainer.state.log_history
+    ]
+    if arguments.should_save:
+        trainer.save_model(str(folder))
+        finished.write_text(
+            json.dumps({"history": history, "steps": trainer.state.global_step}), encoding="utf-8"
+        )
+    return history, trainer.state.global_step
+
+
+def _last_state(folder: Path) -> Path | None:
+    """Return the latest state that was written to its end: the record of the run is its last file."""
+    states = sorted(
+        folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True
+    )
+    for state in states:
+        record = state / TRAINER_STATE_NAME
+        with suppress(OSError, ValueError):
+            json.loads(record.read_text(encoding="utf-8"))
+            if (state / WEIGHTS_NAME).is_file():
+                return state
+    return None
+
+
+def _tensorboard(folder: Path) -> TensorBoardCallback:
+    import_extra("tensorboard", "train")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))  # type: ignore[no-untyped-call]  # torch
+
+
+def _expert_of(name: str) -> Expert:
+    return name.split(".")[1]  # type: ignore[return-value]  # "<layer>.<expert>.<matrix>"
+
+
+def _metrics(config: TrainConfig) -> Callable[[Any], dict[str, float]]:
+    from xadapter_export.evaluation.metrics import task_metrics
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions
+        metrics = task_metrics(config.glue, logits, prediction.label_ids)
+        return {"metric": next(iter(metrics.values())), **metrics}
+
+    return compute
+
+
+def _arguments(
+    config: TrainConfig, folder: Path, *, steps: int, watched: bool, phase: _Phase | None = None
+) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    if config.precision == "fp16" and not on_gpu:
+        raise ConfigError("fp16 training needs a GPU", got="no GPU", mend="use precision bf16 or fp32")
+    use_bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
+    )
+    is_distillation = phase is not None and phase.only_distill
+    eval_every = config.eval_every or max(1, steps // 10)
+    save_every = eval_every if config.patience else config.save_every or max(1, steps // 10)
+    metric = "eval_metric" if config.objective == "task" else "eval_loss"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=max(config.batch_size, 64),
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.distill_learning_rate if is_distillation else config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup_share * steps),
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=use_bf16,
+        fp16=config.precision == "fp16",
+        use_cpu=not on_gpu,
+        ddp_backend="gloo" if not on_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_find_unused_parameters=phase is not None and (is_distillation or len(phase.expert_sets) > 1),
+        seed=config.seed,
+        data_seed=config.seed,
+        eval_strategy="steps" if watched else "no",
+        eval_steps=eval_every,
+        load_best_model_at_end=bool(config.patience) and watched,
+        metric_for_best_model=metric,
+        greater_is_better=metric == "eval_metric",
+        label_names=["labels" if config.objective == "task" else "answers"],
+        prediction_loss_only=config.objective == "mlm",
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=config.log_every,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+# ------------------------------------------------------------------------------------------ records
+
+
+def _fingerprint(config: TrainConfig, parts: tuple[FrozenPart | BankPart | None, ...]) -> str:
+    settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_RUN)
+    digest = hashlib.sha256(json.dumps([settings, _file_hashes(config)], sort_keys=True).encode())
+    for part in parts:
+        digest.update(part.sha256.encode() if part else b"-")
+    return digest.hexdigest()
+
+
+def _file_hashes(config: TrainConfig) -> dict[str, str]:
+    named = [*config.train_files, config.eval_file, config.glue_data]
+    paths = [Path(name) for name in named if name is not None and not name.startswith("hub:")]
+    files = [path for path in paths if path.is_file()]
+    files += sorted(file for path in paths if path.is_dir() for file in path.iterdir() if file.is_file())
+    return {str(path): sha256_file(path) for path in files}
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    """Make the run folder this run's.
+
+    Raises:
+        ConfigError: If another run was begun there and not finished.
+    """
+    path = folder / RUN_NAME
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        raise ConfigError(
+            "the run folder holds an unfinished run with other settings, data or models",
+            where=folder,
+            mend="go on with the old settings, remove the folder, or choose another with --run",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+    except OSError as error:
+        raise OutputWriteError(
+            "the run folder cannot be written", where=folder, got=error.strerror
+        ) from error
+
+
+def _record(
+    config: TrainConfig,
+    before: tuple[FrozenPart, FrozenPart | None, BankPart | None],
+    after: tuple[FrozenPart, FrozenPart | None, BankPart | None],
+    model: XAdapterModel,
+    curve: list[dict[str, float]],
+    steps: int,
+    elapsed_s: float,
+) -> dict[str, Any]:
+    names = ("plm", "clip", "bank")
+    return {
+        "format_version": 1,
+        "config": config.model_dump(mode="json"),
+        "files": _file_hashes(config),
+        "frozen_sha256_before": {n: p.sha256 for n, p in zip(names, before, strict=True) if p},
+        "frozen_sha256_after": {n: p.sha256 for n, p in zip(names, after, strict=True) if p},
+        "trained_parameters": sum(tensor.numel() for tensor in model.trained_state().values()),
+        "steps": steps,
+        "elapsed_s": round(elapsed_s, 1),
+        "curve": curve,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
