@@ -46,8 +46,11 @@ imports: $(STAMP) ## Check that imports go one way (import-linter).
 docs: $(STAMP) ## Write docs/cli.md from what --help says.
 	$(BIN)/python -m docs.cli_reference
 
-bench: $(STAMP) ## Time a bundle against PyTorch eager.
+bench: $(STAMP) ## Time a bundle against PyTorch, training against fine-tuning, a bank's build against CLIP.
 	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.training --plm minilm
+	$(BIN)/python -m benchmarks.training --plm bert-base --steps 8
+	$(BIN)/python -m benchmarks.bank
 
 clean: ## Remove what was built; keeps the venv.
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,11 +1,15 @@
-"""Fixtures: the tiny bundle, whole, and a copy of it to break."""
+"""Fixtures: the tiny bundle, whole, and a copy of it to break; the bundle of the built-in checkpoint."""
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny_bundle import write_bundle
+
+if TYPE_CHECKING:
+    from xadapter_export.exporters.pipeline import ExportResult
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken(tiny: Path, tmp_path: Path) -> Path:
     """Return a copy of the tiny bundle that a test may break."""
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def builtin_export(tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
+    """Return the built-in checkpoint, exported with every expert set; not to be changed."""
+    from xadapter_export import export  # PyTorch, which most tests do without
+
+    return export("builtin", tmp_path_factory.mktemp("builtin") / "bundle", ("vt", "v", "t", "none"))

@@ -593,6 +593,17 @@ def test_two_processes_make_the_same_bank_as_one(tmp_path: Path) -> None:
     assert BankReader(tmp_path / "two").num_skipped == 1
 
 
+def test_the_launcher_of_accelerate_starts_a_build(tmp_path: Path) -> None:
+    fill(tmp_path / "pictures", 3)
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    line += ["-m", "xadapter_export.cli.bank", "build", str(tmp_path / "pictures"), "--device", "cpu"]
+    line += ["--workers", "0", "--threads", "1", "--json", "-o", str(tmp_path / "bank")]
+    result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["record"]["num_pictures"] == 3  # one process speaks
+    assert BankReader(tmp_path / "bank").num_pictures == 3
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_a_model_takes_a_bank_of_its_own_clip_only(tmp_path: Path, dtype: str) -> None:
     bank = make(fill(tmp_path / "pictures", 6), tmp_path / "bank", dtype=dtype)

@@ -28,8 +28,8 @@ def model() -> XAdapterModel:
 
 
 @pytest.fixture(scope="module")
-def result(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    return export(model, tmp_path_factory.mktemp("builtin") / "bundle", ("vt", "v", "t", "none"))
+def result(builtin_export: ExportResult) -> ExportResult:
+    return builtin_export
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,51 @@
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
-from docs.cli_reference import render
+from docs.cli_reference import COMMANDS, render
+from xadapter_export.training.config import make_config
 
 ROOT = Path(__file__).parents[1]
+TRAINING = ROOT / "docs" / "training.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = {"xadapter_export.cli.train": "xad-train", "xadapter_export.cli.bank": "xad-bank"}
+SHELL = {"make", "pip", "source", "mkdir", "cd", "printf", "python"}
+
+
+def console_lines(page: Path) -> list[str]:
+    blocks = re.findall(
+        r"^ *```console\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def command_of(line: str) -> tuple[click.Command, list[str]] | None:
+    """Our command that a line runs, with its arguments; None for a program of the shell."""
+    program, *arguments = shlex.split(line.partition("|")[0])
+    if program == "torchrun":
+        program, arguments = (
+            MODULES[arguments[arguments.index("-m") + 1]],
+            arguments[arguments.index("-m") + 2 :],
+        )
+    if program in SHELL:
+        return None
+    command = COMMANDS[program]
+    if isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), arguments[0])
+        assert found is not None, line
+        return found, arguments[1:]
+    return command, arguments
+
+
+def unknown_options(command: click.Command, arguments: list[str]) -> list[str]:
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    given = [argument.partition("=")[0] for argument in arguments if re.match(r"--?[a-z]", argument)]
+    return [option for option in given if option not in known]
 
 
 def test_the_command_reference_is_what_help_says() -> None:
@@ -19,14 +58,48 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_readme_shows_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "at_least"), [(ROOT / "README.md", 7), (TRAINING, 24)], ids=["README", "training"]
+)
+def test_console_blocks_show_programs_and_options_that_exist(page: Path, at_least: int) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            program, *arguments = line.split()
-            assert program in {"make", "pip", "xad-export", "xad-run", "xad-parity", "xad-inspect"}, line
-            assert program != "make" or arguments[0] in targets, line
+    checked = 0
+    for line in console_lines(page):
+        found = command_of(line)
+        if found is not None:
+            assert unknown_options(*found) == [], line
+            checked += 1
+        elif line.startswith("make "):
+            assert line.split()[1] in targets, line
+    assert checked >= at_least
+
+
+def test_an_option_that_does_not_exist_is_found() -> None:
+    found = command_of("xad-bank search builtin 'a --banana' --top-k 4 --hmtl x -k 3 -z")
+    assert found is not None
+    assert unknown_options(*found) == ["--hmtl", "-z"]
+
+
+def test_the_training_guide_names_only_options_that_exist() -> None:
+    commands: list[click.Command] = [*COMMANDS.values()]
+    for group in [command for command in commands if isinstance(command, click.Group)]:
+        names = group.list_commands(click.Context(group))
+        commands += [found for name in names if (found := group.get_command(click.Context(group), name))]
+    known = {
+        name
+        for command in commands
+        for option in command.params
+        for name in (*option.opts, *option.secondary_opts)
+    }
+    named = re.findall(r"`(--[a-z-]+)", TRAINING.read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [option for option in named if option not in known] == []
+
+
+def test_the_training_guide_shows_a_config_that_is_valid() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL)
+    config = make_config(tomllib.loads(block), "docs/training.md")
+    assert config.train_files == ("answers.jsonl", "ordinary.txt")
 
 
 def test_the_readme_quotes_the_results_of_the_recipe() -> None:

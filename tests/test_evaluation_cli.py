@@ -5,16 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-import xadapter_export.training
 from tests.test_imports import HEAVY
 from tests.tiny_bundle import write_bundle
-from tests.tiny_checkpoint import make_model
+from tests.tiny_checkpoint import make_model, write_parts
 from xadapter_export.cli.evaluate import TRAINED_CONTROL, evaluate
 
 COLOURS = "object,color\nbanana,yellow\ncherry,red\nlime,green\n"
@@ -266,37 +264,48 @@ def test_a_control_is_another_model(run: Run, tiny: Path) -> None:
     assert found[TRAINED_CONTROL]["accuracy"] == 1.0
 
 
-def test_the_control_of_a_checkpoint_is_trained_once(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model(tmp_path / "parts")
-    model.save_pretrained(tmp_path / "checkpoint", self_contained=True)
+def test_a_checkpoint_without_a_record_has_no_trained_control(run: Run, tmp_path: Path) -> None:
+    make_model(tmp_path / "parts").save_pretrained(tmp_path / "checkpoint", self_contained=True)
     text = ["mlm", "checkpoint", "--data", "text.txt", "--controls", "--experts", "v", "--quiet", "--json"]
     untrained = run(*text)
     assert TRAINED_CONTROL not in rows(untrained)
     assert "checkpoint has no train.json" in untrained.stderr
 
-    trained: list[tuple[Path, Path]] = []
 
-    def train_control(checkpoint: Path, output: Path, **_: object) -> object:
-        trained.append((checkpoint, output))
-        model.save_pretrained(output, self_contained=True)
-        record = json.loads((checkpoint / "train.json").read_text())
-        record["config"] |= {"output": str(output), "control": True}
-        (output / "train.json").write_text(json.dumps(record))
-        return SimpleNamespace(folder=output)
+def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -> None:
+    from xadapter_export.training import make_config, train
 
-    monkeypatch.setattr(xadapter_export.training, "train_control", train_control, raising=False)
-    settings = {"seed": 1, "output": "checkpoint", "control": False}
-    (tmp_path / "checkpoint" / "train.json").write_text(json.dumps({"config": settings}))
-    first, second = rows(run(*text)), rows(run(*text))
-    assert trained == [(Path("checkpoint"), Path("checkpoint-control"))]
-    assert first[TRAINED_CONTROL] == second[TRAINED_CONTROL]
-    assert first[TRAINED_CONTROL]["loss"] != first["V-expert"]["loss"]  # it runs with both its experts
-    (tmp_path / "checkpoint" / "train.json").write_text(json.dumps({"config": settings | {"seed": 2}}))
+    def train_for(seed: int) -> None:
+        plm, clip, bank = (str(tmp_path / "parts" / name) for name in ("plm", "clip", "bank"))
+        settings = {
+            **{"output": "checkpoint", "plm": plm, "clip": clip, "bank": bank, "train_files": ["text.txt"]},
+            **{"experts": "vt", "layers": [1, 2], "adapter_width": 8, "num_heads": 2, "k": 3, "force": True},
+            **{"max_steps": 2, "batch_size": 2, "learning_rate": 5e-2, "seed": seed},
+        }
+        train(make_config(settings, "test"))
+
+    write_parts(tmp_path / "parts")
+    train_for(1)
+    text = ["mlm", "checkpoint", "--data", "text.txt", "--controls", "--experts", "v", "--quiet", "--json"]
+    first = run(*text)
+    assert "trained control: checkpoint-control" in first.stderr
+    record = json.loads(Path("checkpoint-control/train.json").read_text(encoding="utf-8"))
+    assert record["config"]["control"]
+    assert record["config"]["seed"] == 1
+    written = Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns
+    second = run(*text)
+    assert "trained control" not in second.stderr
+    assert Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns == written
+    assert rows(first)[TRAINED_CONTROL] == rows(second)[TRAINED_CONTROL]
+    losses = {name: row["loss"] for name, row in rows(first).items()}
+    names = {"frozen PLM", "V-expert", "V-expert, shuffled memory", TRAINED_CONTROL}
+    assert set(losses) == names
+    assert len({round(loss, 9) for loss in losses.values()}) == 4  # every row is another model or memory
+    train_for(2)
     other = run(*text)
     assert other.exit_code == 1
     assert "the control that is there belongs to another training: checkpoint-control" in other.stderr
+    assert Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_bundle_is_scored_with_everything_heavy_blocked(run: Run, tiny: Path, classifier: Path) -> None:

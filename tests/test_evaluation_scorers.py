@@ -30,6 +30,7 @@ from xadapter_export.evaluation.opening import open_scorer
 from xadapter_export.evaluation.prompts import NORLUND, VALM
 from xadapter_export.evaluation.readings import Reading, plan_readings
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.runtime.text import TruncationWarning
 
@@ -43,6 +44,10 @@ FRUIT = ObjectSet(
     ),
     COLORS,
     "fruit.csv",
+)
+SENTENCES = (
+    ("the lime is green", "a cherry", "a cherry is red and a banana is yellow", "fruit"),
+    ("very", "the color of a lime", "red", "a fruit"),
 )
 PROMPTS = ("[DESCRIPTOR] [ITEM] is [MASK].", "the color of [DESCRIPTOR] [ITEM] is")
 
@@ -252,11 +257,9 @@ def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scorer, Scorer]:
+def pair(builtin_export: ExportResult) -> tuple[Scorer, Scorer]:
     """The built-in checkpoint, and the bundle made from it."""
-    folder = tmp_path_factory.mktemp("builtin") / "bundle"
-    export("builtin", folder, ("vt", "v", "none"))
-    return open_scorer("builtin"), open_scorer(folder)
+    return open_scorer("builtin"), open_scorer(builtin_export.folder)
 
 
 def heldout(count: int) -> ObjectSet:
@@ -314,31 +317,37 @@ def test_checkpoint_and_bundle_agree_in_coda_and_mlm(pair: tuple[Scorer, Scorer]
     assert len(set(losses.values())) == 5  # every row is another model or another memory
 
 
-@pytest.mark.parametrize("labels", [("no", "yes"), ("score",)])
-def test_checkpoint_and_bundle_agree_on_labels(labels: tuple[str, ...], tmp_path: Path) -> None:
-    model = make_model(tmp_path, task="text-classification", labels=labels)
+def test_checkpoint_and_bundle_agree_on_labels(tmp_path: Path) -> None:
+    model = make_model(tmp_path, task="text-classification", labels=("no", "yes"))
     export(model, tmp_path / "bundle", "vt")
     scorers = CheckpointScorer(model, "tiny"), open_scorer(tmp_path / "bundle")
-    texts = ("the lime is green", "a cherry", "a cherry is red and a banana is yellow", "fruit")
-    pairs = ("very", "the color of a lime", "red", "a fruit")
-    truth = (0, 1, 1, 0) if len(labels) == 2 else (0.5, 1.5, 2.5, 0.0)
-    data = Labelled(texts, pairs, truth, labels, "data.tsv")
+    data = Labelled(*SENTENCES, (0, 1, 1, 0), ("no", "yes"), "data.tsv")
     tables = []
     for scorer in scorers:
         readings = plan_readings(scorer, "text-classification", ["vt"])
         tables.append(evaluate_glue(readings, {"validation": data}))
-        logits = [s.label_logits(texts, pairs, "vt") for s in scorers]
-        np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
-        assert np.ptp(logits[0]) > 0.1
-    assert tables[0].to_json()["rows"] == [
-        {
-            key: pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
-            for key, value in row.items()
-        }
-        for row in json.loads(json.dumps(tables[1].to_json()["rows"]))
-    ]
-    expected = {"accuracy", "f1"} if len(labels) == 2 else {"pearson", "spearman"}
-    assert set(tables[0].metrics) == expected
+    logits = [scorer.label_logits(*SENTENCES, "vt") for scorer in scorers]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert np.ptp(logits[0]) > 0.1
+    assert tables[0].to_json()["rows"] == tables[1].to_json()["rows"]
+    right = logits[0].argmax(1) == np.array(data.labels)
+    assert tables[0].row("V + T").values["accuracy"] == right.mean()
+    assert set(tables[0].metrics) == {"accuracy", "f1"}
+
+
+def test_a_regression_is_scored_by_its_correlations(tmp_path: Path) -> None:
+    scorer = CheckpointScorer(make_model(tmp_path, task="text-classification", labels=("score",)), "tiny")
+    truth = (0.5, 1.5, 2.5, 0.0)
+    data = Labelled(*SENTENCES, truth, ("score",), "data.tsv")
+    table = evaluate_glue(plan_readings(scorer, "text-classification", ["vt"]), {"validation": data})
+    values = scorer.label_logits(*SENTENCES, "vt")[:, 0]
+    assert np.ptp(values) > 0.1
+    assert [row.name for row in table.rows] == ["V + T"]  # a regression has no majority
+    ranks = [np.argsort(np.argsort(numbers)) for numbers in (values, truth)]
+    assert table.rows[0].values == {
+        "pearson": pytest.approx(np.corrcoef(values, truth)[0, 1], abs=1e-6),
+        "spearman": pytest.approx(np.corrcoef(ranks[0], ranks[1])[0, 1], abs=1e-6),
+    }
 
 
 def test_a_checkpoint_holds_its_experts_and_what_is_below(tmp_path: Path) -> None:

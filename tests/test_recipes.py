@@ -1,17 +1,21 @@
-"""The recipes run; that of the built-in checkpoint from pictures to checkpoint, on few objects."""
+"""The recipes run, from data to table: on a few objects, on a few sentences."""
 
 import csv
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 from train.demo import pictures
 from train.demo.__main__ import main
 from train.demo.plugin import split_objects
+from train.glue import __main__ as glue
+from train.sst2_minilm.__main__ import main as sst2_minilm
 from xadapter_export import XAdapterModel, export
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +135,125 @@ def test_held_out_objects_share_no_word_with_training_objects() -> None:
         assert all(held.isdisjoint(names[row].split()) for row in split.training)
 
 
-@pytest.mark.parametrize("module", ["train.demo", "export.demo", "export.parity", "benchmarks.latency"])
+PLUGIN = """
+layers = [4, 5]
+adapter_width = 16
+num_heads = 2
+max_seq = 32
+max_steps = 3
+batch_size = 4
+learning_rate = 1e-3
+"""
+REVIEWS = {
+    "a warm and funny film": 1,
+    "a joy to watch from the first scene": 1,
+    "the best story of the year": 1,
+    "bright , clever and moving": 1,
+    "a dull and lazy film": 0,
+    "a bore to watch from the first scene": 0,
+    "the worst story of the year": 0,
+    "flat , clumsy and cold": 0,
+}
+ARMS = ("frozen MiniLM + head", "+ same-size adapter without CLIP", "+ T-expert (built-in CLIP)")
+
+
+def write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def accuracy(model: XAdapterModel, rows: Iterable[Sequence[object]]) -> float:
+    """Share of texts, the last column of each row its label, that a model gets right, one at a time."""
+    labels = model.config.labels
+    right = []
+    for *texts, label in rows:
+        inputs = model.encode(*([str(text)] for text in texts))
+        inputs.pop("mask_positions", None)
+        with torch.no_grad():
+            said = int(model(**inputs).logits.argmax())
+        right.append(label in (said, labels[said]))
+    return sum(right) / len(right)
+
+
+def table_of(markdown: str) -> dict[str, list[str]]:
+    """Cells of every row, by the row's name."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_recipe_of_sst2(tmp_path: Path) -> None:
+    test = [*REVIEWS.items(), ("a film", 0), ("watch", 1)]  # whatever is said, not all of it is right
+    for split, rows in (("train", REVIEWS.items()), ("dev", REVIEWS.items()), ("test", test)):
+        write_table(tmp_path / "data" / f"{split}.tsv", rows)
+    recipe = f"seeds = [5]\neval_every = 2\npatience = 2\n{PLUGIN}"
+    (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    places = {name: tmp_path / name for name in ("data", "work", "results")}
+    places["recipe"] = tmp_path / "recipe.toml"
+    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    done = CliRunner().invoke(sst2_minilm, arguments)
+    assert done.exit_code == 0, done.output
+    text = places["results"].read_text(encoding="utf-8")
+    table = table_of(text)
+    bundle = "T-expert's bundle, onnxruntime fp32"
+    assert {*ARMS, bundle} <= set(table)
+    for number, arm in enumerate(ARMS):
+        model = XAdapterModel.from_pretrained(places["work"] / "seed-5" / f"arm-{number}")
+        found = accuracy(model, test)
+        assert table[arm] == [f"{100 * found:.2f}", f"{100 * found:.2f} ± 0.00"], arm
+    assert table[bundle] == table[ARMS[2]]
+    assert "### SST-2 test accuracy, 10 sentences, %" in text
+
+    again = CliRunner().invoke(sst2_minilm, arguments)
+    assert again.exit_code == 0, again.output
+    assert "load" not in again.output  # every run is kept
+    assert places["results"].read_text(encoding="utf-8") == text
+    lost = CliRunner().invoke(sst2_minilm, [*arguments, "--data", str(tmp_path / "nowhere")])
+    assert lost.exit_code == 1
+    assert "Error: there is no such data" in lost.output
+
+
+def test_the_recipe_of_glue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = ("index", "sentence1", "sentence2", "gold_label")
+    pairs = [("it rains", "it is wet", "entailment"), ("it rains", "it is dry", "contradiction")]
+    pairs += [("a dog runs", "it is brown", "neutral"), ("a dog runs", "an animal moves", "entailment")]
+    other = [("she sings", "she is silent", "contradiction"), ("he cooks", "he likes it", "neutral")]
+    other += [("he cooks", "he makes food", "entailment")]
+    for stem, rows in (("train", pairs), ("dev_matched", pairs), ("dev_mismatched", other)):
+        write_table(tmp_path / "data" / f"{stem}.tsv", [header, *((0, *row) for row in rows)])
+    (tmp_path / "recipe.toml").write_text(f"seeds = [1, 2]\n{PLUGIN}", encoding="utf-8")
+    places = {name: tmp_path / name for name in ("data", "work", "results")}
+    places["recipe"] = tmp_path / "recipe.toml"
+    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    monkeypatch.setattr(sys, "argv", ["train.glue", "--task", "mnli", "--seeds", "5", *arguments])
+    glue.main()
+    text = places["results"].read_text(encoding="utf-8")
+    matched, mismatched = text.split("### ")[1:]
+    assert matched.startswith("GLUE mnli, dev set, 4 texts, accuracy, %")
+    assert mismatched.startswith("GLUE mnli, mismatched, dev set, 3 texts, accuracy, %")
+    models = [XAdapterModel.from_pretrained(places["work"] / "seed-5" / f"arm-{i}") for i in range(3)]
+    for section, rows in ((matched, pairs), (mismatched, other)):
+        table = table_of(section)
+        for arm, model in zip(ARMS, models, strict=True):
+            found = accuracy(model, rows)
+            assert table[arm] == [f"{100 * found:.2f}", f"{100 * found:.2f} ± 0.00"], arm
+    capsys.readouterr()
+    glue.main()
+    assert "load" not in capsys.readouterr().out  # every run is kept
+    assert places["results"].read_text(encoding="utf-8") == text  # its section was replaced, not added
+
+    monkeypatch.setattr(sys, "argv", ["train.glue", "--task", "mnli", "--data", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="1"):
+        glue.main()
+    assert "there is no such data" in capsys.readouterr().err
+
+
+RECIPES = [f"train.{name}" for name in ("demo", "colour", "glue", "sst2_minilm")]
+
+
+@pytest.mark.parametrize("module", [*RECIPES, "export.demo", "export.parity", "benchmarks.latency"])
 def test_every_recipe_says_what_it_does(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False

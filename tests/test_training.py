@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.tiny_checkpoint import write_parts
-from xadapter_export import XAdapterModel, XAdapterSession, export
+from xadapter_export import FeatureBank, XAdapterModel, XAdapterSession, export
+from xadapter_export.bank.record import BankClip
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
@@ -24,6 +26,8 @@ from xadapter_export.errors import (
 )
 from xadapter_export.model.identity import weights_sha256
 from xadapter_export.training import TrainingStopped, TrainResult, make_config, train, train_control
+from xadapter_export.training.examples import read_texts
+from xadapter_export.training.trainer import DivergedError
 
 TEXTS = [
     "the color of a banana is green.",
@@ -257,6 +261,10 @@ def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path
     sizes = [sum(t.numel() for t in model.trained_state().values()) for model in (original, again)]
     assert sizes[0] == sizes[1]
     assert control.record["config"]["control"]
+    run(parts, tmp_path / "both")
+    wide = train_control(tmp_path / "both", tmp_path / "wide")
+    assert wide.steps == 6  # as many as v, t and vt took together
+    assert wide.model.config.adapter_width == 32
     with pytest.raises(CheckpointError, match="does not say how it was trained"):
         train_control(parts, tmp_path / "other")
 
@@ -275,6 +283,10 @@ def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:
         ({"text": "a banana.", "answers": "green"}, "a text has no mask"),
         ({"text": "[MASK] [MASK]", "answers": "green"}, "not one answer to each mask"),
         ({"text": "[MASK].", "answers": {"green": 0}}, "must add up to more than 0"),
+        ({"text": "[MASK].", "answers": 5}, "neither a word nor a map"),
+        ({"text": "[MASK].", "answers": {"green": "x"}}, "neither a word nor a map"),
+        ({"text": 5}, "a text is empty or no text"),
+        ([1, 2], "a line is no JSON object"),
     ):
         path.write_text(json.dumps(broken), encoding="utf-8")
         with pytest.raises(InputTextError, match=message):
@@ -292,6 +304,10 @@ def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:
         ({"precision": "fp16"}, "fp16 training needs a GPU"),
         ({"train_files": ["nowhere.txt"]}, "there is no such file"),
         ({"layers": [7]}, "layer 7.*has layers 0 to 2"),
+        ({"layers": [2, 1]}, "layers must ascend"),
+        ({"seed": -1}, "seed"),
+        ({"epochs": float("inf"), "max_steps": None}, "epochs"),
+        ({"output": "."}, "name a folder of its own"),
         ({"max_seq": 4000}, "max_seq is longer than the PLM reads"),
     ],
 )
@@ -306,7 +322,7 @@ def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str
 def test_texts_that_cannot_be_learnt_from(parts: Path, tmp_path: Path) -> None:
     for name, content, message in (
         ("empty.txt", "\n \n", "there is no text in the file"),
-        ("bad.jsonl", '{"txt": 1}', "a line has no text"),
+        ("empty.jsonl", '{"text": ""}', "a text is empty or no text"),
         ("marks.txt", "... !!!\n", "no text has a word"),
         ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
     ):
@@ -321,6 +337,33 @@ def test_texts_that_cannot_be_learnt_from(parts: Path, tmp_path: Path) -> None:
         train(make_config(task(parts, tmp_path / "ck", train_files=[str(tmp_path / "labels.tsv")]), "test"))
 
 
+def test_long_and_odd_lines_are_read(parts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_text(
+        "\ufeff" + "a fruit is green. " * 50 + "\r\nthe banana\u2028is green.\n", encoding="utf-8"
+    )
+    result = run(parts, tmp_path / "ck", train_files=[str(path)], mask_share=0.5, max_seq=12)
+    assert result.steps == 6
+    (tmp_path / "quoted.tsv").write_text('text\tid\n"a fruit\t1\nbanana is green\t2\n', encoding="utf-8")
+    assert read_texts(str(tmp_path / "quoted.tsv")) == ['"a fruit', "banana is green"]
+
+
+def test_a_run_that_diverges_says_so_and_writes_nothing(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="the training diverged.*lower learning_rate"):
+        run(parts, tmp_path / "ck", learning_rate=1e30, warmup_share=0.0, max_steps=6)
+    assert not (tmp_path / "ck").exists()
+
+
+def test_a_bank_of_another_clip_is_refused(parts: Path, tmp_path: Path) -> None:
+    bank = FeatureBank.load(parts / "bank")
+    clip = BankClip(source="another-clip", sha256="0" * 64)
+    (tmp_path / "bank").mkdir()
+    FeatureBank(bank.features, bank.pictures, clip=clip).save(tmp_path / "bank")
+    for more in ({}, {"retrieval": "static", "distill_weight": 1.0}):
+        with pytest.raises(ConfigError, match=r"made with CLIP another-clip.*searched with CLIP"):
+            run(parts, tmp_path / "ck", experts="v", bank=str(tmp_path / "bank"), **more)
+
+
 def test_what_is_in_the_way_stays(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "ck").mkdir()
     (tmp_path / "ck" / "thesis.txt").write_text("years", encoding="utf-8")
@@ -328,6 +371,7 @@ def test_what_is_in_the_way_stays(parts: Path, tmp_path: Path) -> None:
         run(parts, tmp_path / "ck")
     with pytest.raises(OutputExistsError, match="not ours to replace"):
         run(parts, tmp_path / "ck", force=True)
+    assert not (tmp_path / "ck.run").exists()  # before any work
     assert (tmp_path / "ck" / "thesis.txt").read_text(encoding="utf-8") == "years"
 
 
@@ -335,7 +379,7 @@ def test_no_space_left(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from xadapter_export.training import trainer
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_file", full)

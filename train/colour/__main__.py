@@ -5,6 +5,7 @@ built-in CLIP and bank. Runs are kept under ``build/colour``; an interrupted rec
 that was finished.
 """
 
+import hashlib
 import json
 import tomllib
 from pathlib import Path
@@ -52,9 +53,10 @@ _ROWS = (
 )
 _NOTES = (
     "Held-out objects share no word of any name with an object that trained the plug-ins, and are asked for "
-    "in sentences that nothing was trained on. CLIP has seen their pictures with captions that name no colour.",
-    "The text-only control is the same adapter, trained on the same texts with the same steps, attending to "
-    "16 random rows in place of pictures.",
+    "in sentences that nothing was trained on. CLIP has seen their pictures, with captions that name no "
+    "colour.",
+    "The text-only control is the same adapter, trained on the same texts, attending to 16 random rows in "
+    "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both experts.",
     "MiniLM comes without an MLM head. One was trained over the frozen encoder, on facts without colours and "
     "on sentences whose colours have nothing to do with their objects.",
     "The static bank is searched by the PLM's own states: one softmax over all pairs of token and prototype, "
@@ -146,6 +148,11 @@ def main(
         console,
     )
 
+    material_hash = hashlib.sha256(
+        json.dumps([corpus.training, corpus.held_out, targets.tolist()]).encode()
+    ).hexdigest()
+    models = ("head", "prototypes") if "head" in stages.names else ("prototypes",)
+
     def run(name: str, arm: Arm, split: Split, split_seed: int) -> ArmResult:
         """Train and measure one arm unless it was before."""
 
@@ -154,15 +161,26 @@ def main(
             result = laboratory.measure(model, arm, split, split_seed)
             (place / "result.json").write_text(json.dumps(to_json(result), indent=1))
 
-        key = [settings["training"], arm.settings, split_seed, list(split.held_out), plm, clip, bank]
-        place = stages.run(name, key, (), make)
+        key = [
+            settings["training"],
+            arm.settings,
+            split_seed,
+            list(split.held_out),
+            plm,
+            clip,
+            bank,
+            material_hash,
+        ]
+        place = stages.run(name, key, models, make)
         return from_json(json.loads((place / "result.json").read_text()))
 
     static = {**settings["static"], "experts": "v", "retrieval": "static", "bank": str(prototypes / "bank")}
+    # V learns in two of the three expert sets that take turns, so what it is compared with gets as many steps.
+    as_many = {"max_steps": 2 * settings["training"]["max_steps"]}
     arms = (
-        Arm(_TEXT_ONLY, {"experts": "v", "control": True}, {"none": _FROZEN, "v": _TEXT_ONLY}),
+        Arm(_TEXT_ONLY, {"experts": "v", "control": True, **as_many}, {"none": _FROZEN, "v": _TEXT_ONLY}),
         Arm("experts", {"experts": "vt"}, {"v": "V-expert", "t": "T-expert", "vt": "V + T"}),
-        Arm(_STATIC, static, {"v": _STATIC}),
+        Arm(_STATIC, {**static, **as_many}, {"v": _STATIC}),
     )
     splits = {
         seed + number: split_objects(material.objects, settings["held_out_share"], (), seed + number)

@@ -95,11 +95,9 @@ class Laboratory:
         files = self._write_texts(split, seed)
         config = self._config(arm, seed, folder, files)
         title = f"{folder.parent.name}, {arm.name}"
-        last = [0]
 
         def say(step: int, steps: int, note: str) -> None:
-            if step * 4 // steps > last[0]:
-                last[0] = step * 4 // steps
+            if step * 4 // steps > (step - 1) * 4 // steps:
                 self.console.print(f"  {title}: {step}/{steps} {note}")
 
         return train(config, plm=self.plm, on_step=say).model

@@ -17,7 +17,7 @@ _PROTOCOLS = {"valm": "9 prompts (VaLM)", "norlund": "13 prompts (Norlund et al.
 
 
 def hold_out_named(objects: Sequence[DemoObject], paths: Sequence[Path]) -> Split:
-    """Hold out every object that one of the files names: it, and what shares a word with it, trains nothing."""
+    """Hold out every object that a file names: neither it nor what shares a word with it trains anything."""
     asked = {
         thing.name.casefold() for path in paths for thing in _in_bank(read_colors(path), objects).objects
     }
@@ -84,7 +84,7 @@ def score_published(
     )
     note = (
         f"{title}: only the {len(data.objects)} objects that the bank has pictures for, drawn as emoji, on a "
-        "6-layer MiniLM whose MLM head was trained here; the published rows are BERT-base with photographs, on "
-        "all objects, each with its own prompts. They show the scale of the benchmark and are no contest."
+        "6-layer MiniLM whose MLM head was trained here; the published rows are BERT-base with photographs, "
+        "on all objects, each with its own prompts. They show the scale of the benchmark and are no contest."
     )
     return grid, note

@@ -3,12 +3,10 @@
 Runs are kept under ``build/sst2_minilm``; an interrupted recipe goes on after the last run that was finished.
 """
 
-import json
 import time
 import tomllib
 import warnings
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import click
@@ -16,29 +14,24 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from train.glue.arms import CONTROL_NOTE, Comparison, Scores, name_arms, run_arms, score, seeds_grid
 from train.minilm import minilm_folder
-from train.tables import Grid, print_grid, write_results
+from train.tables import print_grid, write_results
 from xadapter_export import XAdapterModel, XAdapterSession, export
+from xadapter_export.cli.command import XadCommand
 from xadapter_export.evaluation.labelled import Labelled, read_labelled
 from xadapter_export.runtime.text import TruncationWarning
-from xadapter_export.training import make_config, train
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ARMS: dict[str, dict[str, Any]] = {
-    "frozen MiniLM + head": {"experts": "t", "head_only": True},
-    "+ same-size adapter without CLIP": {"experts": "t", "control": True},
-    "+ T-expert (built-in CLIP)": {"experts": "t"},
-}
-_T_EXPERT = "+ T-expert (built-in CLIP)"
+_ARMS = name_arms("MiniLM", "built-in CLIP")
 _NOTES = (
-    "The adapter without CLIP attends to 16 random rows that never change; it has as many parameters as the "
-    "T-expert, the same data, steps and seed.",
+    CONTROL_NOTE,
     "The built-in CLIP was trained on the names of 837 objects and reads 24 tokens of a sentence.",
     "Dev accuracy chooses the state that is kept; the test set is scored once.",
 )
 
 
-@click.command()
+@click.command(cls=XadCommand)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -69,51 +62,27 @@ def main(data: Path, work: Path, results: Path, recipe: Path) -> None:
     settings: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8"))
     seeds: list[int] = settings.pop("seeds")
     test = read_labelled(data, task="sst2", split="test")
-    scores: dict[str, list[float]] = {name: [] for name in _ARMS}
-    bundles: list[float] = []
-    for seed in seeds:
-        for number, (name, arm) in enumerate(_ARMS.items()):
-            folder = work / f"seed-{seed}" / f"arm-{number}"
-            record = folder.with_suffix(".json")
-            key = json.dumps([settings, arm, seed, str(data)], sort_keys=True)
-            if not (record.is_file() and json.loads(record.read_text())["key"] == key):
-                console.print(f"seed {seed}: {name}")
-                config = make_config(
-                    {
-                        **settings,
-                        **arm,
-                        "output": str(folder),
-                        "plm": str(minilm_folder()),
-                        "clip": "builtin",
-                        "objective": "task",
-                        "glue": "sst2",
-                        "glue_data": str(data),
-                        "seed": seed,
-                        "cache": str(work / "cache"),
-                        "force": True,
-                    },
-                    str(recipe),
-                )
-                model = train(config, on_stage=lambda *a: console.print(f"  {a[0]}: {a[1]}")).model
-                found = {"key": key, "test": checkpoint_accuracy(model, test)}
-                if name == _T_EXPERT:
-                    bundle = export(model, work / f"seed-{seed}" / "bundle", "t", force=True).folder
-                    found["bundle"] = bundle_accuracy(bundle, test)
-                record.write_text(json.dumps(found))
-            found = json.loads(record.read_text())
-            scores[name].append(found["test"])
-            console.print(f"seed {seed}: {name}: test accuracy {100 * found['test']:.2f} %")
-            if "bundle" in found:
-                bundles.append(found["bundle"])
-                console.print(f"seed {seed}: its bundle: {100 * found['bundle']:.2f} %")
-    rows = [
-        (name, *(f"{100 * value:.2f}" for value in values), _spread(values))
-        for name, values in [*scores.items(), ("T-expert's bundle, onnxruntime fp32", bundles)]
-    ]
-    grid = Grid(
+    comparison = Comparison(
+        settings=settings,
+        parts={"plm": str(minilm_folder()), "clip": "builtin", "glue": "sst2", "glue_data": str(data)},
+        identity=(str(data),),
+        work=work,
+        where=recipe,
+    )
+
+    def measure(model: XAdapterModel, folder: Path, is_t_expert: bool) -> Scores:
+        found = {"test": score(model, test, "sst2")["accuracy"]}
+        if is_t_expert:
+            found["bundle"] = bundle_accuracy(export(model, folder / "bundle", "t", force=True).folder, test)
+        return found
+
+    found = run_arms(comparison, _ARMS, seeds, measure, console)
+    rows = {name: [scores["test"] for scores in of_seeds] for name, of_seeds in found.items()}
+    bundles = [scores["bundle"] for of_seeds in found.values() for scores in of_seeds if "bundle" in scores]
+    grid = seeds_grid(
         f"SST-2 test accuracy, {len(test):,} sentences, %",
-        ("", *(f"seed {s}" for s in seeds), "mean ± sd"),
-        tuple(rows),
+        seeds,
+        {**rows, "T-expert's bundle, onnxruntime fp32": bundles},
     )
     print_grid(grid, console)
     write_results(results, "train.sst2_minilm", [grid], _NOTES, f"seeds {', '.join(map(str, seeds))}")
@@ -122,31 +91,12 @@ def main(data: Path, work: Path, results: Path, recipe: Path) -> None:
     )
 
 
-@torch.inference_mode()
-def checkpoint_accuracy(model: XAdapterModel, data: Labelled, batch_size: int = 64) -> float:
-    """Share of texts whose largest logit is the label's."""
-    right = 0
-    for start in range(0, len(data), batch_size):
-        rows = slice(start, start + batch_size)
-        logits = model(**_without_masks(model.encode(data.texts[rows]))).logits
-        right += int((logits.argmax(1) == torch.tensor(data.labels[rows])).sum())
-    return right / len(data)
-
-
-def _without_masks(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in inputs.items() if name != "mask_positions"}
-
-
 def bundle_accuracy(bundle: Path, data: Labelled) -> float:
-    """The same through onnxruntime."""
+    """Share of texts whose first answer, through onnxruntime, is the label."""
     session = XAdapterSession.load(bundle)
     said = [answers[0].label for answers in session.classify(list(data.texts))]
     names = np.array(data.label_names)[np.array(data.labels)]
     return float((np.array(said) == names).mean())
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * mean(values):.2f} ± {100 * stdev(values) if len(values) > 1 else 0:.2f}"
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def build_bank(
         device = choose_device(settings.device, local_rank=processes.local_rank)
         tower = load_image_tower(settings.clip, device=device, precision=settings.precision)
         work, num_done = _prepare(output, source, tower, settings, processes, force=force, note=note)
-        _encode(work, source, tower, settings, processes, on_pictures)
+        encode_shards(work, source, tower, settings, processes, on_pictures)
         processes.wait_for_all()
         if not processes.is_main:
             return None
@@ -182,15 +182,29 @@ def _prepare(
     return work, num_done
 
 
-def _encode(
+def encode_shards(
     work: WorkFolder,
     source: Source,
     tower: ImageTower,
     settings: BuildSettings,
     processes: Processes,
-    on_pictures: OnPictures | None,
+    on_pictures: OnPictures | None = None,
 ) -> None:
-    """Encode this process's shards that are not done: every P-th, so that each has its own."""
+    """Encode this process's shards that are not done: every P-th, so that each has its own.
+
+    Args:
+        work: The listing, and where shards are written.
+        source: What was listed.
+        tower: What encodes.
+        settings: Batch size, workers and thumbnails; the rest was settled before.
+        processes: P of them.
+        on_pictures: Is told how many pictures are done, of how many, in the main process.
+
+    Raises:
+        CheckpointError: If the tower gives a feature that is not finite.
+        ConfigError: If a process that decodes died.
+        OutputWriteError: If a shard cannot be written.
+    """
     mine = range(processes.rank, work.num_shards, processes.count)
     pending = [shard for shard in mine if not work.is_done(shard)]
     if not pending:

@@ -1,4 +1,10 @@
-"""The processes of one build, as ``torchrun`` and ``accelerate launch`` start them."""
+"""The processes of one build, as ``torchrun`` and ``accelerate-launch --multi_gpu`` start them.
+
+``accelerate launch``, with a space, imports torchvision through timm before it starts anything. Where
+torchvision was not built for the torch beside it, that fails in accelerate's own process, which
+``cure_torchvision`` cannot reach; ``accelerate-launch`` is the same launcher and imports neither. Without
+``--multi_gpu`` it starts one process where there is no accelerator.
+"""
 
 import os
 from collections.abc import Iterator

@@ -80,7 +80,7 @@ class StagedFolder:
         """
         rejected = self.final.with_name(f"{self.final.name}.rejected")
         with _blame_the_output(rejected):
-            _check_replaceable(rejected, self._marker, force=True)
+            check_replaceable(rejected, self._marker, force=True)
             _move_into_place(self.path, rejected)
         self.rejected = rejected
         return rejected
@@ -111,7 +111,7 @@ def staged_folder(
     made: list[Path] = []
     try:
         with _blame_the_output(final):
-            _check_replaceable(final, marker, force=force)
+            check_replaceable(final, marker, force=force)
             made = [parent for parent in final.parents if not parent.exists()]
             temporary.mkdir(parents=True)
         try:
@@ -123,7 +123,7 @@ def staged_folder(
         if staged.rejected is None:
             with _blame_the_output(final):
                 _sync(temporary)
-                _check_replaceable(final, marker, force=force)
+                check_replaceable(final, marker, force=force)
                 _move_into_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -176,7 +176,12 @@ def _concerns(error: OSError, staged: StagedFolder) -> bool:
     return path.is_relative_to(staged.path) or staged.final.is_relative_to(path)
 
 
-def _check_replaceable(final: Path, marker: str, *, force: bool) -> None:
+def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
+    """Refuse a place that ``staged_folder`` would refuse, before any work is done for it.
+
+    Raises:
+        OutputExistsError: As ``staged_folder``.
+    """
     if not final.exists():
         return
     if not force:

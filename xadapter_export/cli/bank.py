@@ -114,7 +114,11 @@ def build(
     path and caption; WebDataset shards, such as "shards-{000..009}.tar"; or a folder that datasets saved.
 
     Pictures that cannot be decoded are skipped and listed in skipped.jsonl. A build that was stopped goes on
-    with the same command. Many processes: torchrun --nproc-per-node 4 -m xadapter_export.cli.bank build ...
+    with the same command.
+
+    Many processes: torchrun --nproc-per-node 4 -m xadapter_export.cli.bank build ..., or accelerate-launch
+    --multi_gpu --num_processes 4 -m xadapter_export.cli.bank build ... (with the hyphen: accelerate launch
+    itself imports torchvision, and fails where that was not built for the torch beside it).
     """
     if bool(sources) == bool(dataset):
         raise click.UsageError("Give a SOURCE, or --dataset, and not both.")

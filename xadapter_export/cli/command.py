@@ -60,7 +60,7 @@ class XadCommand(click.Command):
                     raise
                 if isinstance(error, KeyboardInterrupt):  # stopped, and it says where what was done is kept
                     click.echo(f"{ctx.command_path}: {error}", err=True)
-                    ctx.exit(INTERRUPTED)
+                    ctx.exit(getattr(error, "exit_code", INTERRUPTED))
                 raise click.ClickException(str(error)) from error
             except KeyboardInterrupt as interrupt:
                 if ctx.meta.get("xad.debug"):

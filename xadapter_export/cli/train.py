@@ -86,14 +86,17 @@ def _report(result: "TrainResult") -> None:
         console.print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last, {result.steps} steps")
     held_out = [entry for entry in result.curve if "eval_loss" in entry]
     if held_out:
-        last = {name.removeprefix("eval_"): value for name, value in held_out[-1].items() if "eval_" in name}
+        kept = held_out[-1]
+        if record["config"]["patience"]:  # then the best was kept
+            kept = min(held_out, key=lambda e: -e["eval_metric"] if "eval_metric" in e else e["eval_loss"])
+        last = {name.removeprefix("eval_"): value for name, value in kept.items() if "eval_" in name}
         shown = [f"{name} {value:.4f}" for name, value in last.items() if name not in _NOT_SHOWN]
         console.print(f"held out: {', '.join(shown)}")
     console.print(
         f"trained {record['trained_parameters']:,} parameters in {record['elapsed_s']:.0f} s; "
         "the frozen weights are what they were, by their hashes"
     )
-    console.print(f"checkpoint: {result.folder}")
+    console.print(f"checkpoint: {result.folder}; cached features: {result.cache}")
     console.print(f"next: xad-export {result.folder}")
 
 

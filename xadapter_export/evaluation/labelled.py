@@ -1,13 +1,12 @@
 """Labelled texts: GLUE by name from a local copy or the hub, or any CSV, TSV, JSONL or parquet file."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xadapter_export.errors import ConfigError, InputTextError, import_extra
+from xadapter_export.evaluation.tables import class_names, read_table
 
 HUB_GLUE = "nyu-mll/glue"
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".txt")
@@ -146,7 +145,7 @@ def read_labelled(
         rows, where = _read_hub(task, split)
     else:
         path = _find_file(Path(data), known, split)
-        rows, where = _read_file(path, known, text_column), str(path)
+        rows, where = _read_file(path, known, (text_column, pair_column, label_column)), str(path)
     if not rows:
         raise InputTextError("the file has no rows", where=where)
     columns = list(rows[0])
@@ -157,6 +156,9 @@ def read_labelled(
     fallback = ("label", "1" if pair is None else "2")
     label = _column(columns, label_column, known.label if known else fallback, where, "label")
 
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in (text, pair, label) if name is not None and name not in row]:
+            raise InputTextError("a row lacks a column", where=f"{where}, row {number}", expected=missing[0])
     texts = tuple(_text(row[text], where, number, text) for number, row in enumerate(rows, 1))
     pairs = (
         None
@@ -186,50 +188,13 @@ def _find_file(data: Path, task: GlueTask | None, split: str) -> Path:
     )
 
 
-def _read_file(path: Path, task: GlueTask | None, text_column: str | None) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            table = import_extra("datasets", "train").Dataset.from_parquet(str(path), keep_in_memory=True)
-            return _readable(table)
-        if path.suffix in (".jsonl", ".json"):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
-        is_csv = path.suffix == ".csv"
-        with path.open(encoding="utf-8", newline="") as file:
-            settings: dict[str, Any] = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            lists = [row for row in csv.reader(file, **settings) if row]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
-        raise InputTextError("the file cannot be read", where=path, got=error) from error
-    if not lists:
-        return []
-    names = {text_column} if text_column else set(task.text if task else ("sentence", "text"))
-    if names & set(lists[0]):
-        header, body = lists[0], lists[1:]
-    elif task is not None and task.headerless and len(lists[0]) == len(task.headerless):
-        header, body = list(task.headerless), lists
+def _read_file(path: Path, task: GlueTask | None, asked: Sequence[str | None]) -> list[dict[str, Any]]:
+    known = (*task.text, *task.pair, *task.label) if task else ("sentence", "text", "label")
+    if task is not None and not task.headerless:  # a bare table: text, pair, label in this order
+        bare = [task.text[0], *task.pair[:1], task.label[0]]
     else:
-        header, body = [str(number) for number in range(len(lists[0]))], lists
-        if task is not None and not text_column:  # a bare table: text, pair, label in this order
-            order = [task.text[0], *task.pair[:1], task.label[0]]
-            header = [*order, *header[len(order) :]][: len(header)]
-    for number, row in enumerate(body, 1 + (body is not lists)):
-        if len(row) != len(header):
-            raise InputTextError(
-                "a row has the wrong number of columns",
-                where=f"{path}, line {number}",
-                expected=len(header),
-                got=len(row),
-            )
-    return [dict(zip(header, row, strict=True)) for row in body]
-
-
-def _readable(table: Any) -> list[dict[str, Any]]:
-    """Rows of a ``datasets`` table, class labels by name."""
-    features = {name: feature for name, feature in table.features.items() if hasattr(feature, "int2str")}
-    return [
-        {**row, **{n: f.int2str(row[n]) if row[n] >= 0 else "unlabelled" for n, f in features.items()}}
-        for row in table
-    ]
+        bare = list(task.headerless) if task else []
+    return read_table(path, header_names={*known, *filter(None, asked)}, headerless=bare)
 
 
 def _read_hub(task: str, split: str) -> tuple[list[dict[str, Any]], str]:
@@ -246,7 +211,7 @@ def _read_hub(task: str, split: str) -> tuple[list[dict[str, Any]], str]:
             got=str(error)[:200],
             mend="give a folder with its files",
         ) from error
-    return _readable(table), where
+    return class_names(table), where
 
 
 def _column(columns: list[str], asked: str | None, known: Sequence[str], where: str, what: str) -> str:

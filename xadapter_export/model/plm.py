@@ -278,7 +278,7 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # not used here
     if missing:
         hint = (
-            "it has no MLM head, use task feature-extraction"
+            "it has no MLM head; take one that has, or another task than fill-mask"
             if task == "fill-mask"
             else "the file is not complete"
         )

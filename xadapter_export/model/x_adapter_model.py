@@ -176,22 +176,11 @@ class XAdapterModel(nn.Module):
             and bank is not None
             and clip is not None
         ):
-            if bank.features.shape[1] != clip.config.feature_dim:
-                raise ConfigError(
-                    f"bank features have width {bank.features.shape[1]}, "
-                    f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
-                )
+            check_bank_fits(bank, clip)
             if config.retrieval.k > len(bank.features):
                 raise ConfigError(
                     f"retrieval k={config.retrieval.k}, but the bank has {len(bank.features)} pictures"
                 )
-            if bank.clip is not None:
-                found = weights_sha256(clip.open_clip_state(), clip.settings, clip.tokenizer)
-                if found != bank.clip.sha256:
-                    raise ConfigError(
-                        f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
-                        f"({found[:12]}); use the same one, or build the bank with this one"
-                    )
 
     @classmethod
     def create(
@@ -424,6 +413,26 @@ class XAdapterModel(nn.Module):
         else:
             embedding = mean_pool(hidden, attention_mask)
         return XAdapterOutput(hidden, logits, embedding, memory, contributions)
+
+
+def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
+    """Refuses a bank that was made with another CLIP than the one that searches it.
+
+    Raises:
+        ConfigError: If widths differ, or the bank knows its CLIP and it is another.
+    """
+    if bank.features.shape[1] != clip.config.feature_dim:
+        raise ConfigError(
+            f"bank features have width {bank.features.shape[1]}, "
+            f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
+        )
+    if bank.clip is not None:
+        found = weights_sha256(clip.open_clip_state(), clip.settings, clip.tokenizer)
+        if found != bank.clip.sha256:
+            raise ConfigError(
+                f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
+                f"({found[:12]}); use the same one, or build the bank with this one"
+            )
 
 
 def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:

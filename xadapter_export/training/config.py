@@ -103,13 +103,15 @@ class TrainConfig(BaseModel):
     max_seq: Positive | None = Field(None, description="Longest input in tokens. Default: the PLM's limit.")
 
     # Optimisation
-    epochs: Annotated[float, Field(gt=0)] = Field(
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         3.0, description="Passes over the data, for each expert set in turn; unless max_steps."
     )
     max_steps: Positive | None = Field(None, description="Optimiser steps, for each expert set in turn.")
     batch_size: Positive = Field(32, description="Texts of one process in one forward pass.")
     accumulation: Positive = Field(1, description="Forward passes for one optimiser step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of AdamW.")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e-3, description="Peak learning rate of AdamW."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.01, description="Of matrices; norms and biases have none."
     )
@@ -121,7 +123,7 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where a GPU has it, else fp32."
     )
-    seed: int = Field(7, description="Of weights, masks and order.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(7, description="Of weights, masks and order.")
 
     # Watching and keeping
     eval_every: Positive | None = Field(None, description="Steps between evaluations. Default: ten in all.")
@@ -172,6 +174,10 @@ class TrainConfig(BaseModel):
             raise ValueError("distill_weight is for a V-expert with static retrieval")
         if self.head_only and self.objective != "task":
             raise ValueError("head_only goes with objective = task; fill-mask has no head to train")
+        if not self.output.name:
+            raise ValueError("output: name a folder of its own")
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError("layers must ascend without repeats")
         if self.adapter_width % self.num_heads:
             raise ValueError("adapter_width must be a multiple of num_heads")
         return self

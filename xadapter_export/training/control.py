@@ -19,8 +19,9 @@ def train_control(
 ) -> TrainResult:
     """Repeat a checkpoint's own training with random rows in place of pictures and text states.
 
-    Texts, labels, steps, seed and number of parameters stay as they were: what the checkpoint is better at
-    than this control, it has from CLIP. An adapter for both experts becomes one of twice the width.
+    Texts, labels, seed and the number of steps in all stay as they were: what the checkpoint is better at
+    than this control, it has from CLIP. An adapter for both experts becomes one of twice the width, so that
+    the number of parameters is about the same.
 
     Args:
         checkpoint: Folder that ``train`` wrote; its ``train.json`` says how.

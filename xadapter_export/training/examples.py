@@ -3,7 +3,6 @@
 Dimensions: n examples, T PLM tokens, S CLIP tokens, P masks of a text, A answers that a mask accepts.
 """
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from xadapter_export.errors import ConfigError, InputTextError, import_extra
+from xadapter_export.evaluation.tables import read_lines, read_table
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder, check_texts
 
@@ -63,7 +63,7 @@ class Examples:
 
 
 def read_texts(source: str, text_column: str | None = None) -> list[Any]:
-    """Read texts: strings, or objects with ``text`` and ``answers`` of a ``.jsonl`` file.
+    """Read texts: strings, or maps with ``text`` and ``answers`` where a row has answers.
 
     Args:
         source: A ``.txt``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or ``hub:NAME`` for the
@@ -71,56 +71,46 @@ def read_texts(source: str, text_column: str | None = None) -> list[Any]:
         text_column: Where the text is, if not in ``text``.
 
     Raises:
-        InputTextError: If there is no text in it, or it cannot be read.
-        ConfigError: If the column is missing.
+        InputTextError: If there is no text in it, one is empty, or it cannot be read.
+        ConfigError: If there is no such file or data set, or the column is missing.
     """
     column = text_column or "text"
     if source.startswith("hub:"):
+        datasets = import_extra("datasets", "train")
         try:
-            table = import_extra("datasets", "train").load_dataset(source.removeprefix("hub:"), split="train")
-        except ImportError:
-            raise
+            rows = list(datasets.load_dataset(source.removeprefix("hub:"), split="train"))
         except Exception as error:  # the hub client raises many kinds; each means the data cannot be had
             raise ConfigError("the data set cannot be had", where=source, got=str(error)[:200]) from error
-        return _column(list(table), column, source)
+        return _column(rows, column, source)
     path = Path(source)
     if not path.is_file():
         raise ConfigError("there is no such file", where=path, expected="texts to train on")
-    try:
-        if path.suffix == ".parquet":
-            table = import_extra("datasets", "train").Dataset.from_parquet(source, keep_in_memory=True)
-            return _column(list(table), column, source)
-        if path.suffix in (".csv", ".tsv"):
-            import csv
-
-            with path.open(encoding="utf-8", newline="") as file:
-                return _column(
-                    list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")),
-                    column,
-                    source,
-                )
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines]
-            for number, row in enumerate(rows, 1):
-                if not isinstance(row, dict) or column not in row:
-                    raise InputTextError(f"a line has no {column}", where=f"{path}, line {number}")
-            lines = [row if "answers" in row else row[column] for row in rows]
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise InputTextError("the file cannot be read", where=path, got=error) from error
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        return _column(read_table(path, header_names=(column,)), column, source)
+    lines = read_lines(path)
     if not lines:
         raise InputTextError("there is no text in the file", where=path)
-    return lines
+    return list(lines)
 
 
-def _column(rows: list[dict[str, Any]], column: str, where: str) -> list[str]:
+def _column(rows: list[dict[str, Any]], column: str, where: str) -> list[Any]:
     if not rows:
         raise InputTextError("there is no text in the file", where=where)
-    if column not in rows[0]:
-        raise ConfigError(
-            "the column of the text is missing", where=where, expected=column, got=", ".join(rows[0])
-        )
-    return [str(row[column]) for row in rows if str(row[column] or "").strip()]
+    texts: list[Any] = []
+    for number, row in enumerate(rows, 1):
+        if column not in row:
+            raise ConfigError(
+                "the column of the text is missing",
+                where=f"{where}, row {number}",
+                expected=column,
+                got=", ".join(row)[:80],
+            )
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise InputTextError(
+                "a text is empty or no text", where=f"{where}, row {number}", got=repr(row[column])[:40]
+            )
+        texts.append({"text": row[column], "answers": row["answers"]} if "answers" in row else row[column])
+    return texts
 
 
 class Masker:
@@ -152,6 +142,7 @@ class Masker:
             raise ConfigError("this PLM has no mask token, so it cannot learn to fill masks")
         self._tokenizer: Tokenizer = encoder.tokenizer
         self._mask = encoder.mask_token
+        self._longest = encoder.max_seq - encoder.tokenizer.num_special_tokens_to_add(False)
         self._share, self._ways = share, ways
         self._favored, self._favored_share = {word.lower() for word in favored}, favored_share
         self._seed = seed
@@ -169,13 +160,19 @@ class Masker:
             if (found := self._mask_one(text, _chance(self._seed, number, way))) is not None
         ]
         if not masked:
-            raise InputTextError("no text has a word that can be masked")
+            raise InputTextError(
+                "no text has a word that can be masked",
+                mend=f"give sentences without {self._mask}, or .jsonl with text and answers",
+            )
         return masked
 
     def _mask_one(self, text: str, rng: random.Random) -> MaskedText | None:
         if self._mask in text:
             return None
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if len(encoding.ids) > self._longest:  # what the PLM reads of it
+            text = text[: encoding.offsets[self._longest - 1][1]]
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         words: dict[int, list[int]] = {}
         for place, word in enumerate(encoding.word_ids):
             start, end = encoding.offsets[place]
@@ -222,39 +219,47 @@ def answered_texts(rows: Sequence[Mapping[str, Any]], encoder: TextEncoder, wher
     mask = encoder.mask_token or GENERIC_MASK
     ids: dict[str, int] = {}
 
-    def token_id(word: str) -> int:
-        if word not in ids:
-            ids[word] = find_candidates(encoder.tokenizer, [word])[0].token_id
-        return ids[word]
+    def shares_of(answer: object, place: str) -> dict[int, float]:
+        words = {answer: 1.0} if isinstance(answer, str) else answer
+        if not isinstance(words, dict) or not all(
+            isinstance(share, int | float) and share >= 0 for share in words.values()
+        ):
+            raise InputTextError(
+                "an answer is neither a word nor a map from words to shares",
+                where=place,
+                got=repr(answer)[:80],
+            )
+        total = sum(words.values())
+        if not 0 < total < float("inf"):
+            raise InputTextError("the shares of an answer must add up to more than 0", where=place)
+        shares: dict[int, float] = {}
+        for word, share in words.items():
+            if word not in ids:
+                try:
+                    ids[word] = find_candidates(encoder.tokenizer, [word])[0].token_id
+                except (ConfigError, InputTextError) as error:
+                    raise ConfigError("an answer cannot be learnt", where=place, got=error) from error
+            if share > 0:
+                shares[ids[word]] = shares.get(ids[word], 0.0) + share / total
+        return shares
 
     found = []
     for number, row in enumerate(rows, 1):
+        place = f"{where}, text {number} with answers"
         text = str(row["text"]).replace(GENERIC_MASK, mask)
         given = row["answers"]
         given = given if isinstance(given, list) else [given]
         num_masks = text.count(mask)
         if not num_masks:
-            raise InputTextError("a text has no mask", where=f"{where}, text {number}", mend=f"write {mask}")
+            raise InputTextError("a text has no mask", where=place, mend=f"write {mask}")
         if given == [None]:
             found.append(MaskedText(text, ({},) * num_masks))
             continue
         if len(given) != num_masks:
             raise InputTextError(
-                "not one answer to each mask",
-                where=f"{where}, text {number}",
-                expected=num_masks,
-                got=len(given),
+                "not one answer to each mask", where=place, expected=num_masks, got=len(given)
             )
-        answers = []
-        for answer in given:
-            shares = {answer: 1.0} if isinstance(answer, str) else dict(answer)
-            total = sum(shares.values())
-            if not total > 0 or min(shares.values()) < 0:
-                raise InputTextError(
-                    "the shares of an answer must add up to more than 0", where=f"{where}, text {number}"
-                )
-            answers.append({token_id(word): share / total for word, share in shares.items() if share > 0})
-        found.append(MaskedText(text, tuple(answers)))
+        found.append(MaskedText(text, tuple(shares_of(answer, place) for answer in given)))
     return found
 
 

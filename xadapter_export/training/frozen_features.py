@@ -6,10 +6,13 @@ K nearest pictures.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xadapter_export.bundle.folder import staged_folder
+from xadapter_export.errors import OutputExistsError
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.x_adapter_model import XAdapterModel, unit_length
 from xadapter_export.training.examples import Examples
@@ -149,7 +153,11 @@ class _Cache:
         place = self.folder / f"{kind}-{key[:16]}"
         if not (place / _RECORD).is_file():
             self.on_stage("cache", f"{kind} of {len(self.examples)} {self.title}, into {place}")
-            with staged_folder(place, marker=_RECORD) as staged, torch.inference_mode():
+            with (
+                suppress(OutputExistsError),  # another run wrote the same meanwhile
+                staged_folder(place, marker=_RECORD) as staged,
+                torch.inference_mode(),
+            ):
                 write(staged.path)
                 (staged.path / _RECORD).write_text(json.dumps({"key": key, "examples": len(self.examples)}))
         return place
@@ -165,7 +173,7 @@ class _Cache:
             _put(target, rows, states)
 
     def write_retrieved(self, place: Path, pool: int) -> None:
-        target = open_memmap(place / "rows.npy", mode="w+", dtype=np.int32, shape=(len(self.examples), pool))
+        target = _make_rows(place, (len(self.examples), pool), np.int32)
         for rows in self._batches(self._clip_ids):
             found = self.model.memory(self._clip_batch(rows), "v", k=pool).retrieved
             target[rows] = found.cpu().numpy()  # type: ignore[union-attr]  # top-k gives them
@@ -177,8 +185,7 @@ class _Cache:
             _put(target, rows, self.model.memory(self._clip_batch(rows), "t").t)  # type: ignore[arg-type]  # same
 
     def write_queries(self, place: Path, teacher: ClipTextTower) -> None:
-        shape = (len(self.examples), teacher.config.feature_dim)
-        target = open_memmap(place / "rows.npy", mode="w+", dtype=np.float32, shape=shape)
+        target = _make_rows(place, (len(self.examples), teacher.config.feature_dim), np.float32)
         for rows in self._batches(self._clip_ids):
             ids = self._clip_batch(rows)
             target[rows] = unit_length(teacher.pool(teacher.token_states(ids), ids)).cpu().numpy()
@@ -213,8 +220,17 @@ def _read_ragged(place: Path) -> Ragged:
 def _make_ragged(place: Path, lengths: Sequence[int], width: int) -> Ragged:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(place / "offsets.npy", offsets)
-    values = open_memmap(place / "rows.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]), width))
-    return Ragged(values, offsets)
+    return Ragged(_make_rows(place, (int(offsets[-1]), width), np.float32), offsets)
+
+
+def _make_rows(place: Path, shape: tuple[int, int], dtype: type[np.generic]) -> Any:
+    """Make a file of rows whose space is taken now: a map of a file that finds the disk full is killed."""
+    path = place / "rows.npy"
+    rows = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return rows
 
 
 def _put(target: Ragged, rows: NDArray[np.int64], states: Tensor) -> None:

@@ -86,7 +86,7 @@ class TrainingModel(nn.Module):
             v = model.bank_features[None] if retrieved is None else model.bank_features[retrieved]
         attended: list[tuple[XAdapterLayer, Tensor]] = []
         handles = []
-        if self._distill_weight and queries is not None and "v" in active:
+        if self.training and self._distill_weight and queries is not None and "v" in active:
             for layer in model.adapters.values():
                 expert = layer["v"]  # type: ignore[index]  # a ModuleDict of experts
                 handles.append(

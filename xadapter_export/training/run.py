@@ -7,8 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,26 +16,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xadapter_export.bank import FeatureBank
-from xadapter_export.bundle.folder import sha256_file
+from xadapter_export.bundle.folder import check_replaceable, sha256_file
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
-    OutputExistsError,
     OutputWriteError,
     XAdapterError,
     import_extra,
 )
 from xadapter_export.evaluation.labelled import Labelled, read_labelled
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.checkpoint import RECORD_NAME
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
+from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.plm import FrozenPlm, load_plm
-from xadapter_export.model.x_adapter_model import XAdapterModel, experts_of
+from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits, experts_of
 from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
 from xadapter_export.training.examples import (
@@ -48,7 +50,7 @@ from xadapter_export.training.examples import (
 )
 from xadapter_export.training.frozen_features import frozen_features
 from xadapter_export.training.objective import TrainingModel
-from xadapter_export.training.trainer import WEIGHTS_NAME, Progress, XAdapterTrainer
+from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError, Progress, XAdapterTrainer
 
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed  # isort: skip  # cured by model.plm
 from transformers.integrations.integration_utils import TensorBoardCallback  # isort: skip
@@ -66,7 +68,13 @@ OnStep = Callable[[int, int, str], None]
 
 
 class TrainingStopped(XAdapterError, KeyboardInterrupt):  # noqa: N818  # no error: somebody asked
-    """A run was stopped by Ctrl-C or SIGTERM; its state is kept and the same command goes on with it."""
+    """A run was stopped by Ctrl-C or SIGTERM; its state is kept and the same command goes on with it.
+
+    Attributes:
+        exit_code: What a shell reports for a program that this signal ended: 130 or 143.
+    """
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class TrainResult:
         folder: The checkpoint.
         model: The trained model, on the CPU, in evaluation mode.
         steps: Optimiser steps in all.
+        cache: Folder of the frozen features, which another run can use.
         curve: ``{"step": ..., "loss": ...}`` and evaluations, in the order in which they came.
         record: What ``train.json`` holds.
     """
@@ -84,16 +93,18 @@ class TrainResult:
     folder: Path
     model: XAdapterModel
     steps: int
+    cache: Path
     curve: list[dict[str, float]]
     record: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """Some steps: which sets are switched on in turn, and which experts learn."""
+    """Some steps: which sets are switched on in turn, which experts learn, and for how many sets' steps."""
 
     expert_sets: tuple[ExpertSet, ...]
     trained: ExpertSet
+    turns: int
     only_distill: bool = False
 
 
@@ -106,8 +117,8 @@ def train(
 ) -> TrainResult:
     """Train a plug-in and write its checkpoint.
 
-    A run that was stopped goes on when it is started again with the same settings. Under ``torchrun`` or
-    ``accelerate launch`` every process calls this; the first one writes.
+    A run that was stopped goes on when it is started again with the same settings. Under ``torchrun`` every
+    process calls this; the first one writes.
 
     Args:
         config: All settings.
@@ -121,14 +132,11 @@ def train(
         InputTextError: If a text is empty, a mask has no answer, or a label is out of range.
         OutputExistsError: If there is a checkpoint already and ``force`` is not set.
         OutputWriteError: If the disk is full or the place cannot be written.
+        DivergedError: If the loss is not a number any more.
         TrainingStopped: If Ctrl-C or SIGTERM came; what was learned is kept in the run folder.
     """
-    if config.output.exists() and not config.force:
-        raise OutputExistsError(
-            "something is already at the output path",
-            where=config.output,
-            mend="choose another path, or --force",
-        )
+    check_replaceable(config.output.resolve(), RECORD_NAME, force=config.force)
+    versions = {name: version(name) for name in _PACKAGES}
     start = time.monotonic()
     set_seed(config.seed)
     arguments = _arguments(config, config.run_folder / "state", steps=1, watched=False)  # sets up processes
@@ -138,12 +146,12 @@ def train(
     rows = _read_rows(config)
     model, teacher = _make_model(config, rows, plm)
     before = model.frozen_parts()
+    if is_first:
+        _claim(config.run_folder, _fingerprint(config, before, arguments.world_size))
     with arguments.main_process_first(local=False):
         sources, watched = _make_sources(config, model, teacher, rows, before, on_stage)
 
-    if is_first:
-        _claim(config.run_folder, _fingerprint(config, before))
-    phases = _phases(config, model)
+    phases = _phases(config)
     curve: list[dict[str, float]] = []
     steps = 0
     training_model = TrainingModel(
@@ -168,7 +176,15 @@ def train(
     if config.retrieval == "static" and config.experts == "v":
         model.clip = None  # taught, and no longer needed
         model.text_encoder = model.make_text_encoder(model.plm.max_seq)
-    record = _record(config, before, after, model, curve, steps, time.monotonic() - start)
+    for name, tensor in model.trained_state().items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(
+                "the training diverged",
+                where=name,
+                got="values that are not finite",
+                mend="lower learning_rate",
+            )
+    record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
     if is_first:
         on_stage("save", str(config.output))
         model.save_pretrained(
@@ -185,7 +201,7 @@ def train(
         for folder in config.run_folder.glob("state-*"):
             shutil.rmtree(folder)
         (config.run_folder / RUN_NAME).unlink(missing_ok=True)
-    return TrainResult(config.output, model, steps, curve, record)
+    return TrainResult(config.output, model, steps, config.cache_folder, curve, record)
 
 
 # ------------------------------------------------------------------------------------------ parts
@@ -230,7 +246,10 @@ def _make_model(
                 "max_seq is longer than the PLM reads", expected=f"at most {plm.max_seq}", got=config.max_seq
             )
         model.text_encoder = model.make_text_encoder(config.max_seq)
-    return model, clip if config.distill_weight and not config.control else None
+    teacher = clip if config.distill_weight and not config.control else None
+    if teacher is not None and bank is not None:
+        check_bank_fits(bank, teacher)
+    return model, teacher
 
 
 def _memory_width(clip: ClipTextTower | None, bank: FeatureBank | None) -> int:
@@ -352,8 +371,6 @@ def _make_sources(
 
 
 def _hash_of(tower: ClipTextTower) -> str:
-    from xadapter_export.model.identity import weights_sha256
-
     return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
 
 
@@ -364,18 +381,20 @@ def _num_rows(model: XAdapterModel) -> int:
 # ------------------------------------------------------------------------------------------ phases
 
 
-def _phases(config: TrainConfig, model: XAdapterModel) -> tuple[_Phase, ...]:
-    experts = model.config.experts
+def _phases(config: TrainConfig) -> tuple[_Phase, ...]:
+    experts = config.experts
     if config.head_only:
-        return (_Phase(("none",), "none"),)
-    distillation = (
-        (_Phase(("v",), "v", only_distill=True),) if config.distill_steps and not config.control else ()
-    )
-    if experts != "vt" or config.order == "joint":
-        return *distillation, _Phase((experts,), experts)
-    if config.order == "alternating":
-        return *distillation, _Phase(("v", "t", "vt"), "vt")
-    return *distillation, _Phase(("v",), "v"), _Phase(("vt",), "t")
+        return (_Phase(("none",), "none", 1),)
+    phases: tuple[_Phase, ...] = (_Phase((experts,), experts, 1),)
+    if experts == "vt" and config.order == "alternating":
+        phases = (_Phase(("v", "t", "vt"), "vt", 3),)
+    elif experts == "vt" and config.order == "sequential":
+        phases = (_Phase(("v",), "v", 1), _Phase(("vt",), "t", 1))
+    if config.control:  # one adapter, for as many steps in all
+        return (_Phase(("v",), "v", sum(phase.turns for phase in phases)),)
+    if config.distill_steps:
+        return _Phase(("v",), "v", 1, only_distill=True), *phases
+    return phases
 
 
 def _run_phase(
@@ -391,16 +410,16 @@ def _run_phase(
         parameter.requires_grad_(_expert_of(name) in experts_of(phase.trained))
     folder = config.run_folder / f"state-{number}"
     finished = folder / "finished.json"
-    if finished.is_file():  # by an earlier start of this run
+    kept = _read(finished)
+    if kept is not None:  # by an earlier start of this run
         model.model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
-        kept = json.loads(finished.read_text(encoding="utf-8"))
         return kept["history"], kept["steps"]
 
     arguments = _arguments(config, folder, steps=1, watched=False)
     per_step = config.batch_size * config.accumulation * arguments.world_size
     num_examples = sum(len(source.examples) for source in sources)
     one_set = config.max_steps or math.ceil(config.epochs * num_examples / per_step)
-    steps = config.distill_steps if phase.only_distill else one_set * len(phase.expert_sets)
+    steps = config.distill_steps if phase.only_distill else one_set * phase.turns
     watched = None if phase.only_distill else watched
     arguments = _arguments(config, folder, steps=steps, watched=watched is not None, phase=phase)
     pad = model.model.plm.special["pad"]
@@ -423,33 +442,58 @@ def _run_phase(
         )
         trainer.remove_callback(PrinterCallback)
         last = _last_state(folder)
-        try:
+        with _blaming(config.run_folder):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except OSError as error:
-            if isinstance(error, XAdapterError):
-                raise
-            raise OutputWriteError(
-                "the run folder cannot be written",
-                where=config.run_folder,
-                got=error.strerror or error,
-                mend="free some space, or choose another with --run; the same command goes on",
-            ) from error
+        stopped = TrainingStopped(
+            f"stopped after step {trainer.state.global_step} of {steps}",
+            where=config.run_folder,
+            mend="the same command goes on from there",
+        )
+        stopped.exit_code = progress.exit_code
         if progress.stopped and trainer.state.global_step < steps:
-            raise TrainingStopped(
-                f"stopped after step {trainer.state.global_step} of {steps}",
-                where=config.run_folder,
-                mend="the same command goes on from there",
-            )
+            raise stopped
     history = [
         {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
         for entry in trainer.state.log_history
     ]
     if arguments.should_save:
-        trainer.save_model(str(folder))
-        finished.write_text(
-            json.dumps({"history": history, "steps": trainer.state.global_step}), encoding="utf-8"
-        )
+        with _blaming(folder):
+            trainer.save_model(str(folder))
+            _write(finished, {"history": history, "steps": trainer.state.global_step})
+    if progress.stopped:  # in the very last step; what is left is quick, but not what was asked for
+        raise stopped
     return history, trainer.state.global_step
+
+
+@contextmanager
+def _blaming(folder: Path) -> Iterator[None]:
+    """Make of what open, safetensors and torch raise where a disk is full one error about the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, XAdapterError):
+            raise
+        raise OutputWriteError(
+            "the run folder cannot be written",
+            where=folder,
+            got=getattr(error, "strerror", None) or error,
+            mend="free some space, or choose another with --run; the same command goes on",
+        ) from error
+
+
+def _write(path: Path, value: object) -> None:
+    """Write JSON that is there as a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path) -> Any:
+    """Read JSON; None where there is none, or what an old version or an accident left."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _last_state(folder: Path) -> Path | None:
@@ -457,13 +501,8 @@ def _last_state(folder: Path) -> Path | None:
     states = sorted(
         folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True
     )
-    for state in states:
-        record = state / TRAINER_STATE_NAME
-        with suppress(OSError, ValueError):
-            json.loads(record.read_text(encoding="utf-8"))
-            if (state / WEIGHTS_NAME).is_file():
-                return state
-    return None
+    whole = (state for state in states if _read(state / TRAINER_STATE_NAME) is not None)
+    return next((state for state in whole if (state / WEIGHTS_NAME).is_file()), None)
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
@@ -501,7 +540,7 @@ def _arguments(
     eval_every = config.eval_every or max(1, steps // 10)
     save_every = eval_every if config.patience else config.save_every or max(1, steps // 10)
     metric = "eval_metric" if config.objective == "task" else "eval_loss"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -530,20 +569,30 @@ def _arguments(
         save_steps=save_every,
         save_total_limit=2,
         logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,
+        ddp_timeout=24 * 3600,  # the first process may cache for hours
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         log_level="error",
     )
+    if arguments.n_gpu > 1:  # one process trains on one GPU; torchrun gives each its own
+        arguments._n_gpu = 1
+    return arguments
 
 
 # ------------------------------------------------------------------------------------------ records
 
 
-def _fingerprint(config: TrainConfig, parts: tuple[FrozenPart | BankPart | None, ...]) -> str:
+def _fingerprint(
+    config: TrainConfig, parts: tuple[FrozenPart | BankPart | None, ...], num_processes: int
+) -> str:
     settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_RUN)
-    digest = hashlib.sha256(json.dumps([settings, _file_hashes(config)], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([settings, _file_hashes(config), num_processes], sort_keys=True).encode()
+    )
     for part in parts:
         digest.update(part.sha256.encode() if part else b"-")
     return digest.hexdigest()
@@ -564,19 +613,16 @@ def _claim(folder: Path, fingerprint: str) -> None:
         ConfigError: If another run was begun there and not finished.
     """
     path = folder / RUN_NAME
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+    kept = _read(path)
+    if kept is not None and kept["fingerprint"] != fingerprint:
         raise ConfigError(
             "the run folder holds an unfinished run with other settings, data or models",
             where=folder,
             mend="go on with the old settings, remove the folder, or choose another with --run",
         )
-    try:
+    with _blaming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-    except OSError as error:
-        raise OutputWriteError(
-            "the run folder cannot be written", where=folder, got=error.strerror
-        ) from error
+        _write(path, {"fingerprint": fingerprint})
 
 
 def _record(
@@ -587,19 +633,26 @@ def _record(
     curve: list[dict[str, float]],
     steps: int,
     elapsed_s: float,
+    versions: dict[str, str],
 ) -> dict[str, Any]:
     names = ("plm", "clip", "bank")
+    settings, files = config.model_dump(mode="json"), _file_hashes(config)
+    if config.self_contained:  # made to be given away, so it tells nothing of this machine
+        for name in ("output", "run", "cache", "plm", "clip", "bank", "eval_file", "glue_data"):
+            settings[name] = settings[name] and public_name(settings[name])
+        settings["train_files"] = [public_name(name) for name in settings["train_files"]]
+        files = {Path(name).name: found for name, found in files.items()}
     return {
         "format_version": 1,
-        "config": config.model_dump(mode="json"),
-        "files": _file_hashes(config),
+        "config": settings,
+        "files": files,
         "frozen_sha256_before": {n: p.sha256 for n, p in zip(names, before, strict=True) if p},
         "frozen_sha256_after": {n: p.sha256 for n, p in zip(names, after, strict=True) if p},
         "trained_parameters": sum(tensor.numel() for tensor in model.trained_state().values()),
         "steps": steps,
         "elapsed_s": round(elapsed_s, 1),
         "curve": curve,
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": versions,
         "machine": {
             "system": platform.system(),
             "processor": platform.machine(),

@@ -1,5 +1,6 @@
 """transformers' Trainer, told what an X-adapter needs: only the plug-in is saved, draws come in order."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -7,11 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.errors import OutputWriteError, XAdapterError
 from xadapter_export.torchvision_cure import cure_torchvision
 from xadapter_export.training.objective import TrainingModel
 
@@ -26,6 +30,10 @@ from transformers import (  # noqa: E402  # torchvision must be cured first
 )
 
 WEIGHTS_NAME = "xadapter.safetensors"
+
+
+class DivergedError(XAdapterError, ArithmeticError):
+    """The loss is not a number any more."""
 
 
 class XAdapterTrainer(Trainer):
@@ -65,11 +73,28 @@ class XAdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         del state_dict
+        if not self.args.should_save:  # every process comes here; one writes
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {k: v.contiguous() for k, v in self.model.model.trained_state().items()}, folder / WEIGHTS_NAME
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # what open, safetensors and torch.save raise
+            raise OutputWriteError(
+                "the state of the run cannot be written",
+                where=self.args.output_dir,
+                got=" ".join(str(error).split())[:200],
+                mend="free some space; the same command goes on from the last state",
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model
@@ -94,6 +119,7 @@ class Progress(TrainerCallback):
         self._on_step = on_step
         self._note = ""
         self._stop_asked = False
+        self.exit_code = 128 + signal.SIGINT
         self._handlers: dict[int, Any] = {}
 
     @property
@@ -118,6 +144,17 @@ class Progress(TrainerCallback):
                 handler(number, frame)
             raise KeyboardInterrupt
         self._stop_asked = True
+        self.exit_code = 128 + number
+
+    def _asked_anywhere(self) -> bool:
+        """Whether any of the processes was asked: they must end after the same step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(float(self._stop_asked))
+            if torch.distributed.get_backend() == "nccl":
+                flag = flag.cuda()
+            torch.distributed.all_reduce(flag)
+            self._stop_asked = bool(flag > 0)
+        return self._stop_asked
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -125,7 +162,7 @@ class Progress(TrainerCallback):
         """Tell the step; ask for a state and the end where somebody asked to stop."""
         del args
         self._on_step(state.global_step, state.max_steps, self._note)
-        if self._stop_asked and state.global_step < state.max_steps:
+        if self._asked_anywhere() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -137,8 +174,19 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Keep the latest numbers for the note."""
-        del args, state, control
+        """Keep the latest numbers for the note.
+
+        Raises:
+            DivergedError: If the loss is no number any more.
+        """
+        del args, control
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise DivergedError(
+                "the training diverged",
+                where=f"step {state.global_step}",
+                got=f"loss {logs['loss']}",
+                mend="lower learning_rate, or raise warmup_share; nothing was written",
+            )
         shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_metric": "held-out metric"}
         found = [f"{title} {float(logs[name]):.3f}" for name, title in shown.items() if logs and name in logs]
         if found:
