@@ -315,7 +315,7 @@ def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str
     if torch.cuda.is_available() and "precision" in more:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match=message):
-        run(parts, tmp_path / "ck", **more)
+        train(make_config({**settings(parts, tmp_path / "ck"), **more}, "test"))
     assert not (tmp_path / "ck").exists()
 
 
@@ -349,7 +349,7 @@ def test_long_and_odd_lines_are_read(parts: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_says_so_and_writes_nothing(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match="the training diverged.*lower learning_rate"):
+    with pytest.raises(DivergedError, match=r"the training diverged.*lower learning_rate"):
         run(parts, tmp_path / "ck", learning_rate=1e30, warmup_share=0.0, max_steps=6)
     assert not (tmp_path / "ck").exists()
 

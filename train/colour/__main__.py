@@ -56,7 +56,8 @@ _NOTES = (
     "in sentences that nothing was trained on. CLIP has seen their pictures, with captions that name no "
     "colour.",
     "The text-only control is the same adapter, trained on the same texts, attending to 16 random rows in "
-    "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both experts.",
+    "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both "
+    "experts.",
     "MiniLM comes without an MLM head. One was trained over the frozen encoder, on facts without colours and "
     "on sentences whose colours have nothing to do with their objects.",
     "The static bank is searched by the PLM's own states: one softmax over all pairs of token and prototype, "
@@ -175,7 +176,7 @@ def main(
         return from_json(json.loads((place / "result.json").read_text()))
 
     static = {**settings["static"], "experts": "v", "retrieval": "static", "bank": str(prototypes / "bank")}
-    # V learns in two of the three expert sets that take turns, so what it is compared with gets as many steps.
+    # V learns in two of the three expert sets that take turns; what it is compared with gets as many steps.
     as_many = {"max_steps": 2 * settings["training"]["max_steps"]}
     arms = (
         Arm(_TEXT_ONLY, {"experts": "v", "control": True, **as_many}, {"none": _FROZEN, "v": _TEXT_ONLY}),
@@ -204,22 +205,24 @@ def main(
             )
         )
     sizes = sorted(len(split.held_out) for split in splits.values())
-    grids = [color_grid(found, sizes), language_grid(found)]
+    name = plm or "MiniLM-L6"
+    grids = [color_grid(found, sizes, name), language_grid(found, name)]
     for grid in grids:
         print_grid(grid, console)
 
     # What the settings matter
     chosen = list(splits.items())[: settings["ablation_splits"]]
     rows = []
-    for name, arm in ablations(static, settings["training"]).items():
+    for title, arm in ablations(static, settings["training"]).items():
         values = [
-            run(f"ablation-{number}-{name}".replace(" ", "-"), arm, split, split_seed)
+            run(f"ablation-{number}-{title}".replace(" ", "-"), arm, split, split_seed)
             for number, (split_seed, split) in enumerate(chosen, 1)
         ]
         rows.append((arm.name, [value.accuracy["V-expert"] for value in values], values))
-    for name in (_TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC):
-        rows.append((f"main table: {name}", [entry.accuracy[name] for entry in found[: len(chosen)]], []))
-    grids.append(ablation_grid(rows, list(chosen)))
+    for row in (_TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC):
+        rows.append((f"main table: {row}", [entry.accuracy[row] for entry in found[: len(chosen)]], []))
+    steps = settings["training"]["ablation_steps"]
+    grids.append(ablation_grid(rows, list(chosen), steps))
     print_grid(grids[-1], console)
 
     # Published test sets
@@ -275,10 +278,10 @@ def ablations(static: dict[str, Any], training: dict[str, Any]) -> dict[str, Arm
     }
 
 
-def color_grid(found: list[ArmResult], sizes: list[int]) -> Grid:
+def color_grid(found: list[ArmResult], sizes: list[int], plm: str) -> Grid:
     """Colour accuracy over the splits."""
     return Grid(
-        "Colour of held-out objects on MiniLM, unseen sentences, 11 colours, % right",
+        f"Colour of held-out objects on {plm}, unseen sentences, 11 colours, % right",
         (
             "",
             *(f"split {n}" for n in range(1, len(found) + 1)),
@@ -295,7 +298,7 @@ def color_grid(found: list[ArmResult], sizes: list[int]) -> Grid:
     )
 
 
-def language_grid(found: list[ArmResult]) -> Grid:
+def language_grid(found: list[ArmResult], plm: str) -> Grid:
     """The language check over the splits."""
 
     def row(name: str) -> tuple[str, ...]:
@@ -310,16 +313,18 @@ def language_grid(found: list[ArmResult]) -> Grid:
         )
 
     return Grid(
-        "Language check on MiniLM: one masked word of sentences that were kept from training",
+        f"Language check on {plm}: one masked word of sentences that were kept from training",
         ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a colour %"),
         tuple(row(name) for name in (_FROZEN, _TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC)),
     )
 
 
-def ablation_grid(rows: list[tuple[str, list[float], list[ArmResult]]], chosen: list[Any]) -> Grid:
+def ablation_grid(
+    rows: list[tuple[str, list[float], list[ArmResult]]], chosen: list[Any], steps: int
+) -> Grid:
     """Accuracy of each ablation on the first splits, and the language check where it was made."""
     return Grid(
-        f"Ablations on MiniLM, {len(chosen)} splits, held-out objects, % right (6 points mean nothing)",
+        f"Ablations after {steps} steps each, held-out objects, % right (differences under 6 mean nothing)",
         ("", *(f"split {n}" for n in range(1, len(chosen) + 1)), "mean", "answers that are a colour %"),
         tuple(
             (

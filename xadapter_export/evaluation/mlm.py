@@ -14,6 +14,7 @@ import numpy as np
 from xadapter_export.errors import ConfigError, InputTextError
 from xadapter_export.evaluation.readings import SEED, OnProgress, Reading, derangement, ignore_progress
 from xadapter_export.evaluation.results import Evaluation, Metric, Row, percentage
+from xadapter_export.evaluation.tables import read_lines
 
 METRICS: Final = {
     "pseudo_perplexity": Metric("pseudo-perplexity", decimals=2),
@@ -32,11 +33,7 @@ def read_texts(path: str | Path, *, limit: int | None = None) -> list[str]:
     if limit is not None and limit < 1:
         raise ConfigError("the limit must be at least 1", got=limit)
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputTextError("the texts cannot be read", where=path, got=error) from error
-    texts = [line.strip() for line in lines if line.strip()][:limit]
+    texts = [line.strip() for line in read_lines(path)][:limit]
     if not texts:
         raise InputTextError("the file has no text", where=path, mend="write one sentence a line")
     return texts

@@ -614,7 +614,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
     """
     path = folder / RUN_NAME
     kept = _read(path)
-    if kept is not None and kept["fingerprint"] != fingerprint:
+    if kept is not None and kept["fingerprint"] != fingerprint and any(folder.glob("state-*")):
         raise ConfigError(
             "the run folder holds an unfinished run with other settings, data or models",
             where=folder,
