@@ -69,10 +69,14 @@ always_held_out = []
 """
 
 
+def coda_rows() -> list[dict[str, str]]:
+    lines = (ROOT / "train" / "demo" / "coda_colors.csv").read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 def draw_packages(packages: Sequence[str], folder: Path) -> None:
     """Writes packages of the three kinds: objects that CoDa knows, each a square of its colour."""
-    lines = (ROOT / "train" / "demo" / "coda_colors.csv").read_text(encoding="utf-8").splitlines()
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))[:40]
+    rows = coda_rows()[:40]
     names = {f"e{i}": {"name": row["object"], "group": "Objects"} for i, row in enumerate(rows)}
     colors = [max(pictures.COLORS, key=lambda color: float(row[color])) for row in rows]  # used at once
     icons = {
@@ -119,6 +123,72 @@ def test_the_recipe_of_the_builtin_checkpoint(
 
     main()  # every stage is kept
     assert capsys.readouterr().out.count("kept from an earlier run") == 6
+
+
+COLOUR_RECIPE = """
+seed = 7
+splits = 1
+ablation_splits = 1
+held_out_share = 0.3
+prototypes = 16
+[head]
+steps = 2
+batch_size = 8
+learning_rate = 1e-3
+mask_probability = 0.2
+[training]
+num_facts = 30
+language_questions = 10
+layers = [2, 3]
+adapter_width = 8
+num_heads = 2
+k = 2
+k_drawn_from = 4
+max_steps = 1
+ablation_steps = 1
+batch_size = 8
+learning_rate = 1e-3
+mask_share = 0.01
+favor_share = 0.0
+[static]
+layers = [2]
+num_heads = 1
+adapter_width = 16
+query = "sentence"
+distill_weight = 1.0
+distill_steps = 2
+"""
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # a few objects separate anyhow
+def test_the_colour_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.colour.__main__ import main as colour
+
+    monkeypatch.setattr(pictures, "pack_packages", draw_packages)
+    (tmp_path / "demo.toml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "colour.toml").write_text(COLOUR_RECIPE, encoding="utf-8")
+    items = [{"descriptor": "a", "item": row["object"], "label": "red"} for row in coda_rows()[:3]]
+    (tmp_path / "memory.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    arguments = {
+        "plm": "builtin",
+        "memory-colors": tmp_path / "memory.jsonl",
+        "work": tmp_path / "work",
+        "results": tmp_path / "results.md",
+        "recipe": tmp_path / "colour.toml",
+        "demo-work": tmp_path / "demo",
+        "demo-recipe": tmp_path / "demo.toml",
+    }
+    given = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    colour(given, standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "9 prompts (VaLM)" in printed
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for row in ("same adapter, text only", "V-expert, shuffled pictures", "K = 8", "V + T"):
+        assert f"| {row} |" in table
+    colour(given, standalone_mode=False)
+    assert "done in" not in capsys.readouterr().out  # every arm was kept
 
 
 def test_held_out_objects_share_no_word_with_training_objects() -> None:

@@ -91,6 +91,12 @@ _NOTES = (
     default=_ROOT / "build" / "demo",
     help="Where train.demo keeps its pictures.",
 )
+@click.option(
+    "--demo-recipe",
+    type=click.Path(path_type=Path),
+    default=_ROOT / "train" / "demo" / "recipe.toml",
+    help="Which pictures and names.",
+)
 def main(
     plm: str | None,
     clip: str,
@@ -101,14 +107,15 @@ def main(
     results: Path,
     recipe: Path,
     demo_work: Path,
+    demo_recipe: Path,
 ) -> None:
     """Train every split and arm, and write the tables."""
     torch.set_num_threads(2)
     console = Console()
     settings: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8"))
     seed: int = settings["seed"]
-    demo_recipe = tomllib.loads((_ROOT / "train" / "demo" / "recipe.toml").read_text(encoding="utf-8"))
-    material = pictures.gather_material(Stages(demo_work, demo_recipe["seed"], console), demo_recipe)
+    drawn: dict[str, Any] = tomllib.loads(demo_recipe.read_text(encoding="utf-8"))
+    material = pictures.gather_material(Stages(demo_work, drawn["seed"], console), drawn)
     facts = text.list_facts(material.objects)
     text.check_colors_untied(facts)
     corpus = split_corpus(facts, 0.1, seed)
