@@ -102,6 +102,15 @@ def test_the_training_guide_shows_a_config_that_is_valid() -> None:
     assert config.train_files == ("answers.jsonl", "ordinary.txt")
 
 
+def test_the_readme_quotes_the_results_on_minilm() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    minilm = results[results.index("<!-- train.colour begin -->") :]
+    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", readme[readme.index("On a real pretrained PLM") :])[:6]
+    assert len(quoted) == 6
+    assert [number for number in quoted if number not in minilm] == []
+
+
 def test_the_readme_quotes_the_results_of_the_recipe() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
