@@ -238,8 +238,8 @@ def main(
     named = {title: path for title, path in files.items() if path is not None}
     if named:
         notes.append(
-            "The published test sets were scored with `--memory-colors FILE --color-terms FILE`, after a training "
-            "that held out every object that they name; the files are no part of this project."
+            "The published test sets were scored with `--memory-colors FILE --color-terms FILE`, after a "
+            "training that held out every object that they name; the files are no part of this project."
         )
         split = hold_out_named(material.objects, list(named.values()))
         folders = {}
