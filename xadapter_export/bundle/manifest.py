@@ -17,6 +17,8 @@ ExpertSet = Literal["none", "v", "t", "vt"]
 Expert = Literal["v", "t"]
 Task = Literal["fill-mask", "text-classification", "feature-extraction"]
 Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Target = Literal["onnx", "cpu", "openvino"]
 
 FORMAT_VERSION = 1
 EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
@@ -126,22 +128,79 @@ class VariantParity(_Strict):
     num_cells: Size
 
 
+class Agreement(_Strict):
+    """What a lossy variant was measured to say, beside the fp32 graph that it was derived from.
+
+    Attributes:
+        num_texts: How many texts both were asked.
+        num_answers: How many answers were compared: masks, texts or embeddings.
+        same_top: Share of answers whose largest entry is the same; None where there is no such entry.
+        cosine: Mean cosine between the two answers, each a vector.
+        num_questions: How many questions with a known answer were asked; 0 where there were none.
+        accuracy_fp32: Share of them that fp32 answers right; None where there were none.
+        accuracy: The same of this variant.
+        min_same_top: The gate that it was held to.
+        max_points_lost: The gate for the accuracy, in percentage points.
+        gate_lowered: Whether the user asked for a gate below the default.
+    """
+
+    num_texts: Size
+    num_answers: Size
+    same_top: Annotated[float, Field(ge=0, le=1)] | None
+    cosine: float
+    num_questions: Count
+    accuracy_fp32: Annotated[float, Field(ge=0, le=1)] | None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None
+    min_same_top: Annotated[float, Field(ge=0, le=1)]
+    max_points_lost: Annotated[float, Field(ge=0)]
+    gate_lowered: bool
+
+
+class Optimisation(_Strict):
+    """One step that made the graph smaller or faster, and what it saved.
+
+    Attributes:
+        name: Name of the step, as in ``docs/design.md``.
+        lossless: Whether the result changes by no more than rounding.
+        unit: What was counted; ``multiply-adds`` at one text of 32 tokens, one mask, 32 CLIP tokens.
+        before: Count before the step.
+        after: Count after it.
+    """
+
+    name: str
+    lossless: bool
+    unit: Literal["nodes", "bytes", "multiply-adds"]
+    before: Count
+    after: Count
+
+
 class Variant(_Strict):
     """One graph file.
 
     Attributes:
+        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` onnxruntime's CPU provider,
+            ``openvino`` OpenVINO.
         weight_files: Files with the weights that the graph refers to; shared between variants.
         size_bytes: Size of the graph file plus the bytes of the weights that it refers to.
-        parity: None only while the bundle is being made.
+        optimisations: What was done to it, in order.
+        parity: The proof of an fp32 variant; None of a lossy one, and while the bundle is being made.
+        agreement: What a lossy variant was measured to say; None of an fp32 one.
     """
 
     expert_set: ExpertSet
-    precision: Literal["fp32"]
-    target: Literal["onnx"]
+    precision: Precision
+    target: Target
     file: InnerPath
     weight_files: tuple[InnerPath, ...]
     size_bytes: Size
+    optimisations: tuple[Optimisation, ...] = ()
     parity: VariantParity | None
+    agreement: Agreement | None = None
+
+    @property
+    def name(self) -> str:
+        """Name to choose it by: ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``."""
+        return f"{self.target}-{self.precision}"
 
 
 class FileEntry(_Strict):
@@ -216,20 +275,36 @@ class Manifest(_Strict):
             return len(self.labels)
         return self.plm.vocab_size if self.candidates is None else len(self.candidates)
 
-    def variant(self, expert_set: ExpertSet) -> Variant:
-        """Return the variant to run for an expert set.
+    def variants_of(self, expert_set: ExpertSet) -> tuple[Variant, ...]:
+        """Return the variants of an expert set, the portable one first.
 
         Raises:
             BundleError: If the bundle does not hold that set.
         """
-        for variant in self.variants:
-            if variant.expert_set == expert_set:
-                return variant
+        if found := tuple(variant for variant in self.variants if variant.expert_set == expert_set):
+            return found
         raise BundleError(
             "the bundle does not hold this expert set",
             where=expert_set,
             expected=f"one of {', '.join(self.expert_sets)}",
             mend="choose one of those, or export the checkpoint again with this set",
+        )
+
+    def variant(self, expert_set: ExpertSet, name: str = "onnx-fp32") -> Variant:
+        """Return one variant of an expert set, by its name; the portable one by default.
+
+        Raises:
+            BundleError: If the bundle does not hold that set, or not in that variant.
+        """
+        variants = self.variants_of(expert_set)
+        for variant in variants:
+            if variant.name == name:
+                return variant
+        raise BundleError(
+            "the bundle does not hold this variant",
+            where=f"{name}, experts {expert_set}",
+            expected=f"one of {', '.join(variant.name for variant in variants)}",
+            mend="choose one of those, or export with its --precision and --target",
         )
 
     def to_json(self) -> str:
