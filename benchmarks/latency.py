@@ -1,84 +1,534 @@
-"""``python -m benchmarks.latency``: a bundle in onnxruntime against the same checkpoint in PyTorch eager.
+"""``python -m benchmarks.latency``: a bundle against what a user would pick instead, in one run.
 
-Both run in one process with the same number of threads and the same inputs, in turn, so that a machine whose
-speed drifts drifts for both. The figure to read is the ratio; a single time means little.
+Every contestant runs in a process of its own, loaded once for all shapes, and has its turn in every round of
+every cell, in an order that is drawn anew each round. Between turns its process is stopped (SIGSTOP), so no
+thread pool spins into another's turn, and every engine keeps its own defaults but for the number of threads,
+which is the same for all. A turn is an untimed run, where a run is short, and the median of a few timed ones.
+Ratios compare the same rounds; their interval is a bootstrap over rounds.
+
+Every other exporter's graph is fed twice: as its user feeds it (CLIP ids padded to CLIP's context, logits at
+every position) and at our lengths (CLIP at its true length). It computes the same for the full vocabulary and
+for 11 candidates, so that its times stand in both tables. torch.compile is fed as its user feeds it only with
+``--full``.
 """
 
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import click
-import torch
-from rich.table import Table
+import numpy as np
 
-from xadapter_export import XAdapterModel, XAdapterSession, export
-from xadapter_export.bundle.manifest import EXPERT_SETS
-from xadapter_export.cli.command import make_console, print_json
+from benchmarks import footprint, limits, report
+from benchmarks.contestants import THEIRS, Contestant, Place, find, ours
+from benchmarks.feeds import CANDIDATES, SHAPES, Cell, Feeding, Head, heads_of, task_of
+from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, prepare, quiet_environment
+from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
+from benchmarks.work import ModelShape, Work
+from benchmarks.worker import Worker
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet, Manifest, Task, Variant
+from xadapter_export.errors import XAdapterError
 
-_SENTENCE = "The color of a strawberry is {mask}."
+CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
+HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
+_UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
+_MOST_ROUNDS = 60
+_TURN_MS = 40.0  # of timed runs in a turn, where a run is shorter
+_WARM_BELOW_MS = 500.0  # a longer run is not preceded by an untimed one
+_MIB = 1 << 20
 
 
-def _time_ms(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for."""
+
+    cases: tuple[str, ...]
+    experts: tuple[ExpertSet, ...]
+    shapes: tuple[tuple[int, int], ...]
+    heads: tuple[Head, ...]
+    contestants: tuple[str, ...]
+    rounds: int
+    seconds_per_cell: float
+    threads: int
+    cache: Path
+    full: bool
+
+
+@dataclass
+class Found:
+    """What has been measured so far."""
+
+    cells: dict[Cell, dict[Row, Measured]] = field(default_factory=dict)
+    sizes: list[Size] = field(default_factory=list)
+    footprints: dict[str, footprint.Footprint] = field(default_factory=dict)
+    file_mib: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    weights_mib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant of a group: which process, how it is fed, and in which tables it stands."""
+
+    contestant: Contestant
+    place: Place
+    feedings: tuple[Feeding, ...]
+    heads: tuple[Head, ...]
+
+
+class Benchmark:
+    """One run, case by case."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.environment = quiet_environment(settings.threads, settings.cache)
+        self.found = Found()
+        self._start = time.perf_counter()
+
+    def run(self) -> tuple[Results, limits.Limits]:
+        """Measure everything that was asked for, and the machine's limits before and after it."""
+        self.say("limits of this machine")
+        machine = limits.measure_in_child(self.settings.threads, self.environment)
+        for case in self.settings.cases:
+            heads = [head for head in self.settings.heads if head in heads_of(case)]
+            for task in dict.fromkeys(task_of(head) for head in heads):
+                of_task = tuple(head for head in heads if task_of(head) == task)
+                self._run_task(case, task, of_task)
+            if case == "bert-base" and "ours" in self.settings.contestants:
+                static = Preparation("ours", "bert-base-static", "v", "fill-mask")
+                if self._prepare(static):
+                    self._note_sizes(static, "full", None)
+        self.say("limits of this machine once more")
+        machine = machine.best(limits.measure_in_child(self.settings.threads, self.environment))
+        found = self.found
+        results = Results(
+            cells={
+                cell: {
+                    row: replace(timed, limit_ms=_limit_ms(row, timed, machine))
+                    for row, timed in rows.items()
+                }
+                for cell, rows in found.cells.items()
+            },
+            sizes=found.sizes,
+            footprints=found.footprints,
+            file_mib=found.file_mib,
+            costs=found.costs,
+            weights_mib=found.weights_mib,
+            fp32_gflops=machine.fp32_gflops,
+        )
+        return results, machine
+
+    def _run_task(self, case: str, task: Task, heads: tuple[Head, ...]) -> None:
+        shape, feeds = self._feeds(case, task)
+        with tempfile.TemporaryDirectory() as temporary:
+            files = {key: Path(temporary) / f"{key[0]}x{key[1]}.npz" for key in feeds}
+            for key, feed in feeds.items():
+                np.savez(files[key], **feed)  # type: ignore[arg-type]  # keywords are arrays, not flags
+            for experts in self.settings.experts:
+                entries = self._entries(case, experts, task, heads, shape)
+                group = _Group(case, experts, entries, shape, self)
+                group.measure(files, Path(temporary))
+            if case == self.settings.cases[0] and task == task_of(self.settings.heads[0]):
+                self._footprints(case, task, entries, next(iter(files.values())), shape)
+
+    def _feeds(
+        self, case: str, task: Task
+    ) -> tuple[ModelShape, dict[tuple[int, int], Mapping[str, np.ndarray]]]:
+        """Make the texts of every shape; the model is not kept."""
+        from benchmarks.cases import make_feed, make_model
+
+        model = make_model(case, task)
+        fitting = [(batch, seq) for batch, seq in self.settings.shapes if seq <= model.plm.max_seq]
+        return ModelShape.of(model), {(b, t): make_feed(model, b, t) for b, t in fitting}
+
+    def _entries(
+        self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
+    ) -> list[Entry]:
+        """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
+        threads, wanted = self.settings.threads, self.settings.contestants
+        entries: list[Entry] = []
+        for contestant in THEIRS:
+            if contestant.name not in wanted or (contestant.kind == "plm" and experts == "none"):
+                continue
+            runs: ExpertSet = "none" if contestant.kind == "plm" else experts
+            folder = None
+            if contestant.preparation is not None:
+                preparation = Preparation(contestant.preparation, case, runs, task)
+                cost = self._prepare(preparation)
+                if cost is None:
+                    continue
+                folder = preparation.folder(self.settings.cache)
+                self.found.costs.setdefault(contestant.name, cost)
+            feedings: tuple[Feeding, ...] = ("user", "equal")
+            if contestant.kind != "torch" and runs == "none":
+                feedings = ("user",)  # the two are the same
+            if contestant.name == "compile" and not self.settings.full:
+                feedings = ("equal",)
+            entries.append(Entry(contestant, Place(case, runs, task, folder, threads), feedings, heads))
+        for head in heads if "ours" in wanted else ():
+            preparation = Preparation("ours", case, experts, task, head == "candidates")
+            cost = self._prepare(preparation)
+            if cost is None:
+                continue
+            self.found.costs.setdefault("ours", cost)
+            manifest = self._note_sizes(preparation, head, shape)
+            folder = preparation.folder(self.settings.cache)
+            for variant in manifest.variants_of(experts):
+                if variant.precision not in _UNTIMED or self.settings.full:
+                    place = Place(case, experts, task, folder, threads, variant.name)
+                    entries.append(Entry(ours(variant.name), place, ("equal",), (head,)))
+        return entries
+
+    def _prepare(self, preparation: Preparation) -> Cost | None:
+        """Prepare it and what it is made from; None, with a note, where that fails."""
+        needed = NEEDS.get(preparation.kind)
+        parts = (preparation.case, preparation.experts, preparation.task)
+        if needed is not None and self._prepare(Preparation(needed, *parts)) is None:
+            return None
+        if preparation.name in self.found.missing:
+            return None
+        start = time.perf_counter()
+        try:
+            cost = prepare(preparation, self.settings.cache, self.environment)
+        except XAdapterError as error:
+            self.note(preparation.name, error)
+            return None
+        if time.perf_counter() - start > 1:
+            self.say(f"prepared {preparation.name}: {cost.seconds:.0f} s, peak {cost.peak_mib:.0f} MiB")
+        return cost
+
+    def _note_sizes(self, preparation: Preparation, head: Head, shape: ModelShape | None) -> Manifest:
+        manifest = read_bundle(preparation.folder(self.settings.cache) / "bundle", verify=False).manifest
+        counts = manifest.expert_sets[preparation.experts].component_parameters
+        left = counts.get("head", 0) - (shape.transform if shape else 0)
+        for variant in manifest.variants_of(preparation.experts):
+            self.found.sizes.append(
+                Size(
+                    case=preparation.case,
+                    experts=preparation.experts,
+                    head=head,
+                    variant=variant.name,
+                    size_bytes=variant.size_bytes,
+                    parameters=sum(counts.values()),
+                    decoder_share=max(0, left) / shape.decoder if shape and shape.decoder else 0.0,
+                    below_gate=_below_gate(variant) if preparation.case == "builtin" else "",
+                )
+            )
+        return manifest
+
+    def _footprints(
+        self, case: str, task: Task, entries: Sequence[Entry], feed: Path, shape: ModelShape
+    ) -> None:
+        """Load, memory and export of the last expert set, whose graphs hold most."""
+        for entry in entries:
+            name = entry.contestant.name
+            if entry.contestant.kind == "torch" or name in self.found.footprints:
+                continue
+            self.say(f"load and memory of {name}")
+            size = entry.contestant.size_bytes(entry.place)
+            if size is not None:
+                self.found.file_mib[name] = size / _MIB
+            try:
+                self.found.footprints[name] = footprint.measure(
+                    name, entry.place, feed, shape.clip_context, self.environment
+                )
+            except XAdapterError as error:
+                self.note(f"footprint of {name}", error)
+        if "ours" in self.settings.contestants and entries:
+            experts = entries[-1].place.experts
+            preparation = Preparation("ours-portable", case, experts, task)
+            if cost := self._prepare(preparation):
+                self.found.costs["ours-portable"] = cost
+                bundle = read_bundle(preparation.folder(self.settings.cache) / "bundle", verify=False)
+                self.found.weights_mib = bundle.manifest.variant(experts).size_bytes / _MIB
+
+    def say(self, text: str) -> None:
+        """Print progress on stderr, after the seconds since the start."""
+        click.echo(f"{time.perf_counter() - self._start:6.0f} s  {text}", err=True)
+
+    def note(self, what: str, error: Exception) -> None:
+        """Remember and print what could not be measured."""
+        self.found.missing[what] = str(error)
+        self.say(f"left out: {what}: {error}")
+
+
+@dataclass
+class _Group:
+    """The contestants of one case, expert set and task, all loaded, shape by shape."""
+
+    case: str
+    experts: ExpertSet
+    entries: Sequence[Entry]
+    shape: ModelShape
+    benchmark: Benchmark
+
+    def measure(self, files: Mapping[tuple[int, int], Path], temporary: Path) -> None:
+        with ExitStack() as stack:
+            workers: dict[int, Worker] = {}
+            for number, entry in enumerate(self.entries):
+                try:
+                    worker = Worker(entry.contestant.name, entry.place, self.benchmark.environment)
+                except XAdapterError as error:
+                    self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts}", error)
+                    continue
+                workers[number] = stack.enter_context(worker)
+            for is_first, (key, file) in zip([True] + [False] * len(files), files.items(), strict=False):
+                if is_first:
+                    self._compare(workers, file, temporary)
+                self._measure_shape(key, file, workers)
+
+    def _compare(self, workers: Mapping[int, Worker], file: Path, temporary: Path) -> None:
+        """Cosine of what each says at the masks to what PyTorch eager says: they do the same work."""
+        answers: dict[int, np.ndarray] = {}
+        for number, worker in workers.items():
+            try:
+                worker.first(file, "equal", self.shape.clip_context)
+                worker.answer(temporary / "answer.npy")
+            except XAdapterError:
+                continue  # said when it is measured
+            answers[number] = np.load(temporary / "answer.npy").astype(np.float64)
+        named = {self.entries[number].contestant.name: number for number in answers}
+        if "eager" not in named:
+            return
+        reference = answers[named["eager"]]
+        for number, answer in answers.items():
+            entry = self.entries[number]
+            if entry.contestant.kind == "plm" or answer.shape != reference.shape:
+                continue  # another model; or a head that is sliced
+            cosine = np.sum(answer * reference) / np.linalg.norm(answer) / np.linalg.norm(reference)
+            name = f"{self.case} {self.experts} {'/'.join(entry.heads)} {entry.contestant.name}"
+            self.benchmark.found.agreement[name] = float(cosine)
+
+    def _measure_shape(self, key: tuple[int, int], file: Path, workers: Mapping[int, Worker]) -> None:
+        settings, context = self.benchmark.settings, self.shape.clip_context
+        runs: dict[tuple[int, Feeding], tuple[int, bool]] = {}
+        for number, worker in workers.items():
+            entry = self.entries[number]
+            for feeding in entry.feedings:
+                try:
+                    first_s = worker.first(file, feeding, context)
+                    probe = min(worker.turn(1, is_warmed=first_s < 1))
+                except XAdapterError as error:
+                    self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts} {key}", error)
+                    break
+                runs[number, feeding] = max(1, min(10, round(_TURN_MS / probe))), probe < _WARM_BELOW_MS
+        times: dict[tuple[int, Feeding], list[float]] = {turn: [] for turn in runs}
+        rng = np.random.default_rng(0)
+        start, turns = time.perf_counter(), list(runs)
+        rounds = 0
+        while rounds < settings.rounds or (
+            rounds < _MOST_ROUNDS and time.perf_counter() - start < settings.seconds_per_cell
+        ):
+            for index in rng.permutation(len(turns)):
+                number, feeding = turns[index]
+                workers[number].use(file, feeding, context)
+                count, is_warmed = runs[number, feeding]
+                found = workers[number].turn(count, is_warmed=is_warmed)
+                times[number, feeding].append(statistics.median(found))
+            rounds += 1
+        self._keep(key, file, times)
+        seconds = time.perf_counter() - start
+        name = f"{self.case} {self.experts} {key[0]}x{key[1]}"
+        self.benchmark.say(f"{name}: {rounds} rounds of {len(turns)} in {seconds:.0f} s")
+
+    def _keep(
+        self, key: tuple[int, int], file: Path, times: Mapping[tuple[int, Feeding], Sequence[float]]
+    ) -> None:
+        with np.load(file) as feed:
+            clip_seq = feed["clip_input_ids"].shape[1] if "clip_input_ids" in feed else 0
+            masks = feed["mask_positions"].shape[1] if "mask_positions" in feed else 0
+        for head in dict.fromkeys(head for entry in self.entries for head in entry.heads):
+            cell = Cell(self.case, self.experts, *key, head)
+            rows = self.benchmark.found.cells.setdefault(cell, {})
+            for (number, feeding), found in times.items():
+                entry = self.entries[number]
+                if head not in entry.heads:
+                    continue
+                work = self._work(entry, head, key, feeding, clip_seq, masks)
+                precision = entry.contestant.precision
+                row = Row(entry.contestant.name, feeding)
+                rows[row] = Measured(tuple(found), work.gflop, work.weight_bytes(precision))
+
+    def _work(
+        self, entry: Entry, head: Head, key: tuple[int, int], feeding: Feeding, clip_seq: int, masks: int
+    ) -> Work:
+        """Ours is held to the least that gives the answer, the others to what their graphs compute."""
+        kind, (batch, seq) = entry.contestant.kind, key
+        only_masks = kind == "ours" or (kind == "torch" and feeding == "equal")
+        return self.shape.work(
+            entry.place.experts,
+            head,
+            batch=batch,
+            seq=seq,
+            clip_seq=(self.shape.clip_context or 0) if feeding == "user" else clip_seq,
+            positions=masks if only_masks else seq,
+            is_least=kind == "ours",
+        )
+
+
+def _limit_ms(row: Row, timed: Measured, machine: limits.Limits) -> float:
+    return machine.least_ms(timed.gflop, timed.weight_bytes, find(row.contestant).precision)
+
+
+def _below_gate(variant: Variant) -> str:
+    """What a lossy variant loses beyond the default gate of its precision; empty where it is within."""
+    from xadapter_export.exporters.agreement import GATES, points_lost
+
+    agreement = variant.agreement
+    if agreement is None:
+        return ""
+    gate, points = GATES[variant.precision], points_lost(agreement) or 0.0
+    same, least = agreement.same_top, gate.min_same_top
+    if same is None:
+        same, least = agreement.cosine, gate.min_cosine
+    if same >= least and points <= gate.max_points_lost:
+        return ""
+    return f"{same:.1%} the same, {points:.1f} points lost"
+
+
+# --------------------------------------------------------------------------------------- the command
+
+
+class _Listed(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self.allowed = tuple(allowed)
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in str(value).split(",")))
+        if unknown := [name for name in names if name not in self.allowed]:
+            self.fail(f"{unknown[0]!r} is none of {', '.join(self.allowed)}", param, ctx)
+        return names
+
+
+class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
+    """Shapes, texts x tokens, with commas between them."""
+
+    name = "shapes"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int], ...]:
+        if isinstance(value, tuple):
+            return value
+        shapes = []
+        for part in str(value).split(","):
+            batch, _, seq = part.strip().partition("x")
+            if not (batch.isdigit() and seq.isdigit() and int(batch) >= 1 and int(seq) >= 8):
+                self.fail(f"{part!r} is not texts x tokens, such as 8x32, of 8 tokens or more", param, ctx)
+            shapes.append((int(batch), int(seq)))
+        return tuple(dict.fromkeys(shapes))
 
 
 @click.command()
-@click.argument("checkpoint", default="builtin")
-@click.option("--threads", default=2, show_default=True)
-@click.option("--repeats", default=60, show_default=True, help="Pairs of runs for each row.")
-@click.option("--json", "as_json", is_flag=True)
-def main(checkpoint: str, threads: int, repeats: int, as_json: bool) -> None:
-    """Time every expert set of CHECKPOINT with one text and with eight."""
-    torch.set_num_threads(threads)
-    model = XAdapterModel.from_pretrained(checkpoint).eval()
-    rows: list[dict[str, str | int | float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        held = set(model.config.experts)
-        sets = [experts for experts in EXPERT_SETS if experts == "none" or held.issuperset(experts)]
-        result = export(model, Path(folder) / "bundle", sets)
-        session = XAdapterSession.load(result.folder, num_threads=threads)
-        for experts in sets:
-            names = [tensor.name for tensor in result.manifest.expert_sets[experts].inputs]
-            for num_texts in (1, 8):
-                inputs = model.encode([_SENTENCE.format(mask=model.text_encoder.mask_token)] * num_texts)
-                feed = {name: inputs[name].numpy() for name in names}
+@click.option("--case", type=click.Choice(CASES), default="bert-base", show_default=True, help="Model.")
+@click.option(
+    "--experts",
+    type=_Listed(EXPERT_SETS),
+    default="none,t",
+    show_default=True,
+    help="Expert sets, commas between.",
+)
+@click.option(
+    "--shapes",
+    type=_Shapes(),
+    default=",".join(f"{batch}x{seq}" for batch, seq in SHAPES),
+    show_default=True,
+    help="Texts x tokens, commas between.",
+)
+@click.option(
+    "--heads",
+    type=_Listed(HEADS),
+    default="full,candidates",
+    show_default=True,
+    help=f"Answers: the full vocabulary, {len(CANDIDATES)} candidates, features.",
+)
+@click.option(
+    "--contestants",
+    type=_Listed(report.all_names()),
+    default=",".join(report.all_names()),
+    help="[default: all]",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds at least.")
+@click.option(
+    "--seconds-per-cell", type=float, default=12.0, show_default=True, help="More rounds until this is over."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="For everyone.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ROOT / "build" / "bench" / "results",
+    help="Folder of latency.json and latency.png. [default: build/bench/results]",
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ROOT / "build" / "bench",
+    help="Where graphs are kept from run to run. [default: build/bench]",
+)
+@click.option("--full", is_flag=True, help="Every case, expert set, shape and answer.")
+def main(case: str, output: Path, full: bool, **options: object) -> None:
+    """Time a bundle against what a user would pick instead, and say what is shown and what is not.
 
-                def run_torch() -> object:
-                    with torch.inference_mode():
-                        return model(**inputs, experts=experts)  # noqa: B023  # called before the next round
+    The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
+    """
+    settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click's types are these
+    if full:
+        settings = Settings(
+            **{**vars(settings), "cases": CASES, "experts": EXPERT_SETS, "shapes": SHAPES, "heads": HEADS}
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(settings)
+    results, machine = benchmark.run()
+    verdicts = judge(results)
+    _print(results, machine, verdicts, benchmark.found)
+    found = benchmark.found
+    report.write_json(
+        report.as_json(results, machine, verdicts, found.agreement, found.missing), output / "latency.json"
+    )
+    if results.cells:
+        report.draw(results, output / "latency.png")
+    click.echo(f"{output / 'latency.json'} and latency.png")
+    click.echo(shlex.join(["python", "-m", "benchmarks.latency", *sys.argv[1:]]))
 
-                def run_onnx() -> object:
-                    return session.run(feed, experts=experts)  # noqa: B023  # called before the next round
 
-                for run in (run_torch, run_onnx):
-                    _time_ms(run)
-                pairs = [(_time_ms(run_torch), _time_ms(run_onnx)) for _ in range(repeats)]
-                ratios = sorted(a / b for a, b in pairs)
-                row: dict[str, str | int | float] = {
-                    "experts": experts,
-                    "texts": num_texts,
-                    "PyTorch eager (ms)": statistics.median(a for a, _ in pairs),
-                    "onnxruntime (ms)": statistics.median(b for _, b in pairs),
-                    "ratio": statistics.median(ratios),
-                    "ratio, 5 %": ratios[repeats // 20],
-                    "ratio, 95 %": ratios[-1 - repeats // 20],
-                }
-                rows.append(row)
-    if as_json:
-        print_json(rows)
-        return
-    title = f"{checkpoint}, {threads} threads, {repeats} interleaved pairs, medians"
-    table = Table(title=title, show_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    make_console().print(table)
+def _print(results: Results, machine: limits.Limits, verdicts: Sequence[Verdict], found: Found) -> None:
+    console = report.make_console()
+    tables = [
+        *report.latency_tables(results),
+        report.limits_table(machine),
+        report.size_table(results),
+        report.footprint_table(results),
+    ]
+    for table in tables:
+        console.print(table)
+        console.print()
+    for name, reason in found.missing.items():
+        console.print(f"left out: {name}: {reason}", soft_wrap=True)
+    worst = min(found.agreement.items(), key=lambda item: item[1], default=None)
+    if worst is not None:
+        console.print(f"lowest cosine of an answer to PyTorch eager's: {worst[1]:.4f}, {worst[0]}")
+    console.print("\nmust show")
+    for verdict in verdicts:
+        console.print(str(verdict), soft_wrap=True)
 
 
 if __name__ == "__main__":

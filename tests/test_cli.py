@@ -1,6 +1,7 @@
 import importlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tiny_bundle import rehash, write_bundle
+from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.manifest import EXPERT_SETS, Task
 from xadapter_export.cli import command
@@ -44,6 +45,20 @@ def test_run_reads_texts_from_stdin(tiny: Path) -> None:
     assert [reply["answers"][0]["token"] for reply in replies] == ["yellow", "red"]
     assert replies[1]["pictures"][0]["caption"] == "cherry"
     assert [reply["experts"] for reply in replies] == ["v", "v"]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle of two sets in three variants, one of them lossy; not to be changed."""
+    folder = tmp_path_factory.mktemp("several") / "bundle"
+    return write_bundle(folder, sets=("none", "v"), variants=("onnx-fp32", "cpu-fp32", "cpu-int8"))
+
+
+@pytest.mark.parametrize(("asked", "answered"), [("onnx-fp32", "onnx-fp32"), ("int8", "cpu-int8")])
+def test_run_says_which_variant_answered(several: Path, asked: str, answered: str) -> None:
+    result = call("run", several, BANANA, "--compare", "--variant", asked, "--json")
+    replies = json.loads(result.stdout)["replies"]
+    assert [(r["experts"], r["variant"]) for r in replies] == [("none", answered), ("v", answered)]
 
 
 def test_run_reads_only_utf8_from_stdin(tiny: Path) -> None:
@@ -96,6 +111,12 @@ def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str]
         (["{tiny}", BANANA, "--candidates", "mauve"], 1, "Error: a candidate is not one token"),
         (["{tiny}", BANANA, "--candidates", ","], 1, "Error: no candidate was given"),
         (["{tiny}", BANANA, "--provider", "CUDAExecutionProvider"], 1, "Error: the execution provider CUDA"),
+        (
+            ["{tiny}", BANANA, "--variant", "cpu-int8"],
+            1,
+            "Error: the bundle does not hold this variant: cpu-",
+        ),
+        (["{tiny}", BANANA, "--variant", "fp16"], 1, "Error: fp16 is slower than fp32 on a CPU, and no GPU"),
         (["{tiny}", BANANA, "--pair", "x"], 1, "Error: --pair is for text-classification (got fill-mask)"),
         (["{tiny}"], 2, "Error: Missing argument 'TEXT...'"),
         (["{tiny}", BANANA, "--experts", "w"], 2, "Error: Invalid value for '--experts': 'w' is not one of"),
@@ -170,6 +191,62 @@ def test_parity_that_fails_is_exit_1_with_its_table(broken: Path) -> None:
     assert result.stderr.startswith(
         "Error: the graph does not say what PyTorch said in 10 of 60 cells: worst: t/"
     )
+
+
+def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: Path) -> None:
+    result = call("parity", several)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("\u2502")[:3] for line in result.stdout.splitlines() if " yes " in line]
+    for name in ("onnx-fp32", "cpu-fp32"):
+        proven = {(row[0].strip(), row[2].strip()) for row in rows if row[1].strip() == name}
+        assert proven >= {("none", "logits"), ("v", "logits"), ("v", "retrieved"), ("v", "x_adapter.0.v")}
+    assert result.stderr == "parity: passed, 50 cells; lossy variants measured when they were made: 2\n"
+    lines = [line for line in result.stdout.splitlines() if "cpu-int8" in line]
+    assert [line.split("\u2502")[1].strip() for line in lines] == ["none", "v"]
+    agreement = (
+        "320 answers, same top 99.7% (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right, fp32 80.0%"
+    )
+    assert all(agreement in line for line in lines)
+    report = json.loads(call("parity", several, "--json", "--experts", "v").stdout)[str(several)]
+    assert {cell["variant"] for cell in report["cells"]} == {"onnx-fp32", "cpu-fp32"}
+    assert [(v["expert_set"], v["variant"]) for v in report["lossy"]] == [("v", "cpu-int8")]
+    assert report["lossy"][0]["agreement"]["same_top"] == 0.997
+    only = call("parity", several, "--variant", "cpu-fp32")
+    assert only.stderr == "parity: passed, 25 cells\n"
+    assert "int8" not in only.stdout
+
+
+def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", sets=("t",), variants=("cpu-int8",))
+    result = call("parity", folder)
+    assert result.exit_code == 0, result.output
+    assert "cpu-int8" in result.stdout
+    assert result.stderr == (
+        "parity: no fp32 variant to prove; lossy variants measured when they were made: 1\n"
+    )
+    assert list(json.loads(call("parity", folder, "--json").stdout)[str(folder)]) == ["lossy"]
+    graph = folder / "onnx/model_cpu_int8.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    assert call("parity", folder).stderr.startswith("Error: a file of the bundle was changed")
+
+
+def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(several, tmp_path / "b"))
+    variants = json.loads((folder / "manifest.json").read_text("utf-8"))["variants"]
+    rewrite_manifest(folder, variants=[variant | {"agreement": None} for variant in variants])
+    result = call("parity", folder)
+    assert result.exit_code == 1
+    assert "NOT MEASURED" in result.stdout
+    line = f"Error: a lossy variant was not measured against fp32: {folder}, cpu-int8, experts none; export"
+    assert result.stderr.startswith(line)
+
+
+def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path) -> None:
+    text = call("inspect", several).stdout
+    assert [name in text for name in ("onnx-fp32", "cpu-fp32", "cpu-int8")] == [True] * 3
+    assert "passed, 20 cells, max abs 1.0e-07" in text
+    assert "320 answers, same top 99.7%" in text
+    assert text.count("nodes 20 to 15, 25.0% less") == 4
 
 
 def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,8 +184,8 @@ def test_report_round_trip_and_what_the_manifest_keeps(report: ParityReport, tmp
     kept = report.variant_parity("vt")
     assert kept.passed
     assert kept.num_cells == 5 * len(CASES)
-    with pytest.raises(ParityError, match="nothing was compared: vt, int8"):
-        report.variant_parity("vt", "int8")
+    with pytest.raises(ParityError, match="nothing was compared: vt, cpu-fp32"):
+        report.variant_parity("vt", "cpu-fp32")
     (tmp_path / "parity.json").write_text("{}")
     with pytest.raises(BundleError, match="not a parity report"):
         ParityReport.read(tmp_path / "parity.json")
@@ -202,6 +203,72 @@ def test_extra_outputs_are_what_protobuf_would_write() -> None:
     names = ["x_adapter.0.v", "x" * 300]
     extra = onnx.ModelProto(graph=onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names]))
     assert extra_outputs(names) == extra.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle of one set in three variants, one of them lossy; not to be changed."""
+    folder = tmp_path_factory.mktemp("several") / "bundle"
+    return write_bundle(folder, sets=("vt",), variants=("onnx-fp32", "cpu-fp32", "cpu-int8"))
+
+
+def test_every_fp32_variant_is_proven_and_no_lossy_one(several: Path) -> None:
+    report = prove_bundle(several)
+    assert report.passed
+    assert report.variants == ("onnx-fp32", "cpu-fp32")
+    for name in report.variants:
+        assert len(report.cells_of("vt", name)) == 5 * len(CASES)
+        assert report.variant_parity("vt", name).num_cells == 5 * len(CASES)
+    assert prove_bundle(several, variants=["cpu-fp32"]).variants == ("cpu-fp32",)
+    with pytest.raises(ConfigError, match="a lossy variant cannot be proven by tolerance: cpu-int8"):
+        prove_bundle(several, variants=["cpu-int8"])
+    with pytest.raises(BundleError, match=r"this variant: cpu-fp16, experts vt \(expected one of onnx-fp32,"):
+        prove_bundle(several, variants=["cpu-fp16"])
+
+
+def test_a_variant_that_is_wrong_fails_beside_one_that_is_right(several: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(several, tmp_path / "bundle")
+    scale_weight(folder / "onnx/model_cpu_fp32.onnx", "adapter_v", 1.05)
+    rehash(folder)
+    report = prove_bundle(folder)
+    assert report.variant_parity("vt").passed
+    assert not report.variant_parity("vt", "cpu-fp32").passed
+    with pytest.raises(ParityError, match=r"worst: vt/.* of cpu-fp32"):
+        report.raise_if_failed()
+
+
+def test_of_a_fused_graph_only_the_taps_that_are_left_are_read(several: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(several, tmp_path / "bundle")
+    model = onnx.load(folder / "onnx/model_cpu_fp32.onnx")
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["fused" if name == "x_adapter.0.v" else name for name in names]
+    onnx.save(model, folder / "onnx/model_cpu_fp32.onnx")
+    variants = json.loads((folder / "manifest.json").read_text("utf-8"))["variants"]
+    rewrite_manifest(folder, variants=[variant | {"parity": None} for variant in variants])
+    rehash(folder)
+    taps = {cell.output for cell in prove_bundle(folder).cells_of("vt", "cpu-fp32")}
+    assert taps == {"logits", "retrieved", "retrieved_scores", "x_adapter.0.t"}
+    rewrite_manifest(folder, variants=variants)
+    with pytest.raises(ParityError, match=r"lacks cases .* \(expected 25 cells, got 20\)"):
+        prove_bundle(folder)
+
+
+def test_a_graph_of_openvino_is_proven_by_its_outputs(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    folder = write_bundle(tmp_path / "b", sets=("t",), variants=("onnx-fp32", "openvino-fp32"))
+    report = prove_bundle(folder)
+    assert report.passed
+    assert {cell.output for cell in report.cells_of("t", "openvino-fp32")} == {"logits"}
+    assert len(report.cells_of("t", "openvino-fp32")) == len(CASES)
+    assert set(report.created_with) == {"numpy", "onnxruntime", "openvino"}
+    assert report.providers == ("CPUExecutionProvider", "OpenVINO")
+
+
+def test_a_bundle_with_only_lossy_variants_has_nothing_to_prove(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", sets=("t",), variants=("cpu-int8",))
+    with pytest.raises(ParityError, match=r"nothing to compare.*\(got no fp32 variant that runs here\)"):
+        prove_bundle(folder)
 
 
 def test_a_tap_that_is_not_in_the_graph(broken: Path) -> None:

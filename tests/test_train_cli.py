@@ -17,6 +17,7 @@ from tests.tiny_checkpoint import make_plm, write_parts
 from xadapter_export import XAdapterModel
 from xadapter_export.cli.main import xad
 from xadapter_export.cli.train import train
+from xadapter_export.exporters.calibration import calibration_texts
 from xadapter_export.training.config import TrainConfig
 
 TEXTS = "the color of a banana is green.\na fruit is very very green.\nthe banana is a fruit.\n"
@@ -74,6 +75,13 @@ def failed(result: Result, code: int = 1) -> str:
     return lines[0]
 
 
+def calibration() -> list[dict[str, str]]:
+    """The texts that the checkpoint carries for its export."""
+    path = XAdapterModel.from_pretrained("plugin").calibration_file
+    assert path == Path("plugin/calibration.jsonl")
+    return sorted(map(json.loads, path.read_text("utf-8").splitlines()), key=str)
+
+
 def test_results_are_on_stdout_and_the_rest_on_stderr(run: Run) -> None:
     result = run("-o", "plugin")
     assert result.exit_code == 0, result.stderr
@@ -126,6 +134,9 @@ def test_everything_can_be_said_by_flags(run: Run) -> None:
     )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["record"]["config"]["train_weights"] == [2, 1]
+    assert calibration() == sorted(
+        [{"sentence": text} for text in (*TEXTS.splitlines(), "a [MASK] fruit")], key=str
+    )
 
 
 def test_a_classifier_says_how_it_does_on_what_was_held_out(run: Run) -> None:
@@ -136,6 +147,21 @@ def test_a_classifier_says_how_it_does_on_what_was_held_out(run: Run) -> None:
         r"^held out: loss \d\.\d{4}, accuracy \d\.\d{4}, f1 \d\.\d{4}", result.stdout, re.MULTILINE
     )
     assert XAdapterModel.from_pretrained("plugin").config.labels == ("no", "yes")
+    texts = [line.split("\t")[0] for line in LABELLED.splitlines()]
+    assert calibration() == sorted([{"sentence": text} for text in texts], key=str)
+
+
+def test_a_classifier_of_pairs_carries_pairs_for_its_export(run: Run) -> None:
+    pairs = [("a fruit", "green banana"), ("very green", "a fruit"), ("banana", "a banana")]
+    lines = [f"{text},{pair},{number % 2}" for number, (text, pair) in enumerate(pairs)]
+    Path("pairs.csv").write_text("sentence1,sentence2,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    task = ["--objective", "task", "--train-files", "pairs.csv", "--text-column", "sentence1"]
+    result = run("-o", "plugin", *task, "--pair-column", "sentence2", "--max-steps", 1)
+    assert result.exit_code == 0, result.stderr
+    assert calibration() == sorted([{"sentence1": a, "sentence2": b} for a, b in pairs], key=str)
+    read = calibration_texts(XAdapterModel.from_pretrained("plugin"), None, "text-classification")
+    assert read.pairs is not None
+    assert set(zip(read.texts, read.pairs, strict=True)) == set(pairs)
 
 
 def test_help_lists_every_setting_and_imports_nothing_heavy() -> None:

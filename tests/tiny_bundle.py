@@ -4,6 +4,8 @@ The language model repeats the words of its sentence; the V-expert adds the colo
 retrieves, the T-expert adds "fruit". The reference outputs come from numpy, written apart from the graphs.
 """
 
+import importlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,22 @@ CASES = {
     "single_longest": (["very " * 6 + "[MASK] cherry . the lime is ."], None),
     "batch_unpadded": (["a banana is [MASK]", "a cherry is [MASK]"], None),
     "batch_padded": (["the color of a lime is [MASK] and [MASK].", "[MASK] banana"], None),
+}
+
+
+PROOF: Spec = {"passed": True, "max_abs": 1e-7, "atol": 1e-4, "rtol": 1e-4}
+STEP: Spec = {"name": "fuse", "lossless": True, "unit": "nodes", "before": 20, "after": 15}
+AGREEMENT: Spec = {
+    "num_texts": 300,
+    "num_answers": 320,
+    "same_top": 0.997,
+    "cosine": 0.9991,
+    "num_questions": 255,
+    "accuracy_fp32": 0.8,
+    "accuracy": 0.796,
+    "min_same_top": 0.99,
+    "max_points_lost": 1.0,
+    "gate_lowered": False,
 }
 
 
@@ -121,8 +139,25 @@ def reference(
     return {name: np.ascontiguousarray(value) for name, value in out.items()}
 
 
-def _graph(experts: str, task: str, columns: list[int] | None) -> onnx.ModelProto:
+def _write_graph(folder: Path, stem: str, graph: onnx.ModelProto, *, to_openvino: bool) -> tuple[str, str]:
+    """Write a graph and its weights, and return the paths of both inside the bundle."""
+    if to_openvino:
+        openvino = importlib.import_module("openvino")  # only the tests of that target need it
+        file, data = f"openvino/{stem}.xml", f"openvino/{stem}.bin"
+        source = io.BytesIO(graph.SerializeToString())
+        openvino.save_model(openvino.convert_model(source), folder / file, compress_to_fp16=False)
+        return file, data
+    file, data = f"onnx/{stem}.onnx", f"onnx/{stem}.onnx_data"
+    onnx.save_model(
+        graph, str(folder / file), save_as_external_data=True, location=Path(data).name, size_threshold=64
+    )
+    return file, data
+
+
+def _graph(experts: str, task: str, columns: list[int] | None, *, rounded: bool = False) -> onnx.ModelProto:
     w = weights()
+    if rounded:
+        w |= {name: np.round(w[name] * 64) / np.float32(64) for name in ("plm", "adapter_v", "adapter_t")}
     decoder = w["plm"].T if columns is None else w["plm"].T[:, columns]
     constants: dict[str, NDArray[Any]] = {"plm": w["plm"], "one": np.array([1]), "two": np.array([2])}
     nodes = []
@@ -228,8 +263,12 @@ def write_bundle(
     task: str = "fill-mask",
     sets: tuple[str, ...] = SETS,
     candidates: tuple[str, ...] | None = None,
+    variants: tuple[str, ...] = ("onnx-fp32",),
 ) -> Path:
-    """Write a whole bundle, hashes included, and return its folder."""
+    """Write a whole bundle, hashes included, and return its folder.
+
+    Each set comes in each of ``variants``; those of a precision below fp32 hold weights rounded to 8 bits.
+    """
     from xadapter_export.runtime.text import TextEncoder
 
     (folder / "onnx").mkdir(parents=True)
@@ -258,17 +297,8 @@ def write_bundle(
     np.savez(folder / "reference.npz", **arrays)  # type: ignore[arg-type]  # keywords are arrays
 
     sha, default = "0" * 64, sets[-1]
-    expert_sets, variants = {}, []
+    expert_sets, entries = {}, []
     for experts in sets:
-        stem = "model" if experts == default else f"model_{experts}"
-        file, data = f"onnx/{stem}.onnx", f"onnx/{stem}.onnx_data"
-        onnx.save_model(
-            _graph(experts, task, columns),
-            str(folder / file),
-            save_as_external_data=True,
-            location=Path(data).name,
-            size_threshold=64,
-        )
         inputs_spec, outputs_spec = _io(experts, task, columns)
         taps = [e for e in "vt" if e in experts]
         expert_sets[experts] = {
@@ -277,24 +307,28 @@ def write_bundle(
             "taps": [{"name": f"x_adapter.0.{e}", "layer": 0, "expert": e} for e in taps],
             "component_parameters": {"plm": H * H, "head": 0} | {f"adapter_{e}": D * H for e in taps},
         }
-        size = (folder / file).stat().st_size + (folder / data).stat().st_size
-        variants.append(
-            {
-                "expert_set": experts,
-                "precision": "fp32",
-                "target": "onnx",
-                "file": file,
-                "weight_files": [data],
-                "size_bytes": size,
-                "parity": {
-                    "passed": True,
-                    "max_abs": 1e-7,
-                    "atol": 1e-4,
-                    "rtol": 1e-4,
-                    "num_cells": len(CASES) * (len(outputs_spec) + len(taps)),
-                },
-            }
-        )
+        for name in variants:
+            target, precision = name.split("-")
+            stem = "model" if experts == default else f"model_{experts}"
+            stem += "" if name == "onnx-fp32" else f"_{target}_{precision}"
+            lossy = precision != "fp32"
+            file, data = _write_graph(
+                folder, stem, _graph(experts, task, columns, rounded=lossy), to_openvino=target == "openvino"
+            )
+            num_arrays = len(outputs_spec) + (0 if target == "openvino" else len(taps))
+            entries.append(
+                {
+                    "expert_set": experts,
+                    "precision": precision,
+                    "target": target,
+                    "file": file,
+                    "weight_files": [data],
+                    "size_bytes": sum((folder / path).stat().st_size for path in (file, data)),
+                    "optimisations": [STEP] if target == "cpu" else [],
+                    "parity": None if lossy else PROOF | {"num_cells": len(CASES) * num_arrays},
+                    "agreement": AGREEMENT if lossy else None,
+                }
+            )
     manifest = {
         "format_version": 1,
         "created_with": {"onnx": onnx.__version__},
@@ -327,7 +361,7 @@ def write_bundle(
             "text_width": D,
         },
         "bank": {"num_pictures": len(PICTURES), "dim": D, "sha256": sha, "retrieval": "topk", "k": K},
-        "variants": variants,
+        "variants": entries,
         "files": {path: entry.model_dump() for path, entry in list_files(folder).items()},
     }
     text = Manifest.from_json(json.dumps(manifest)).to_json()

@@ -129,7 +129,9 @@ def main() -> None:
             (folder / "result.json").write_text(json.dumps(results.to_json(result), indent=1))
             if name == "shipped":
                 held_out = [material.objects[row] for row in split.held_out]
-                size = shipping.write_checkpoint(model, clip_folder, held_out, seed, folder / "checkpoint")
+                size = shipping.write_checkpoint(
+                    model, clip_folder, material.objects, held_out, seed, folder / "checkpoint"
+                )
                 answers = laboratory.answers(split)
                 (folder / "eval.json").write_text(json.dumps(answers, indent=1))
                 console.print(f"  checkpoint of {size / 1e6:.2f} MB")

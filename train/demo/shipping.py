@@ -1,23 +1,32 @@
 """Writes the checkpoint folder that the wheel carries."""
 
 import json
+import random
 import shutil
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from train.demo.pictures import COLORS, DemoObject
-from train.demo.text import MASK, UNSEEN_TEMPLATES, fill
+from train.demo.text import MASK, UNSEEN_TEMPLATES, draw_color_sentences, fill, list_facts
+from xadapter_export.model.checkpoint import CALIBRATION_NAME
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 MAX_BYTES = 12_000_000
+_NUM_CALIBRATION = 600  # sentences for the export of lossy variants
 _NOTICE = Path(__file__).with_name("NOTICE.md")
 
 
 def write_checkpoint(
-    model: XAdapterModel, clip_folder: Path, held_out: Sequence[DemoObject], seed: int, folder: Path
+    model: XAdapterModel,
+    clip_folder: Path,
+    objects: Sequence[DemoObject],
+    held_out: Sequence[DemoObject],
+    seed: int,
+    folder: Path,
 ) -> int:
     """Write plug-in, bank, PLM, the whole CLIP, the held-out objects and the notices.
 
@@ -47,6 +56,7 @@ def write_checkpoint(
         "".join(json.dumps(describe_held_out(entry), ensure_ascii=False) + "\n" for entry in held_out),
         encoding="utf-8",
     )
+    (folder / CALIBRATION_NAME).write_text(draw_calibration(objects, seed), encoding="utf-8")
     shutil.copyfile(_NOTICE, folder / _NOTICE.name)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MAX_BYTES:
@@ -54,6 +64,15 @@ def write_checkpoint(
             f"{folder} has {size} bytes and the wheel may carry {MAX_BYTES}; make [clip] or [plm] smaller"
         )
     return size
+
+
+def draw_calibration(objects: Sequence[DemoObject], seed: int) -> str:
+    """Sentences as the models were trained on, half of them facts and half with a colour, as JSON lines."""
+    rng = random.Random(seed)
+    facts = [wording for fact in list_facts(objects) for wording in fact.wordings]
+    colors = islice(draw_color_sentences(objects, rng), _NUM_CALIBRATION // 2)
+    texts = [*rng.sample(facts, _NUM_CALIBRATION // 2), *colors]
+    return "".join(json.dumps({"sentence": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def describe_held_out(entry: DemoObject) -> dict[str, object]:

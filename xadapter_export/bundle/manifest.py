@@ -135,11 +135,14 @@ class Agreement(_Strict):
         num_texts: How many texts both were asked.
         num_answers: How many answers were compared: masks, texts or embeddings.
         same_top: Share of answers whose largest entry is the same; None where there is no such entry.
-        cosine: Mean cosine between the two answers, each a vector.
+        cosine: Mean cosine between the two answers, each a vector; of a regression, the correlation of its
+            values with those of fp32.
+        same_rows: Share of the bank rows that fp32 retrieves and it retrieves too; None where none are
+            retrieved.
         num_questions: How many questions with a known answer were asked; 0 where there were none.
         accuracy_fp32: Share of them that fp32 answers right; None where there were none.
         accuracy: The same of this variant.
-        min_same_top: The gate that it was held to.
+        min_same_top: The gate for ``same_top``, or for ``cosine`` where that is None.
         max_points_lost: The gate for the accuracy, in percentage points.
         gate_lowered: Whether the user asked for a gate below the default.
     """
@@ -148,6 +151,7 @@ class Agreement(_Strict):
     num_answers: Size
     same_top: Annotated[float, Field(ge=0, le=1)] | None
     cosine: float
+    same_rows: Annotated[float, Field(ge=0, le=1)] | None = None
     num_questions: Count
     accuracy_fp32: Annotated[float, Field(ge=0, le=1)] | None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None
@@ -162,14 +166,15 @@ class Optimisation(_Strict):
     Attributes:
         name: Name of the step, as in ``docs/design.md``.
         lossless: Whether the result changes by no more than rounding.
-        unit: What was counted; ``multiply-adds`` at one text of 32 tokens, one mask, 32 CLIP tokens.
+        unit: What was counted: ``nodes`` of the graph, ``bytes`` of its weights, ``products`` with a matrix,
+            or ``multiply-adds`` for one text of 32 tokens with one mask and at most 32 CLIP tokens.
         before: Count before the step.
         after: Count after it.
     """
 
     name: str
     lossless: bool
-    unit: Literal["nodes", "bytes", "multiply-adds"]
+    unit: Literal["nodes", "bytes", "products", "multiply-adds"]
     before: Count
     after: Count
 
@@ -178,8 +183,8 @@ class Variant(_Strict):
     """One graph file.
 
     Attributes:
-        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` onnxruntime's CPU provider,
-            ``openvino`` OpenVINO.
+        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` onnxruntime's CPU
+            provider, ``openvino`` OpenVINO.
         weight_files: Files with the weights that the graph refers to; shared between variants.
         size_bytes: Size of the graph file plus the bytes of the weights that it refers to.
         optimisations: What was done to it, in order.

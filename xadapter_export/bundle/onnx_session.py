@@ -1,4 +1,4 @@
-"""The one place where an onnxruntime session is made: providers, threads and clear errors."""
+"""The one place where a graph is opened: the engine of its target, providers, threads and clear errors."""
 
 import importlib.metadata
 import warnings
@@ -10,12 +10,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
 
 Array = NDArray[np.int64] | NDArray[np.float32]
 Provider = str | tuple[str, dict[str, str]]
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+# On x86 without VNNI onnxruntime's fastest int8 kernel overflows, and answers are wrong. With this it takes
+# an exact one there, and nothing changes where the fastest is exact.
+_EXACT_INT8_KEY = "session.x64quantprecision"
+# onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
+# BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
+_SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity: its warnings are about its own graph passes
 
 
@@ -45,12 +53,52 @@ class OnnxSession(Protocol):
         ...
 
 
+def open_variant(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    providers: Sequence[Provider] | None = None,
+    num_threads: int | None = None,
+    appended: bytes = b"",
+) -> OnnxSession:
+    """Open a variant of a bundle with the engine of its target.
+
+    Args:
+        bundle: The bundle.
+        variant: One of its variants.
+        providers: As ``create_session``; the target ``openvino`` has none.
+        num_threads: Threads inside one operator; the engine's choice if None.
+        appended: As ``create_session``; the target ``openvino`` takes none.
+
+    Raises:
+        MissingExtraError: If the engine is not installed.
+        ProviderError: As ``create_session``.
+        ConfigError: If ``num_threads`` is below 1.
+        BundleError: If a file is missing, or the engine cannot load the graph.
+    """
+    file = bundle.file(variant.file)
+    if variant.target != "openvino":
+        return create_session(
+            file,
+            providers=providers,
+            num_threads=num_threads,
+            appended=appended,
+            exact_int8=variant.target == "cpu",
+        )
+    from xadapter_export.bundle.openvino_session import create_openvino_session
+
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError("num_threads must be at least 1", got=num_threads)
+    return create_openvino_session(file, num_threads=num_threads)
+
+
 def create_session(
     model_file: Path,
     *,
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    exact_int8: bool = False,
 ) -> OnnxSession:
     """Load a graph into onnxruntime.
 
@@ -59,6 +107,8 @@ def create_session(
         providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
         num_threads: Threads inside one operator; onnxruntime's choice if None.
         appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        exact_int8: Whether to keep int8 products from overflowing on x86 without VNNI; a graph of Q/DQ cannot
+            be loaded so.
 
     Raises:
         MissingExtraError: If onnxruntime is not installed.
@@ -75,6 +125,8 @@ def create_session(
 
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    if exact_int8:
+        options.add_session_config_entry(_EXACT_INT8_KEY, "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     model: str | bytes = str(model_file)
@@ -82,7 +134,10 @@ def create_session(
         options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
         model = model_file.read_bytes() + appended
     try:
-        session: OnnxSession = ort.InferenceSession(model, options, providers=wanted)
+        slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
+        session: OnnxSession = ort.InferenceSession(
+            model, options, providers=wanted, disabled_optimizers=list(slow)
+        )
     except Exception as error:  # onnxruntime's own errors have no common base below Exception
         raise BundleError("onnxruntime cannot load the graph", where=model_file, got=error) from error
     _check_active(names, session.get_providers(), "did not start")
@@ -97,6 +152,7 @@ def _import_onnxruntime() -> ModuleType:
         if clash is None:
             raise
         raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, mend=clash) from error
+    ort.disable_telemetry_events()
     if clash is not None:
         warnings.warn(clash, UserWarning, stacklevel=3)
     return ort

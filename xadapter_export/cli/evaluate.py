@@ -47,6 +47,7 @@ class Shared:
     controls: tuple[str, ...]
     control_folder: Path | None
     batch_size: int
+    variant: str
     providers: tuple[str, ...]
     threads: int | None
     output: Path | None
@@ -90,6 +91,12 @@ def shared_options(function: F) -> F:
             default=32,
             show_default=True,
             help="Texts that go through the model together.",
+        ),
+        click.option(
+            "--variant",
+            default="auto",
+            show_default=True,
+            help="Which graph of a bundle answers: a name, a precision, or the fastest on this machine.",
         ),
         session_options,
         click.option(
@@ -362,6 +369,7 @@ def _open(options: Shared, task: "Task", on_progress: "OnProgress") -> "tuple[Re
     def open_one(source: str | Path) -> "Scorer":
         return open_scorer(
             source,
+            variant=options.variant,
             providers=options.providers or None,
             num_threads=options.threads,
             batch_size=options.batch_size,

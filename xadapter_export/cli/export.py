@@ -20,9 +20,13 @@ from xadapter_export.cli.command import (
 from xadapter_export.errors import UnsupportedError, import_extra
 
 if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import ExpertSet, Task
+    from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task, Variant
+    from xadapter_export.exporters.merge import Step
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+TARGETS = ("onnx", "cpu", "openvino")
+STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
 
 
@@ -55,6 +59,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     epilog=example(
         "xad-export --experts t --opset 17",
         "xad-export --experts vt --experts none -o bundle --candidates yellow,green,red",
+        "xad-export --precision fp32 --precision int8 -o bundle-small",
     ),
 )
 @click.argument("checkpoint", default="builtin")
@@ -86,6 +91,54 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
 @click.option(
     "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
 )
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Precision; may be repeated. int8 and int4 are for CPUs, fp16 is for GPUs. [default: fp32]",
+)
+@click.option(
+    "--target",
+    "targets",
+    type=click.Choice(TARGETS),
+    multiple=True,
+    help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
+    "on x86. [default: onnx and cpu]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Texts that lossy variants are made and compared with: one a line, or CSV, TSV, JSONL with a column "
+    "sentence or text. Best are texts as the model will read. [default: the checkpoint's, else everyday "
+    "sentences]",
+)
+@click.option(
+    "--evaluate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Questions with known answers that lossy variants are scored on: labelled texts for a classifier; "
+    "for fill-mask, colours as in Memory Colors or ColorTerms. [default: the built-in checkpoint's own; else "
+    "none]",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Reject a lossy variant that gives fp32's top answer less often than this; of embeddings and "
+    "regressions, whose mean cosine is lower. [default: fp16 0.999, int8 0.99, int4 0.97; cosine of fp16 "
+    "0.9999]",
+)
+@click.option(
+    "--max-points-lost",
+    type=click.FloatRange(0, 100),
+    help="Reject a lossy variant that loses more points of accuracy than this. [default: fp16 0.5, int8 1, "
+    "int4 2]",
+)
+@click.option(
+    "--without",
+    type=click.Choice(STEPS),
+    multiple=True,
+    help="Leave out an exact optimisation of the merge; may be repeated.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_option
@@ -97,6 +150,13 @@ def export(
     task: "Task | None",
     candidates: list[str] | None,
     max_seq: int | None,
+    precisions: "tuple[Precision, ...]",
+    targets: "tuple[Target, ...]",
+    calibration: Path | None,
+    evaluate: Path | None,
+    min_agreement: float | None,
+    max_points_lost: float | None,
+    without: "tuple[Step, ...]",
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -119,6 +179,13 @@ def export(
             task=task,
             candidates=candidates,
             max_seq=max_seq,
+            precisions=precisions,
+            targets=targets,
+            calibration=calibration,
+            evaluate=evaluate,
+            min_agreement=min_agreement,
+            max_points_lost=max_points_lost,
+            without=without,
             force=force,
             on_stage=on_stage,
         )
@@ -132,17 +199,25 @@ def _report(result: "ExportResult") -> None:
     manifest = result.manifest
     console = make_console()
     for variant in manifest.variants:
-        proof = variant.parity
-        if proof is None:
-            continue
         console.print(
-            f"experts {variant.expert_set}: {result.folder.name}/{variant.file}, "
-            f"{variant.size_bytes / 1e6:.1f} MB, opset {manifest.opset}; "
-            f"parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
+            f"experts {variant.expert_set}, {variant.name}: {result.folder.name}/{variant.file}, "
+            f"{variant.size_bytes / 1e6:.1f} MB; {_proof(variant)}"
         )
     console.print(f"bundle: {result.folder}")
     if manifest.task == "fill-mask":
         console.print(f'try: xad-run {result.folder} "The color of a banana is {manifest.plm.mask_token}."')
+
+
+def _proof(variant: "Variant") -> str:
+    proof, agreement = variant.parity, variant.agreement
+    if proof is not None:
+        return f"parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
+    assert agreement is not None  # a variant has the one or the other
+    same = "" if agreement.same_top is None else f"same top answer in {agreement.same_top:.1%}, "
+    text = f"{same}cosine {agreement.cosine:.4f} over {agreement.num_answers} answers"
+    if agreement.accuracy is not None and agreement.accuracy_fp32 is not None:
+        text += f"; accuracy {agreement.accuracy_fp32:.1%} to {agreement.accuracy:.1%}"
+    return text
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from xadapter_export.cli.command import XadCommand, example, json_option, make_c
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Manifest, TensorSpec
+    from xadapter_export.bundle.manifest import Agreement, Manifest, Optimisation, TensorSpec, Variant
 
 MIB = 1024 * 1024
 
@@ -26,7 +26,7 @@ MIB = 1024 * 1024
 )
 @json_option
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what is in a bundle: expert sets, inputs and outputs, sizes, parity, what made it."""
+    """Show what is in a bundle: its variants, their sizes and proofs, inputs and outputs, what made it."""
     from xadapter_export.bundle.folder import read_bundle
 
     manifest = read_bundle(bundle, verify=verify).manifest
@@ -36,9 +36,10 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     console = make_console()
     for name, value in _facts(manifest, verify=verify).items():
         console.print(f"{name:<12}{value}")
-    for table in (_graphs(manifest), _tensors(manifest), _parameters(manifest)):
-        console.print()
-        console.print(table)
+    for table in (_variants(manifest), _optimisations(manifest), _tensors(manifest), _parameters(manifest)):
+        if table.row_count:
+            console.print()
+            console.print(table)
 
 
 def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
@@ -66,21 +67,53 @@ def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
     return facts
 
 
-def _graphs(manifest: "Manifest") -> "Table":
-    table = _table("experts", "precision", "file", "MiB with weights", "parity", "max abs")
+def _variants(manifest: "Manifest") -> "Table":
+    table = _table("experts", "variant", "file", "MiB with weights", "proof")
     for variant in manifest.variants:
-        proof = variant.parity
         table.add_row(
             variant.expert_set + (" (default)" if variant.expert_set == manifest.default_expert_set else ""),
-            variant.precision,
+            variant.name,
             variant.file,
             f"{variant.size_bytes / MIB:.1f}",
-            "not proven"
-            if proof is None
-            else f"{'passed' if proof.passed else 'FAILED'}, {proof.num_cells} cells",
-            "-" if proof is None else f"{proof.max_abs:.1e}",
+            _proof(variant),
         )
     return table
+
+
+def _proof(variant: "Variant") -> str:
+    if variant.agreement is not None:
+        return describe_agreement(variant.agreement)
+    proof = variant.parity
+    if proof is None:
+        return "not proven"
+    return f"{'passed' if proof.passed else 'FAILED'}, {proof.num_cells} cells, max abs {proof.max_abs:.1e}"
+
+
+def describe_agreement(agreement: "Agreement") -> str:
+    """Return in one line what a lossy variant was measured to say, beside fp32."""
+    facts = [f"{agreement.num_answers} answers", f"cosine {agreement.cosine:.4f}"]
+    if agreement.same_top is not None:
+        facts.insert(1, f"same top {agreement.same_top:.1%} (gate {agreement.min_same_top:.1%})")
+    if agreement.accuracy_fp32 is not None and agreement.accuracy is not None:
+        facts.append(
+            f"{agreement.accuracy:.1%} of {agreement.num_questions} questions right, "
+            f"fp32 {agreement.accuracy_fp32:.1%} (gate {agreement.max_points_lost:g} points)"
+        )
+    return ", ".join(facts) + (", gate lowered by the user" if agreement.gate_lowered else "")
+
+
+def _optimisations(manifest: "Manifest") -> "Table":
+    table = _table("experts", "variant", "optimisation", "saved", "lossless")
+    for variant in manifest.variants:
+        for step in variant.optimisations:
+            lossless = "yes" if step.lossless else "no"
+            table.add_row(variant.expert_set, variant.name, step.name, _saved(step), lossless)
+    return table
+
+
+def _saved(step: "Optimisation") -> str:
+    share = f", {1 - step.after / step.before:.1%} less" if step.before else ""
+    return f"{step.unit} {step.before:,} to {step.after:,}{share}"
 
 
 def _tensors(manifest: "Manifest") -> "Table":

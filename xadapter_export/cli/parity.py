@@ -15,9 +15,14 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
+from xadapter_export.cli.inspect import describe_agreement
+from xadapter_export.errors import ParityError
 
 if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import ExpertSet
+    from rich.table import Table
+
+    from xadapter_export.bundle.manifest import ExpertSet, Variant
+    from xadapter_export.parity import ParityReport
 
 
 @click.command(
@@ -31,12 +36,20 @@ if TYPE_CHECKING:
     multiple=True,
     help="Expert set to prove; may be repeated. [default: all]",
 )
+@click.option(
+    "--variant",
+    "variants",
+    metavar="NAME",
+    multiple=True,
+    help="fp32 variant to prove, such as onnx-fp32; may be repeated. [default: all]",
+)
 @click.option("--every-cell", is_flag=True, help="Show every case, not only the worst of each output.")
 @session_options
 @json_option
 def parity(
     bundles: tuple[Path, ...],
     experts: "tuple[ExpertSet, ...]",
+    variants: tuple[str, ...],
     every_cell: bool,
     providers: tuple[str, ...],
     threads: int | None,
@@ -44,21 +57,92 @@ def parity(
 ) -> None:
     """Prove that bundles say what PyTorch said when they were made.
 
-    Runs every graph on the inputs that the bundle carries, compares outputs and each expert's contribution
-    with PyTorch's, prints the table, and exits 1 if an element is too far off.
+    Runs every fp32 graph on the inputs that the bundle carries, compares outputs and each expert's
+    contribution with PyTorch's, prints the table, and exits 1 if an element is too far off. Of a lossy
+    variant it prints what it was measured to say when it was made, and exits 1 if it was not measured.
     """
-    from xadapter_export.parity import prove_bundle
+    from xadapter_export.bundle.folder import read_bundle
+    from xadapter_export.parity import TOLERANCES, prove_bundle
     from xadapter_export.parity.table import parity_table
 
-    reports = {
-        str(bundle): prove_bundle(bundle, experts or None, providers=providers or None, num_threads=threads)
-        for bundle in bundles
-    }
+    reports: dict[str, ParityReport] = {}
+    lossy: dict[str, list[Variant]] = {}
+    for bundle in bundles:
+        manifest = read_bundle(bundle).manifest
+        held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
+        lossy[str(bundle)] = [v for v in held if v.precision not in TOLERANCES and not variants]
+        if len(lossy[str(bundle)]) < len(held):
+            reports[str(bundle)] = prove_bundle(
+                bundle,
+                experts or None,
+                variants=variants or None,
+                providers=providers or None,
+                num_threads=threads,
+                verify=False,  # just done
+            )
     if as_json:
-        print_json({bundle: json.loads(report.to_json()) for bundle, report in reports.items()})
+        print_json({bundle: _to_json(reports.get(bundle), lossy[bundle]) for bundle in lossy})
     else:
-        make_console().print(parity_table(reports, every_cell=every_cell))
+        console = make_console()
+        if reports:
+            console.print(parity_table(reports, every_cell=every_cell))
+        if any(lossy.values()):
+            console.print(_agreement_table(lossy))
     for report in reports.values():
         report.raise_if_failed()
+    _require_agreement(lossy)
     num_cells = sum(len(report.cells) for report in reports.values())
-    click.echo(f"parity: passed, {num_cells} cells", err=True)
+    num_lossy = sum(len(held) for held in lossy.values())
+    proven = f"passed, {num_cells} cells" if reports else "no fp32 variant to prove"
+    measured = f"; lossy variants measured when they were made: {num_lossy}" if num_lossy else ""
+    click.echo(f"parity: {proven}{measured}", err=True)
+
+
+def _to_json(report: "ParityReport | None", lossy: "list[Variant]") -> dict[str, object]:
+    """Return the report, if there is one, and what each lossy variant was measured to say."""
+    fields = {} if report is None else json.loads(report.to_json())
+    measured = [
+        {
+            "expert_set": variant.expert_set,
+            "variant": variant.name,
+            "agreement": variant.agreement and variant.agreement.model_dump(mode="json"),
+        }
+        for variant in lossy
+    ]
+    return {**fields, "lossy": measured}
+
+
+def _agreement_table(lossy: "dict[str, list[Variant]]") -> "Table":
+    from rich.table import Table
+
+    table = Table(caption="measured against fp32 when the bundle was made", show_edge=False)
+    for column in ("bundle", "experts", "variant", "agreement with fp32"):
+        table.add_column(column)
+    for bundle, variants in lossy.items():
+        for variant in variants:
+            agreement = variant.agreement
+            measured = "NOT MEASURED" if agreement is None else describe_agreement(agreement)
+            table.add_row(
+                bundle,
+                variant.expert_set,
+                variant.name,
+                measured,
+                style="bold red" if agreement is None else None,
+            )
+    return table
+
+
+def _require_agreement(lossy: "dict[str, list[Variant]]") -> None:
+    """Refuse a lossy variant that nobody measured.
+
+    Raises:
+        ParityError: If there is one.
+    """
+    for bundle, variants in lossy.items():
+        for variant in variants:
+            if variant.agreement is None:
+                raise ParityError(
+                    "a lossy variant was not measured against fp32",
+                    where=f"{bundle}, {variant.name}, experts {variant.expert_set}",
+                    mend="export the bundle again",
+                )

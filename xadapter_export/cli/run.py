@@ -49,6 +49,13 @@ BAR_COLUMNS = 24
     "--candidates", metavar="WORDS", help="Answer with one of these words only, separated by commas."
 )
 @click.option("--pair", metavar="TEXT", help="Second text, put after every TEXT (text-classification).")
+@click.option(
+    "--variant",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Variant that answers: auto, the fastest on this machine; a name, such as cpu-int8; or a precision.",
+)
 @session_options
 @json_option
 def run(
@@ -59,6 +66,7 @@ def run(
     top_k: int,
     candidates: str | None,
     pair: str | None,
+    variant: str,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -73,7 +81,9 @@ def run(
 
     from xadapter_export.runtime.session import XAdapterSession
 
-    session = XAdapterSession.load(bundle, experts=experts, providers=providers or None, num_threads=threads)
+    session = XAdapterSession.load(
+        bundle, experts=experts, variant=variant, providers=providers or None, num_threads=threads
+    )
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)
     replies = [reply for name in sets for reply in _ask(session.with_experts(name), rows, pair, top_k, words)]
@@ -93,10 +103,11 @@ def run(
 
 @dataclass(frozen=True)
 class Reply:
-    """What one expert set said about one text."""
+    """What one expert set said about one text, and which of its variants that was."""
 
     text: str
     experts: str
+    variant: str
     answers: "list[FillMaskAnswer] | list[LabelAnswer]" = field(default_factory=list)
     pictures: "list[RetrievedPicture]" = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
@@ -126,7 +137,7 @@ def _ask(
     if candidates is not None and task != "fill-mask":
         raise UnsupportedError("--candidates is for fill-mask", got=task)
     pairs = None if pair is None else [pair] * len(texts)
-    replies = [Reply(text, session.experts) for text in texts]
+    replies = [Reply(text, session.experts, session.variant.name) for text in texts]
     if task == "fill-mask":
         filled = session.fill_mask(texts, top_k=top_k, candidates=candidates)
         replies = [replace(r, answers=answers) for r, answers in zip(replies, filled, strict=True)]

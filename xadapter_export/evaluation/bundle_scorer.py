@@ -46,7 +46,7 @@ class BundleScorer(Scorer):
         Raises:
             BundleError: If the bundle does not hold the expert set.
         """
-        self._session.manifest.variant(experts)
+        self._session.manifest.variants_of(experts)
 
     def reads_clip(self, experts: ExpertSet) -> bool:
         """See ``Scorer.reads_clip``."""

@@ -18,6 +18,7 @@ def is_bundle(source: str | Path) -> bool:
 def open_scorer(
     source: str | Path,
     *,
+    variant: str = "auto",
     providers: Sequence[str] | None = None,
     num_threads: int | None = None,
     batch_size: int = 32,
@@ -26,6 +27,7 @@ def open_scorer(
 
     Args:
         source: The model.
+        variant: Which graph of a bundle answers; see ``XAdapterSession.load``.
         providers: onnxruntime execution providers of a bundle; the CPU if None.
         num_threads: Threads inside one operator of a bundle; onnxruntime's choice if None.
         batch_size: How many texts go through the model together.
@@ -37,7 +39,7 @@ def open_scorer(
     """
     scorer: Scorer
     if is_bundle(source):
-        session = XAdapterSession.load(source, providers=providers, num_threads=num_threads)
+        session = XAdapterSession.load(source, variant=variant, providers=providers, num_threads=num_threads)
         scorer = BundleScorer(session)
     else:
         import_extra("torch", "export", "train")

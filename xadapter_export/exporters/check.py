@@ -65,10 +65,10 @@ def _component(name: str) -> Component | None:
         return "bank"
     if part in {"head", "candidate_decoder"}:
         return "head"
-    if part == "plm":
+    if part in {"plm", "plm_layers"}:
         in_head = any(word in rest for word in ("predictions", "lm_head", "vocab_", "generator_lm_head"))
         return "head" if in_head else "plm"
-    return "clip" if part == "clip" else None
+    return "clip" if part in {"clip", "clip_layers"} else None
 
 
 def _weights(model: ir.Model) -> Iterable[ir.Value]:

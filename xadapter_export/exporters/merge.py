@@ -1,21 +1,26 @@
 """Merges the frozen PLM, the active experts, the bank and the CLIP text tower into the module that is traced.
 
-Only what the expert set and the task need is in it, so nothing of an inactive expert can reach the graph.
+Only what the expert set and the task need is in it, so nothing of an inactive expert can reach the graph, and
+each thing is computed only where it is read. ``STEPS`` are the steps that save work and can be left out.
 
 Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text, H hidden size, V vocabulary, C candidates,
 R adapter width, K retrieved pictures, N bank size, D CLIP embedding size.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Collection, Sequence
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
+from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.plm import additive_mask
-from xadapter_export.model.x_adapter import XAdapterLayer
+from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool, take_positions, unit_length
+
+Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 
 def tap_name(layer: int, expert: Expert) -> str:
@@ -31,6 +36,7 @@ class MergedModel(nn.Module):
         expert_set: Experts that are switched on.
         task: What the graph answers.
         candidate_ids: Token ids that the MLM head is sliced to, or None for the whole vocabulary.
+        without: Steps to leave out.
     """
 
     def __init__(
@@ -39,11 +45,20 @@ class MergedModel(nn.Module):
         expert_set: ExpertSet,
         task: Task,
         candidate_ids: Sequence[int] | None = None,
+        without: Collection[Step] = (),
     ) -> None:
         super().__init__()
         self.task = task
         self.active = model.active_experts(expert_set)
         self.plm = model.plm
+        packed = "packed_projections" not in without
+        last = len(model.plm.layers) - 1
+        self.reads_positions = task != "feature-extraction"  # masks, or the first token
+        self.last_at_positions = self.reads_positions and "last_layer_at_positions" not in without
+        self.plm_layers = nn.ModuleList(
+            PlmLayer(model.plm, i, packed=packed, at_positions=self.last_at_positions and i == last)
+            for i in range(last + 1)
+        )
         self.adapters = nn.ModuleDict(
             {
                 layer: nn.ModuleDict({expert: cast(nn.ModuleDict, experts)[expert] for expert in self.active})
@@ -54,12 +69,18 @@ class MergedModel(nn.Module):
         self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
         self.k = model.config.retrieval.k
         self.clip = model.clip if self.retrieves or "t" in self.active else None
+        self.clip_at_end = "t" not in self.active and "clip_last_block_at_end" not in without
+        self.clip_layers = (
+            ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
+        )
         if self.retrieves:
             self.register_buffer(
                 "bank", model.bank_features
             )  # (N, D); rows have length 1, so a product is a cosine
-        elif "v" in self.active:
+        elif "v" in self.active and "folded_bank" not in without:
             self._fold_bank(model.bank_features)
+        elif "v" in self.active:
+            self.register_buffer("bank", model.bank_features)
         self.head = model.head if task == "text-classification" else None
         self.candidate_decoder = self._slice_decoder(candidate_ids) if candidate_ids is not None else None
 
@@ -85,6 +106,19 @@ class MergedModel(nn.Module):
             if decoder.bias is not None:
                 sliced.bias.copy_(decoder.bias[rows])
         return sliced.requires_grad_(False)
+
+    @property
+    def folds_bank(self) -> bool:
+        """Whether a static bank is in the graph as keys and values."""
+        return any(name.startswith("bank_keys_") for name, _ in self.named_buffers())
+
+    @property
+    def projection_counts(self) -> tuple[int, int]:
+        """How many self-attentions there are, and how many products give their queries, keys and values."""
+        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers]
+        if self.clip_layers is not None:
+            attentions += [cast(PackedAttention, attention) for attention in self.clip_layers.attentions]
+        return len(attentions), sum(len(attention.projections) for attention in attentions)
 
     @property
     def input_names(self) -> list[str]:
@@ -120,8 +154,9 @@ class MergedModel(nn.Module):
         mask = additive_mask(inputs["attention_mask"])
         memory, memory_masks, retrieved = self._memory(inputs.get("clip_input_ids"))
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
         contributions: list[Tensor] = []
-        for index in range(len(self.plm.layers)):
+        for index, layer in enumerate(self.plm_layers):
             if str(index) in self.adapters:
                 added = [
                     self._contribution(index, expert, hidden, memory, memory_masks, mask)
@@ -129,10 +164,13 @@ class MergedModel(nn.Module):
                 ]
                 contributions += added
                 hidden = sum(added, start=hidden)
-            hidden = self.plm.layer(index, hidden, mask)
+            at = positions if self.last_at_positions and index == len(self.plm_layers) - 1 else None
+            hidden = layer(hidden, mask, at)
+        if self.reads_positions and not self.last_at_positions:
+            hidden = take_positions(hidden, positions)
         answers: tuple[Tensor, ...]
         if self.task == "fill-mask":
-            answers = (self._mlm_logits(take_positions(hidden, inputs["mask_positions"])),)
+            answers = (self._mlm_logits(hidden),)
         elif self.head is not None:
             answers = (self.head(hidden),)
         else:
@@ -145,15 +183,21 @@ class MergedModel(nn.Module):
         memory: dict[Expert, Tensor] = {}
         masks: dict[Expert, Tensor] = {}
         retrieved: tuple[Tensor, ...] = ()
-        if self.clip is not None and clip_input_ids is not None:
-            states = self.clip.token_states(clip_input_ids)  # (B, S, W)
+        if self.clip is not None and self.clip_layers is not None and clip_input_ids is not None:
+            end = self.clip.end_position(clip_input_ids)[:, None]  # (B, 1)
+            token_mask = additive_mask(self.clip.token_mask(clip_input_ids))
+            x, causal_mask = self.clip.embed(clip_input_ids)
+            states = self.clip.ln_final(self.clip_layers(x, causal_mask, token_mask, end))  # (B, S or 1, W)
             if self.retrieves:
-                query = unit_length(self.clip.pool(states, clip_input_ids))  # (B, D)
+                end_states = states if self.clip_at_end else take_positions(states, end)
+                query = unit_length(self.clip.project(end_states.squeeze(1)))  # (B, D)
                 bank = cast(Tensor, self.bank)
                 scores, rows = (query @ bank.T).topk(self.k)  # (B, K)
                 memory["v"], retrieved = bank[rows], (rows, scores)
             if "t" in self.active:
-                memory["t"], masks["t"] = states, additive_mask(self.clip.token_mask(clip_input_ids))
+                memory["t"], masks["t"] = states, token_mask
+        if "v" in self.active and not self.retrieves and not self.folds_bank:
+            memory["v"] = cast(Tensor, self.bank)[None]
         return memory, masks, retrieved
 
     def _contribution(
@@ -167,9 +211,14 @@ class MergedModel(nn.Module):
     ) -> Tensor:
         adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
         if expert in memory:
-            return adapter(hidden, memory[expert], masks.get(expert))  # type: ignore[no-any-return]  # nn.Module call
-        keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
-        return adapter.attend(hidden, keys, values, None, token_mask)
+            keys, values = adapter.project_memory(memory[expert])
+        else:
+            keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
+        if isinstance(adapter, SentenceXAdapterLayer):
+            return adapter.attend(hidden, keys, values, None, token_mask)
+        scale = (keys.shape[-1] / adapter.num_heads) ** -0.5
+        query = adapter.query(adapter.norm(hidden)) * scale
+        return adapter.out(attend(query, keys, values, adapter.num_heads, masks.get(expert)))  # type: ignore[no-any-return]  # nn.Module call
 
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:

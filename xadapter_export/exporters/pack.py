@@ -28,14 +28,8 @@ from xadapter_export.exporters.merge import MergedModel, tap_name
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
-WEIGHTS_FILE = "onnx/model.onnx_data"
 _ALIGNMENT = 64  # bytes; vector loads from a memory map stay aligned
 _INLINE_LIMIT = 256  # bytes; smaller tensors stay in the graph, where shape inference sees them
-
-
-def graph_file(expert_set: ExpertSet, default: ExpertSet) -> str:
-    """Path of a set's graph; the default set has the name that transformers.js and optimum look for."""
-    return "onnx/model.onnx" if expert_set == default else f"onnx/model_{expert_set}.onnx"
 
 
 class SharedWeights:
@@ -48,6 +42,8 @@ class SharedWeights:
 
     def take(self, model: ir.Model) -> int:
         """Moves the weights of a graph into the file; the graph then refers to them.
+
+        The file is readable up to here afterwards.
 
         Returns:
             Bytes of the file that the graph refers to.
@@ -74,6 +70,7 @@ class SharedWeights:
                 name=str(value.name),
                 base_dir=self.path.parent,
             )
+        self._stream.flush()
         return sum(used.values())
 
     def close(self) -> None:
@@ -97,7 +94,7 @@ def write_graph(model: ir.Model, path: Path) -> None:
         for i, value in enumerate(node.outputs):
             if value not in outputs:
                 value.shape = value.type = None
-                if not str(value.name).startswith("x_adapter."):
+                if value.name and not str(value.name).startswith("x_adapter."):
                     value.name = f"v{number}" if i == 0 else f"v{number}.{i}"
     path.write_bytes(ir.to_proto(model).SerializeToString())
 

@@ -1,11 +1,13 @@
-"""The way from checkpoint to bundle: load, merge, trace, check, pack, prove."""
+"""The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Literal, Self
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -16,14 +18,29 @@ from xadapter_export.bundle.folder import (
     list_files,
     staged_folder,
 )
-from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
-from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.bundle.manifest import (
+    Agreement,
+    Candidate,
+    ExpertSet,
+    ExpertSetSpec,
+    Manifest,
+    Optimisation,
+    Precision,
+    Target,
+    Task,
+    Variant,
+)
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters import pack
+from xadapter_export.exporters import agreement, pack
+from xadapter_export.exporters.calibration import CalibrationTexts, calibration_feeds, calibration_texts
 from xadapter_export.exporters.check import check_graph
-from xadapter_export.exporters.merge import MergedModel
+from xadapter_export.exporters.derive import derive, plan_variants, variant_file, weights_file
+from xadapter_export.exporters.merge import MergedModel, Step
+from xadapter_export.exporters.quantise import RECIPES
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -32,7 +49,7 @@ from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.candidates import find_candidates
 
-Stage = Literal["load", "merge", "trace", "check", "pack", "prove"]
+Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare"]
 OnStage = Callable[[Stage, str], None]
 
 _TASKS: dict[Task, tuple[Task, ...]] = {
@@ -40,6 +57,7 @@ _TASKS: dict[Task, tuple[Task, ...]] = {
     "text-classification": ("text-classification", "feature-extraction"),
     "feature-extraction": ("feature-extraction",),
 }
+_NUM_TEXTS = 600  # half to calibrate with, half to compare on
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
 
@@ -65,6 +83,13 @@ def export(
     task: Task | None = None,
     candidates: Sequence[str] | None = None,
     max_seq: int | None = None,
+    precisions: Sequence[Precision] = (),
+    targets: Sequence[Target] = (),
+    calibration: str | Path | None = None,
+    evaluate: str | Path | None = None,
+    min_agreement: float | None = None,
+    max_points_lost: float | None = None,
+    without: Collection[Step] = (),
     force: bool = False,
     on_stage: OnStage = _say_nothing,
 ) -> ExportResult:
@@ -78,6 +103,14 @@ def export(
         task: What the graphs answer; the checkpoint's task if None.
         candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
         max_seq: Longest input in tokens; the PLM's limit if None.
+        precisions: Precisions of the graphs; fp32 if empty.
+        targets: Who runs them; the portable graph and onnxruntime's CPU provider if empty.
+        calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
+            that came with the checkpoint if None, or else sentences of our own and the bank's captions.
+        evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
+        min_agreement: Gate for the share of equal answers; the default of the precision if None.
+        max_points_lost: Gate for the accuracy; the default of the precision if None.
+        without: Exact optimisations to leave out.
         force: Replace a bundle that is already there.
         on_stage: Called as each stage begins, with its name and what it works on.
 
@@ -87,9 +120,12 @@ def export(
         UnsupportedError: If the opset, PLM or CLIP is not supported.
         OutputExistsError: If the folder is in the way.
         OutputWriteError: If it cannot be written.
-        ParityError: If a graph does not say what PyTorch says; the bundle is kept beside as ``.rejected``.
+        ParityError: If a graph does not say what PyTorch says, or a lossy one is below its gate; the bundle
+            is kept beside as ``.rejected``.
     """
     check_opset(opset)
+    agreement.check_gate_options(min_agreement, max_points_lost)
+    wanted = plan_variants(precisions, targets)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -97,19 +133,21 @@ def export(
         else:
             source = type(model).__name__
         plan = _plan(model, experts, task, candidates, max_seq)
+        gates = _Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
         was_training = model.training
         try:
-            manifest, report = _build(
-                model.eval(), source, plan, opset, staged.path, staged.final.name, on_stage
-            )
+            builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
+            manifest, report = builder.build(wanted, gates, staged.final.name)
         finally:
             model.train(was_training)
-        if not report.passed:
+        try:
+            report.raise_if_failed()
+            for variant in manifest.variants:
+                if variant.agreement is not None:
+                    agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
+        except ParityError as error:
             rejected = staged.keep_as_rejected()
-            try:
-                report.raise_if_failed()
-            except ParityError as error:
-                raise ParityError(f"{error}; the bundle was rejected and kept in {rejected}") from error
+            raise ParityError(f"{error}; the bundle was rejected and kept in {rejected}") from error
     return ExportResult(staged.final, manifest, report)
 
 
@@ -155,62 +193,269 @@ def _plan(
     return _Plan(expert_sets, task, found, max_seq or longest)
 
 
-def _build(
-    model: XAdapterModel, source: str, plan: _Plan, opset: int, folder: Path, name: str, on_stage: OnStage
-) -> tuple[Manifest, ParityReport]:
-    """Fills a staged folder and proves it."""
-    default = plan.expert_sets[0]
-    cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask")
-    reference: dict[str, Array] = {}
-    specs: dict[ExpertSet, ExpertSetSpec] = {}
-    variants: list[Variant] = []
-    (folder / "onnx").mkdir()
-    weights = pack.SharedWeights(folder / pack.WEIGHTS_FILE)
-    for expert_set in plan.expert_sets:
-        on_stage("merge", expert_set)
-        merged = MergedModel(model, expert_set, plan.task, plan.candidate_ids).eval()
-        on_stage("trace", expert_set)
-        graph = trace(merged, _example(model), opset, plan.max_seq)
-        on_stage("check", expert_set)
-        check_graph(graph, merged, opset)
-        reference |= reference_outputs(model, merged, expert_set, plan.task, plan.candidate_ids, cases)
-        reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in merged.input_names}
-        on_stage("pack", expert_set)
-        pack.hide_taps(graph, merged)
-        specs[expert_set] = pack.expert_set_spec(graph, merged)
-        weight_bytes = weights.take(graph)
-        path = pack.graph_file(expert_set, default)
-        pack.write_graph(graph, folder / path)
-        size_bytes = (folder / path).stat().st_size + weight_bytes
-        variants.append(
-            Variant(
-                expert_set=expert_set,
-                precision="fp32",
-                target="onnx",
-                file=path,
-                weight_files=(pack.WEIGHTS_FILE,),
-                size_bytes=size_bytes,
-                parity=None,
-            )
-        )
-    weights.close()
-    components = {component for spec in specs.values() for component in spec.component_parameters}
-    retrieves = any(output.name == "retrieved" for spec in specs.values() for output in spec.outputs)
-    pack.write_companions(model, folder, with_clip="clip" in components, with_rows=retrieves)
-    manifest = pack.make_manifest(
-        model, source, plan.task, opset, plan.max_seq, plan.candidates, specs, tuple(variants)
-    )
+@dataclass(frozen=True)
+class _Gates:
+    """What lossy variants are made and judged with; no texts where there are none."""
 
-    on_stage("prove", ", ".join(plan.expert_sets))
-    _write_reference(folder, reference)
-    _write_manifest(folder, manifest)
-    report = prove_bundle(folder, verify=False)
-    proven = tuple(v.model_copy(update={"parity": report.variant_parity(v.expert_set)}) for v in variants)
-    manifest = manifest.model_copy(update={"variants": proven})
-    _write_reference(folder, sample_reference(reference))
-    (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
-    (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
-    return _write_manifest(folder, manifest), report
+    made_with: CalibrationTexts | None = None
+    compared_on: CalibrationTexts | None = None
+    questions: agreement.Questions | None = None
+    min_agreement: float | None = None
+    max_points_lost: float | None = None
+
+    @classmethod
+    def make(
+        cls,
+        model: XAdapterModel,
+        plan: _Plan,
+        wanted: Sequence[tuple[Target, Precision]],
+        calibration: str | Path | None,
+        evaluate: str | Path | None,
+        min_agreement: float | None,
+        max_points_lost: float | None,
+    ) -> Self:
+        if all(precision == "fp32" for _, precision in wanted):
+            return cls()
+        words = [candidate.word for candidate in plan.candidates or ()]
+        source = None if calibration is None else Path(calibration)
+        texts = calibration_texts(model, source, plan.task, _NUM_TEXTS, candidates=words)
+        made_with, compared_on = texts.split()
+        questions = agreement.read_questions(
+            model, None if evaluate is None else Path(evaluate), plan.task, plan.candidates
+        )
+        return cls(made_with, compared_on, questions, min_agreement, max_points_lost)
+
+
+@dataclass
+class _Builder:
+    """Fills a staged folder."""
+
+    model: XAdapterModel
+    source: str
+    plan: _Plan
+    opset: int
+    folder: Path
+    without: frozenset[Step]
+    on_stage: OnStage
+    specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
+    variants: list[Variant] = field(default_factory=list)
+    reference: dict[str, Array] = field(default_factory=dict)
+    weights: dict[str, pack.SharedWeights] = field(default_factory=dict)
+    answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
+
+    def build(
+        self, wanted: Sequence[tuple[Target, Precision]], gates: _Gates, name: str
+    ) -> tuple[Manifest, ParityReport]:
+        """Writes and proves every variant of every expert set."""
+        plan, folder = self.plan, self.folder
+        (folder / "onnx").mkdir()
+        cases = reference_inputs(
+            self.model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask"
+        )
+        try:
+            for expert_set in plan.expert_sets:
+                self._write_set(expert_set, wanted, cases, gates)
+        finally:
+            for weights in self.weights.values():
+                weights.close()
+        for expert_set in plan.expert_sets:
+            for target, precision in wanted:
+                if target == "openvino":
+                    self._write_ir(expert_set, precision, gates)
+
+        components = {component for spec in self.specs.values() for component in spec.component_parameters}
+        retrieves = any(output.name == "retrieved" for spec in self.specs.values() for output in spec.outputs)
+        pack.write_companions(self.model, folder, with_clip="clip" in components, with_rows=retrieves)
+        manifest = pack.make_manifest(
+            self.model,
+            self.source,
+            plan.task,
+            self.opset,
+            plan.max_seq,
+            plan.candidates,
+            self.specs,
+            tuple(self.variants),
+        )
+        self.on_stage("prove", ", ".join(plan.expert_sets))
+        _write_reference(folder, self.reference)
+        _write_manifest(folder, manifest)
+        report = prove_bundle(folder, verify=False)
+        proven = [
+            v.model_copy(update={"parity": report.variant_parity(v.expert_set, v.name)})
+            if v.agreement is None
+            else v
+            for v in self.variants
+        ]
+        kept = tuple(variant for variant in proven if (variant.target, variant.precision) in wanted)
+        manifest = manifest.model_copy(update={"variants": kept})
+        _remove_unnamed(folder, self.variants, kept)
+        _write_reference(folder, sample_reference(self.reference))
+        (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
+        (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
+        return _write_manifest(folder, manifest), report
+
+    def _write_set(
+        self,
+        expert_set: ExpertSet,
+        wanted: Sequence[tuple[Target, Precision]],
+        cases: dict[str, dict[str, Array]],
+        gates: _Gates,
+    ) -> None:
+        """Writes the portable graph of a set, wanted or not, and what is derived from it for onnxruntime."""
+        model, plan = self.model, self.plan
+        self.on_stage("merge", expert_set)
+        merged = MergedModel(model, expert_set, plan.task, plan.candidate_ids, self.without).eval()
+        saved = count_savings(model, merged, expert_set, plan.task, plan.candidate_ids, self.without)
+        self.on_stage("trace", expert_set)
+        portable = trace(merged, _example(model), self.opset, plan.max_seq)
+        self.on_stage("check", expert_set)
+        check_graph(portable, merged, self.opset)
+        self.reference |= reference_outputs(model, merged, expert_set, plan.task, plan.candidate_ids, cases)
+        self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in merged.input_names}
+        pack.hide_taps(portable, merged)
+        self.specs[expert_set] = pack.expert_set_spec(portable, merged)
+        self._write_graph(expert_set, "onnx", "fp32", portable, saved)
+        self._answer_in_fp32(expert_set, gates)
+        for target, precision in wanted:
+            if target == "openvino" or (target, precision) == ("onnx", "fp32"):
+                continue
+            feeds = self._calibration(expert_set, gates) if target == "onnx" else []
+            for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
+                self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
+                graph, done = derive(portable, merged, target, precision, recipe, feeds)
+                measured = None
+                if precision != "fp32":
+                    measured = self._try(expert_set, graph, target, precision, gates)
+                if measured is None or agreement.passes(measured):
+                    break
+            self._write_graph(expert_set, target, precision, graph, [*saved, *done], measured)
+
+    def _write_graph(
+        self,
+        expert_set: ExpertSet,
+        target: Target,
+        precision: Precision,
+        graph: ir.Model,
+        optimisations: list[Optimisation],
+        measured: Agreement | None = None,
+    ) -> None:
+        """Writes a graph beside the others; their weights are in one file."""
+        path, weights = weights_file(target, precision), self.weights
+        if path not in weights:
+            weights[path] = pack.SharedWeights(self.folder / path)
+        weight_bytes = weights[path].take(graph)
+        file = variant_file(expert_set, self.plan.expert_sets[0], target, precision)
+        pack.write_graph(graph.clone(), self.folder / file)
+        size = (self.folder / file).stat().st_size + weight_bytes
+        self._add(expert_set, target, precision, file, (path,), size, optimisations, measured)
+
+    def _answer_in_fp32(self, expert_set: ExpertSet, gates: _Gates) -> None:
+        """Asks the portable graph what lossy ones will be asked."""
+        if gates.compared_on is None:
+            return
+        self.on_stage("compare", f"{expert_set}, fp32")
+        encoder = self.model.make_text_encoder(self.plan.max_seq)
+        spec, task = self.specs[expert_set], self.plan.task
+        probe = agreement.make_probe(encoder, spec, task, gates.compared_on, gates.questions)
+        session = create_session(self.folder / self._portable(expert_set).file)
+        self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+
+    def _try(
+        self,
+        expert_set: ExpertSet,
+        graph: ir.Model,
+        target: Target,
+        precision: Precision,
+        gates: _Gates,
+    ) -> Agreement:
+        """How a graph that is not written yet agrees with fp32."""
+        self.on_stage("compare", f"{expert_set}, {precision}")
+        with TemporaryDirectory(dir=self.folder) as folder:
+            file = Path(folder) / "trial.onnx"
+            ir.save(graph, file, external_data="trial.onnx_data")
+            session = create_session(file, exact_int8=target == "cpu")
+            return self._compare(expert_set, session, precision, gates)
+
+    def _compare(
+        self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: _Gates
+    ) -> Agreement:
+        probe, reference = self.answers[expert_set]
+        return agreement.compare(
+            reference,
+            agreement.collect(agreement.as_runner(session), probe, precision),
+            probe,
+            precision,
+            min_agreement=gates.min_agreement,
+            max_points_lost=gates.max_points_lost,
+        )
+
+    def _calibration(self, expert_set: ExpertSet, gates: _Gates) -> list[dict[str, Array]]:
+        """Inputs to calibrate with; none where nothing lossy was asked for."""
+        if gates.made_with is None:
+            return []
+        encoder = self.model.make_text_encoder(self.plan.max_seq)
+        names = [tensor.name for tensor in self.specs[expert_set].inputs]
+        return calibration_feeds(encoder, gates.made_with, names)
+
+    def _portable(self, expert_set: ExpertSet) -> Variant:
+        return next(v for v in self.variants if (v.expert_set, v.name) == (expert_set, "onnx-fp32"))
+
+    def _write_ir(self, expert_set: ExpertSet, precision: Precision, gates: _Gates) -> None:
+        from xadapter_export.bundle.openvino_session import create_openvino_session
+        from xadapter_export.exporters.openvino_ir import convert_to_ir
+
+        self.on_stage("derive", f"{expert_set}, openvino-{precision}")
+        default = self.plan.expert_sets[0]
+        path = variant_file(expert_set, default, "openvino", precision)
+        (self.folder / path).parent.mkdir(exist_ok=True)
+        feeds = self._calibration(expert_set, gates)
+        portable = self._portable(expert_set)
+        convert_to_ir(self.folder / portable.file, self.folder / path, precision, feeds)
+        weights = str(Path(path).with_suffix(".bin").as_posix())
+        size = sum((self.folder / file).stat().st_size for file in (path, weights))
+        measured = None
+        if precision != "fp32":
+            self.on_stage("compare", f"{expert_set}, openvino-{precision}")
+            measured = self._compare(
+                expert_set, create_openvino_session(self.folder / path), precision, gates
+            )
+        self._add(
+            expert_set, "openvino", precision, path, (weights,), size, list(portable.optimisations), measured
+        )
+
+    def _add(
+        self,
+        expert_set: ExpertSet,
+        target: Target,
+        precision: Precision,
+        file: str,
+        weight_files: tuple[str, ...],
+        size_bytes: int,
+        optimisations: list[Optimisation],
+        measured: Agreement | None,
+    ) -> None:
+        variant = Variant(
+            expert_set=expert_set,
+            precision=precision,
+            target=target,
+            file=file,
+            weight_files=weight_files,
+            size_bytes=size_bytes,
+            optimisations=tuple(optimisations),
+            parity=None,
+            agreement=measured,
+        )
+        self.variants.append(variant)
+        self.variants.sort(key=lambda v: (self.plan.expert_sets.index(v.expert_set), v.name != "onnx-fp32"))
+
+
+def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Variant]) -> None:
+    """Removes the files that no kept variant names: those of a portable graph that was not asked for."""
+    named = {path for variant in kept for path in (variant.file, *variant.weight_files)}
+    for path in {path for variant in variants for path in (variant.file, *variant.weight_files)} - named:
+        (folder / path).unlink()
+    if not any((folder / "onnx").iterdir()):
+        (folder / "onnx").rmdir()
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -27,6 +27,9 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 
 RECORD_NAME = "xadapter.json"
 PLUGIN_NAME = "xadapter.safetensors"
+CALIBRATION_NAME = (
+    "calibration.jsonl"  # texts as it was trained on: lossy exports are made and judged with them
+)
 _FILES = ("*.json", "*.jsonl", "*.safetensors")  # hub patterns reach into folders; no code, no pickles
 
 
@@ -101,6 +104,8 @@ def read_checkpoint(
                 "get the original"
             )
     _load_plugin(model, folder / PLUGIN_NAME)
+    if (folder / CALIBRATION_NAME).is_file():
+        model.calibration_file = folder / CALIBRATION_NAME
     return model.eval()
 
 

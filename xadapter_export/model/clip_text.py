@@ -271,16 +271,28 @@ class ClipTextTower(nn.Module):
         positions = torch.arange(clip_input_ids.shape[1], device=clip_input_ids.device)
         return positions[None, :] <= self.end_position(clip_input_ids)[:, None]
 
-    def token_states(self, clip_input_ids: Tensor) -> Tensor:
-        """Token states after the final norm: ``(B, S) int64`` to ``(B, S, W) float32``.
+    def embed(self, clip_input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first block reads, and the mask of all blocks.
 
-        S is at most the context length.
+        Args:
+            clip_input_ids: ``(B, S) int64``; S is at most the context length.
+
+        Returns:
+            ``(B, S, W) float32``, and ``(S, S) float32`` to be added to the scores of attention: 0 at a token
+            and those before it, minus infinity after it.
         """
         length = clip_input_ids.shape[1]
         positions = torch.arange(length, device=clip_input_ids.device)
         later = positions[None, :] > positions[:, None]  # (S, S)
         x = self.token_embedding(clip_input_ids) + self.positional_embedding[:length]
-        causal_mask = x.new_zeros(()).masked_fill(later, float("-inf"))  # one for all blocks
+        return x, x.new_zeros(()).masked_fill(later, float("-inf"))
+
+    def token_states(self, clip_input_ids: Tensor) -> Tensor:
+        """Token states after the final norm: ``(B, S) int64`` to ``(B, S, W) float32``.
+
+        S is at most the context length.
+        """
+        x, causal_mask = self.embed(clip_input_ids)
         for block in cast(nn.ModuleList, self.transformer["resblocks"]):
             x = block(x, causal_mask)
         return self.ln_final(x)  # type: ignore[no-any-return]  # nn.Module call
@@ -288,10 +300,13 @@ class ClipTextTower(nn.Module):
     def pool(self, token_states: Tensor, clip_input_ids: Tensor) -> Tensor:
         """Text feature, what open_clip's ``encode_text`` returns: ``(B, S, W)`` to ``(B, D) float32``."""
         end = self.end_position(clip_input_ids)[:, None, None].expand(-1, 1, token_states.shape[-1])
-        pooled = token_states.gather(1, end).squeeze(1)  # (B, W)
+        return self.project(token_states.gather(1, end).squeeze(1))
+
+    def project(self, end_states: Tensor) -> Tensor:
+        """Text feature from the state of end-of-text: ``(B, W) float32`` to ``(B, D) float32``."""
         if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(pooled)  # type: ignore[no-any-return]  # nn.Module call
-        return pooled if self.text_projection is None else pooled @ self.text_projection
+            return self.text_projection(end_states)  # type: ignore[no-any-return]  # nn.Module call
+        return end_states if self.text_projection is None else end_states @ self.text_projection
 
 
 def load_clip(source: str | Path | nn.Module) -> ClipTextTower:

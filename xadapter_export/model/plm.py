@@ -43,6 +43,34 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True)
+class LayerParts:
+    """Paths from one layer to its parts, as BERT names them."""
+
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_out: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    down: str = "output.dense"
+    norm: str = "output.LayerNorm"
+
+
+_DISTILBERT_LAYER = LayerParts(
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_out="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    up="ffn.lin1",
+    activation="ffn.activation",
+    down="ffn.lin2",
+    norm="output_layer_norm",
+)
+
+
+@dataclass(frozen=True)
 class PlmFamily:
     """How to reach the parts of one family of post-norm encoders in transformers.
 
@@ -53,6 +81,7 @@ class PlmFamily:
         layers: Path from the encoder to its list of layers.
         mlm_transform: What the MLM head does before the decoder, ``(..., H) -> (..., E)``.
         decoder: Path from the task model to the linear decoder of the MLM head.
+        layer_parts: Where the parts of a layer are.
         counts_positions_after_padding: RoBERTa's way: the first token has position ``pad_token_id + 1``.
     """
 
@@ -62,6 +91,7 @@ class PlmFamily:
     layers: str
     mlm_transform: Callable[[nn.Module, Tensor], Tensor]
     decoder: str
+    layer_parts: LayerParts = LayerParts()
     counts_positions_after_padding: bool = False
 
 
@@ -112,6 +142,7 @@ FAMILIES = (
         layers="transformer.layer",
         mlm_transform=_distilbert_transform,
         decoder="vocab_projector",
+        layer_parts=_DISTILBERT_LAYER,
     ),
 )
 
@@ -158,6 +189,7 @@ class FrozenPlm(nn.Module):
         normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         self.hidden_size = int(normalized.hidden_size)
         self.vocab_size = int(normalized.vocab_size)
+        self.num_heads = int(normalized.num_attention_heads)
         self.max_seq = int(config.max_position_embeddings)
         if self.family.counts_positions_after_padding:
             self.max_seq -= int(config.pad_token_id) + 1

@@ -101,6 +101,9 @@ class XAdapterModel(nn.Module):
 
     Make one with ``create`` or ``from_pretrained``. Only the plug-in (and the classification head) has
     parameters that require a gradient. A forward pass changes no state.
+
+    Attributes:
+        calibration_file: Texts as it was trained on, which came with the checkpoint, or None.
     """
 
     bank_features: Tensor
@@ -113,6 +116,7 @@ class XAdapterModel(nn.Module):
         self.plm = plm
         self.clip = clip
         self.bank = bank
+        self.calibration_file: Path | None = None
         self._check()
         widths: dict[Expert, int] = {}
         if "v" in config.experts and bank is not None:

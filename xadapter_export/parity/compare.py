@@ -39,6 +39,7 @@ class Cell(BaseModel):
     """One array of one case, compared.
 
     Attributes:
+        variant: Name of the variant, ``cpu-fp32``.
         output: Name of the graph output, or of the tap.
         max_rel: Largest ``|got - ref| / |ref|`` where the reference is not zero.
         cosine: Between the two arrays, flattened.
@@ -51,7 +52,7 @@ class Cell(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     expert_set: str
-    precision: str
+    variant: str
     case: str
     output: str
     num_elements: Annotated[int, Field(ge=1)]
@@ -70,7 +71,7 @@ class Place:
     """Where an array comes from, for the report."""
 
     expert_set: str
-    precision: str
+    variant: str
     case: str
     output: str
 

@@ -3,25 +3,31 @@
 Keys of ``reference.npz``: ``{case}/in/{input}``, ``{case}/{set}/out/{output}``, ``{case}/{set}/tap/{l}.{e}``.
 Every output and tap that the manifest names must have a reference in every case, and there must be as many
 cases as when the bundle was made, so that nothing passes by not being looked at.
+
+Every fp32 variant is held to the same rule. The portable graph has every tap; a fused one has those that the
+fusion left; a graph of OpenVINO gives its outputs only. A lossy variant cannot be proven like this: its
+manifest says what it was measured to say.
 """
 
+import importlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.folder import REFERENCE_NAME, read_bundle
-from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, create_session
-from xadapter_export.errors import BundleError, ParityError, import_extra
+from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
+from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
+from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.parity.compare import TOLERANCES, Cell, Place, compare, compare_retrieved
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
 
+CPU_PROVIDER = "CPUExecutionProvider"
 SCORES = "retrieved_scores"
 
 IntArray = NDArray[np.int64]
@@ -32,11 +38,12 @@ def prove_bundle(
     folder: Path | str,
     expert_sets: Sequence[ExpertSet] | None = None,
     *,
+    variants: Sequence[str] | None = None,
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     verify: bool = True,
 ) -> ParityReport:
-    """Compare a bundle's graphs with the PyTorch outputs that it carries.
+    """Compare a bundle's fp32 graphs with the PyTorch outputs that it carries.
 
     The outputs come from the graph as it ships; only for the taps is it loaded a second time, with them
     added.
@@ -44,60 +51,102 @@ def prove_bundle(
     Args:
         folder: The bundle.
         expert_sets: The sets to prove; all of them if None.
-        providers: Execution providers in order of preference; the CPU if None.
-        num_threads: Threads inside one operator; onnxruntime's choice if None.
+        variants: Names of the variants to prove, ``onnx-fp32``; every fp32 one if None.
+        providers: Execution providers in order of preference; the CPU if None. On any other only the portable
+            graph is proven: the others are made for the CPU.
+        num_threads: Threads inside one operator; the engine's choice if None.
         verify: Whether to check the files' hashes first.
 
     Returns:
         The report. A difference that is too large is a cell that did not pass, not an exception.
 
     Raises:
-        BundleError: If the bundle, or its reference, is not whole.
+        BundleError: If the bundle, or its reference, is not whole, or it lacks a set or a variant.
+        ConfigError: If a variant that is named is lossy.
+        MissingExtraError: If the engine of a variant is not installed.
         ParityError: If there is nothing to compare, or less than when the bundle was made.
     """
     bundle = read_bundle(folder, verify=verify)
-    manifest = bundle.manifest
-    wanted = set(manifest.expert_sets if expert_sets is None else expert_sets)
-    for name in wanted:
-        manifest.variant(name)  # says clearly that a set is not there
+    names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
+    chosen = [
+        variant
+        for variant in _choose(bundle, expert_sets, variants)
+        if variant.target == "onnx" or set(names) <= {CPU_PROVIDER}
+    ]
     reference = _read_reference(bundle.file(REFERENCE_NAME))
     cells: list[Cell] = []
-    active: list[str] = []
-    for variant in manifest.variants:
-        if variant.expert_set not in wanted:
-            continue
-        file = bundle.file(variant.file)
-        spec = manifest.expert_sets[variant.expert_set]
-        session = create_session(file, providers=providers, num_threads=num_threads)
-        active = session.get_providers()
+    active: dict[str, None] = {}
+    for variant in chosen:
+        spec = bundle.manifest.expert_sets[variant.expert_set]
+        session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+        active |= dict.fromkeys(session.get_providers())
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        cells += _prove_values(session, variant, spec, reference, keys)
-        if spec.taps:
-            appended = extra_outputs(tap.name for tap in spec.taps)
-            session = create_session(file, providers=providers, num_threads=num_threads, appended=appended)
-            keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in spec.taps}
-            cells += _prove_values(session, variant, spec, reference, keys)
-    if not cells:
-        raise ParityError("nothing to compare, which proves nothing", where=bundle.folder)
-    for variant in manifest.variants:
-        num_cells = sum(cell.expert_set == variant.expert_set for cell in cells)
-        if variant.expert_set in wanted and variant.parity and num_cells < variant.parity.num_cells:
+        compared = list(_prove_values(session, variant, spec, reference, keys))
+        if taps := _find_taps(bundle, variant, spec):
+            appended = extra_outputs(tap.name for tap in taps)
+            session = open_variant(
+                bundle, variant, providers=providers, num_threads=num_threads, appended=appended
+            )
+            keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
+            compared += _prove_values(session, variant, spec, reference, keys)
+        if compared and variant.parity and len(compared) < variant.parity.num_cells:
             raise ParityError(
                 "the reference lacks cases that the bundle was proven with",
                 where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
                 expected=f"{variant.parity.num_cells} cells",
-                got=num_cells,
+                got=len(compared),
                 mend="copy or export the bundle again",
             )
+        cells += compared
+    if not cells:
+        raise ParityError(
+            "nothing to compare, which proves nothing",
+            where=bundle.folder,
+            got=None if chosen else "no fp32 variant that runs here",
+        )
     return ParityReport(
         tolerances=TOLERANCES,
-        created_with={
-            "numpy": np.__version__,
-            "onnxruntime": str(import_extra("onnxruntime", "cpu", "gpu").__version__),
-        },
+        created_with={"numpy": np.__version__} | _engine_versions(chosen),
         providers=tuple(active),
         cells=tuple(cells),
     )
+
+
+def _choose(
+    bundle: Bundle, expert_sets: Sequence[ExpertSet] | None, names: Sequence[str] | None
+) -> list[Variant]:
+    """Return the variants to prove, in the order of the manifest."""
+    manifest = bundle.manifest
+    sets = tuple(manifest.expert_sets) if expert_sets is None else tuple(expert_sets)
+    if names is None:
+        chosen = [variant for name in sets for variant in manifest.variants_of(name)]
+        chosen = [variant for variant in chosen if variant.precision in TOLERANCES]
+    else:
+        chosen = [manifest.variant(expert_set, name) for expert_set in sets for name in names]
+    for variant in chosen:
+        if variant.precision not in TOLERANCES:
+            raise ConfigError(
+                "a lossy variant cannot be proven by tolerance",
+                where=variant.name,
+                mend="the manifest says how far it agrees: see xad-inspect",
+            )
+    return [variant for variant in manifest.variants if variant in chosen]
+
+
+def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[TapSpec, ...]:
+    """Return the taps that can be read in a graph."""
+    if variant.target == "openvino":
+        return ()
+    if variant.target == "onnx":
+        return spec.taps
+    # A node's output as protobuf writes it: NodeProto's field 2, length, name (onnx.proto, onnx 1.23).
+    graph, tag = bundle.file(variant.file).read_bytes(), bytes([2 << 3 | 2])
+    return tuple(tap for tap in spec.taps if tag + bytes([len(tap.name)]) + tap.name.encode() in graph)
+
+
+def _engine_versions(variants: Iterable[Variant]) -> dict[str, str]:
+    modules = dict.fromkeys("openvino" if v.target == "openvino" else "onnxruntime" for v in variants)
+    return {name: str(importlib.import_module(name).__version__) for name in modules}  # each has just run
 
 
 def _prove_values(
@@ -113,14 +162,14 @@ def _prove_values(
         refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
         try:
             got = dict(zip(keys, session.run(list(keys), feed), strict=True))
-        except Exception as error:  # onnxruntime's own errors have no common base below Exception
+        except Exception as error:  # the engines' own errors have no common base below Exception
             where = f"{variant.file}, case {case}"
             raise ParityError(
                 "the graph cannot compute the reference inputs", where=where, got=error
             ) from error
         for name in keys:
             got[name] = take_columns(got[name], reference, f"{case}/{variant.expert_set}/{keys[name]}")
-            place = Place(variant.expert_set, variant.precision, case, name)
+            place = Place(variant.expert_set, variant.name, case, name)
             if name == "retrieved":
                 rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
                 scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))

@@ -19,6 +19,7 @@ class ParityReport(BaseModel):
         tolerances: ``atol`` and ``rtol`` of each precision.
         created_with: Versions of the packages that computed the compared side.
         providers: Execution providers that computed it.
+        cells: Every comparison.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,15 @@ class ParityReport(BaseModel):
         """The cells that did not pass."""
         return tuple(cell for cell in self.cells if not cell.passed)
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants that were compared, in their order."""
+        return tuple(dict.fromkeys(cell.variant for cell in self.cells))
+
+    def cells_of(self, expert_set: str, variant: str) -> tuple[Cell, ...]:
+        """Return the cells of one variant of an expert set."""
+        return tuple(c for c in self.cells if (c.expert_set, c.variant) == (expert_set, variant))
+
     def raise_if_failed(self) -> None:
         """Raise if a cell failed, naming the worst.
 
@@ -50,21 +60,21 @@ class ParityReport(BaseModel):
         worst = max(self.failures, key=lambda cell: (cell.problem is not None, cell.smallest_atol or 0.0))
         raise ParityError(
             f"the graph does not say what PyTorch said in {len(self.failures)} of {len(self.cells)} cells",
-            where=f"worst: {worst.expert_set}/{worst.case}/{worst.output}",
-            expected=f"an absolute tolerance of {TOLERANCES[worst.precision].atol:.0e} to be enough",
+            where=f"worst: {worst.expert_set}/{worst.case}/{worst.output} of {worst.variant}",
+            expected=f"an absolute tolerance of {_tolerance(worst.variant).atol:.0e} to be enough",
             got=worst.problem or (f"{worst.smallest_atol:.1e}" if worst.smallest_atol else "another row"),
         )
 
-    def variant_parity(self, expert_set: str, precision: str = "fp32") -> VariantParity:
-        """Return what the manifest keeps for one variant.
+    def variant_parity(self, expert_set: str, variant: str = "onnx-fp32") -> VariantParity:
+        """Return what the manifest keeps for one variant, by its name; of the portable one by default.
 
         Raises:
             ParityError: If the report has no cell of that variant.
         """
-        cells = [c for c in self.cells if (c.expert_set, c.precision) == (expert_set, precision)]
+        cells = self.cells_of(expert_set, variant)
         if not cells:
-            raise ParityError("nothing was compared", where=f"{expert_set}, {precision}")
-        tolerance = TOLERANCES[precision]
+            raise ParityError("nothing was compared", where=f"{expert_set}, {variant}")
+        tolerance = _tolerance(variant)
         return VariantParity(
             passed=all(cell.passed for cell in cells),
             max_abs=max(cell.max_abs or 0.0 for cell in cells),
@@ -92,3 +102,7 @@ class ParityReport(BaseModel):
             raise BundleError("not a parity report", where=path, got=describe(error)) from error
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise BundleError("not a parity report", where=path, got=error) from error
+
+
+def _tolerance(variant: str) -> Tolerance:
+    return TOLERANCES[variant.rpartition("-")[2]]

@@ -1,4 +1,4 @@
-"""The report as a table for the terminal: one line per expert set and output, the worst of its cases."""
+"""The report as a table for the terminal: a line for each graph and output, the worst of its cases."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,7 +19,7 @@ def parity_table(reports: Mapping[str, ParityReport], *, every_cell: bool = Fals
     table = Table(
         caption="element passes when |got - ref| <= atol + rtol * |ref|, in float64", show_edge=False
     )
-    for name in [*(["bundle"] if several else []), "experts", "output"]:
+    for name in [*(["bundle"] if several else []), "experts", "variant", "output"]:
         table.add_column(name)
     for name in (
         "case" if every_cell else "cases",
@@ -39,6 +39,7 @@ def parity_table(reports: Mapping[str, ParityReport], *, every_cell: bool = Fals
             table.add_row(
                 *([bundle] if several else []),
                 first.expert_set,
+                first.variant,
                 first.output,
                 first.case if every_cell else str(len(cells)),
                 f"{sum(cell.num_elements for cell in cells):,}",
@@ -58,7 +59,7 @@ def _groups(cells: Iterable[Cell], *, every_cell: bool) -> list[list[Cell]]:
         return [[cell] for cell in cells]
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.expert_set, cell.precision, cell.output), []).append(cell)
+        groups.setdefault((cell.expert_set, cell.variant, cell.output), []).append(cell)
     return list(groups.values())
 
 

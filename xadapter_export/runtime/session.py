@@ -6,6 +6,7 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self, overload
 
@@ -13,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
-from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, create_session
+from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.errors import BundleError, ConfigError, InputTextError, UnsupportedError
+from xadapter_export.errors import BundleError, ConfigError, UnsupportedError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
+from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, read_machine
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
+from xadapter_export.runtime.loaded import open_shared
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
 
 Float32Array = NDArray[np.float32]
@@ -39,9 +43,11 @@ class XAdapterSession:
         bundle: Bundle,
         *,
         experts: ExpertSet | None = None,
+        variant: str = "auto",
         providers: Sequence[Provider] | None = None,
         num_threads: int | None = None,
         batch_size: int = 32,
+        share_weights: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("batch_size must be at least 1", got=batch_size)
@@ -57,6 +63,12 @@ class XAdapterSession:
         self._batch_size = batch_size
         self._providers = providers
         self._num_threads = num_threads
+        self._share_weights = share_weights
+        names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
+        self._choose_variant = partial(choose, providers=names, machine=read_machine())
+        first = self._choose_variant(manifest.variants_of(self.experts), variant)
+        self._choices = {self.experts: first}
+        self._preferred = first.variant.name
         self._sessions: dict[ExpertSet, OnnxSession] = {}
         self._lock = threading.Lock()
         self._session(self.experts)  # what can go wrong goes wrong now, not at the first question
@@ -67,9 +79,11 @@ class XAdapterSession:
         bundle: Path | str,
         *,
         experts: ExpertSet | None = None,
+        variant: str = "auto",
         providers: Sequence[Provider] | None = None,
         num_threads: int | None = None,
         batch_size: int = 32,
+        share_weights: bool = True,
         verify: bool = True,
     ) -> Self:
         """Load a bundle.
@@ -77,25 +91,37 @@ class XAdapterSession:
         Args:
             bundle: Its folder.
             experts: The expert set that answers; the bundle's default if None.
+            variant: Which of the set's graphs answers: ``auto``, the fastest on this machine; a whole name,
+                ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``; or a precision, ``fp32`` or ``int8``, the
+                fastest here that has it. The rule is that of ``runtime.choose``. Another expert set of the
+                session gets the same, or where it lacks it what ``auto`` gives.
             providers: onnxruntime execution providers in order of preference; the CPU if None. One that does
                 not start is an error, never a silent fallback.
-            num_threads: Threads inside one operator; onnxruntime's choice if None.
-            batch_size: How many texts of a list go through the graph together.
+            num_threads: Threads inside one operator; the engine's choice if None: onnxruntime's is one for
+                each core.
+            batch_size: How many texts of a list go through the graph together at most. Texts of about the
+                same length do, and the answers come back in the order of the list.
+            share_weights: Whether sessions of this process that ask for the same graph, providers and number
+                of threads share one loaded copy, its weights and its threads, which takes the memory of one.
+                False gives this session a copy and threads of its own.
             verify: Whether to compare every file with its hash first.
 
         Raises:
-            BundleError: If the bundle is not whole, or does not hold the expert set.
+            BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
             HashMismatchError: If a file was changed.
             ProviderError: If a provider is not there or does not start.
-            MissingExtraError: If onnxruntime is not installed.
-            ConfigError: If ``num_threads`` or ``batch_size`` is below 1.
+            MissingExtraError: If onnxruntime, or OpenVINO for a variant of it, is not installed.
+            ConfigError: If ``num_threads`` or ``batch_size`` is below 1, or the variant cannot go with the
+                providers: fp16 runs on no CPU.
         """
         return cls(
             read_bundle(bundle, verify=verify),
             experts=experts,
+            variant=variant,
             providers=providers,
             num_threads=num_threads,
             batch_size=batch_size,
+            share_weights=share_weights,
         )
 
     @property
@@ -103,13 +129,23 @@ class XAdapterSession:
         """What the bundle says about itself."""
         return self.bundle.manifest
 
+    @property
+    def variant(self) -> Variant:
+        """The variant that answers for the session's expert set."""
+        return self._choice(self.experts).variant
+
+    @property
+    def variant_reason(self) -> str:
+        """Why it is that one, in a few words."""
+        return self._choice(self.experts).reason
+
     def with_experts(self, experts: ExpertSet) -> Self:
         """Return the same session with another expert set switched on; nothing is loaded twice.
 
         Raises:
-            BundleError: If the bundle does not hold that set.
+            BundleError: If the bundle does not hold that set, or not in a variant that suits.
         """
-        self.manifest.variant(experts)
+        self._choice(experts)
         other = copy.copy(self)  # shares the graphs and their lock
         other.experts = experts
         return other
@@ -164,20 +200,21 @@ class XAdapterSession:
         if top_k < 1:
             raise ConfigError("top_k must be at least 1", got=top_k)
         columns, choices = self._choose(candidates)
-        answers: list[list[FillMaskAnswer]] = []
-        for batch, inputs in self._encoded(texts, None, experts, require_mask=True):
+        firsts = check_texts(texts)
+        answers: list[list[FillMaskAnswer]] = [[] for _ in firsts]
+        for numbers, inputs in self._batches(firsts, None, experts, require_mask=True):
             logits = self.run(inputs, outputs=("logits",), experts=experts)["logits"]  # (B, M, V)
-            for text, rows, positions in zip(batch, logits, inputs["mask_positions"].tolist(), strict=True):
-                answers.append([])
+            positions_of = inputs["mask_positions"].tolist()
+            for number, rows, positions in zip(numbers, logits, positions_of, strict=True):
                 for mask in range(len(set(positions))):  # unused slots repeat the first
                     row = rows[mask] if columns is None else rows[mask, columns]
                     for i, score in _best(row, top_k):
                         word = self._word(i) if choices is None else choices[i]
-                        sequence = _fill(text, str(self.manifest.plm.mask_token), mask, word.word)
+                        sequence = _fill(firsts[number], str(self.manifest.plm.mask_token), mask, word.word)
                         answer = FillMaskAnswer(
                             word.word, word.token_id, score, float(row[i]), sequence, mask
                         )
-                        answers[-1].append(answer)
+                        answers[number].append(answer)
         return answers[0] if isinstance(texts, str) else answers
 
     @overload
@@ -218,11 +255,13 @@ class XAdapterSession:
         """
         self._require_task("text-classification")
         labels = self.manifest.labels or ()
-        answers = []
-        for _, inputs in self._encoded(texts, text_pairs, experts):
-            for row in self.run(inputs, outputs=("logits",), experts=experts)["logits"]:  # (labels,)
+        firsts = check_texts(texts)
+        answers: list[list[LabelAnswer]] = [[] for _ in firsts]
+        for numbers, inputs in self._batches(firsts, text_pairs, experts):
+            logits = self.run(inputs, outputs=("logits",), experts=experts)["logits"]  # (B, labels)
+            for number, row in zip(numbers, logits, strict=True):
                 best = _best(row, len(labels)) if len(labels) > 1 else [(0, float(row[0]))]  # a regression
-                answers.append([LabelAnswer(labels[i], score, float(row[i])) for i, score in best])
+                answers[number] = [LabelAnswer(labels[i], score, float(row[i])) for i, score in best]
         return answers[0] if isinstance(texts, str) else answers
 
     def embed(self, texts: str | TextList, *, experts: ExpertSet | None = None) -> Float32Array:
@@ -234,12 +273,12 @@ class XAdapterSession:
             BundleError: If the bundle does not hold the expert set.
         """
         self._require_task("feature-extraction")
-        outputs = ("sentence_embedding",)
-        batches = [
-            self.run(inputs, outputs=outputs, experts=experts)["sentence_embedding"]
-            for _, inputs in self._encoded(texts, None, experts)
-        ]
-        return np.concatenate(batches, dtype=np.float32)
+        firsts = check_texts(texts)
+        embeddings = np.empty((len(firsts), self.manifest.plm.hidden_size), np.float32)
+        for numbers, inputs in self._batches(firsts, None, experts):
+            outputs = self.run(inputs, outputs=("sentence_embedding",), experts=experts)
+            embeddings[numbers] = outputs["sentence_embedding"]
+        return embeddings
 
     @overload
     def retrieve(
@@ -281,13 +320,17 @@ class XAdapterSession:
                 if sets
                 else "export the checkpoint with --experts v or vt",
             )
-        answers = []
+        firsts = check_texts(texts)
+        answers: list[list[RetrievedPicture]] = [[] for _ in firsts]
         names = ("retrieved", "retrieved_scores")
-        for _, inputs in self._encoded(texts, text_pairs, experts):
+        for numbers, inputs in self._batches(firsts, text_pairs, experts):
             outputs = self.run(inputs, outputs=names, experts=experts)
-            for rows, scores in zip(*(outputs[name].tolist() for name in names), strict=True):
+            values = (outputs[name].tolist() for name in names)
+            for number, rows, scores in zip(numbers, *values, strict=True):
                 pictures = [(row, self.pictures[row], score) for row, score in zip(rows, scores, strict=True)]
-                answers.append([RetrievedPicture(row, p.id, p.caption, score) for row, p, score in pictures])
+                answers[number] = [
+                    RetrievedPicture(row, p.id, p.caption, score) for row, p, score in pictures
+                ]
         return answers[0] if isinstance(texts, str) else answers
 
     def retrieves(self, experts: ExpertSet | None = None) -> bool:
@@ -314,7 +357,7 @@ class XAdapterSession:
 
         Raises:
             ShapeError: If an input is missing, or has another dtype or shape than the bundle's contract says.
-            BundleError: If the bundle does not hold the expert set, or onnxruntime cannot compute its graph.
+            BundleError: If the bundle does not hold the expert set, or the engine cannot compute its graph.
         """
         spec = self._spec(experts)
         feed = check_feed(inputs, spec, self.manifest)
@@ -323,46 +366,55 @@ class XAdapterSession:
         try:
             values = session.run(names, feed)
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
-            file = self.bundle.folder / self.manifest.variant(experts or self.experts).file
-            raise BundleError("onnxruntime cannot compute the graph", where=file, got=error) from error
+            variant = self._choice(experts or self.experts).variant
+            engine = "OpenVINO" if variant.target == "openvino" else "onnxruntime"
+            file = self.bundle.folder / variant.file
+            raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
         return dict(zip(names, values, strict=True))
+
+    def _choice(self, experts: ExpertSet) -> Choice:
+        """Return what answers for an expert set: the variant that the first set has, or the next best."""
+        if experts not in self._choices:
+            variants = self.manifest.variants_of(experts)
+            has_it = any(variant.name == self._preferred for variant in variants)
+            self._choices[experts] = self._choose_variant(variants, self._preferred if has_it else "auto")
+        return self._choices[experts]
 
     def _session(self, experts: ExpertSet) -> OnnxSession:
         with self._lock:
             if experts not in self._sessions:
-                self._sessions[experts] = create_session(
-                    self.bundle.file(self.manifest.variant(experts).file),
+                open_graph = open_shared if self._share_weights else open_variant
+                self._sessions[experts] = open_graph(
+                    self.bundle,
+                    self._choice(experts).variant,
                     providers=self._providers,
                     num_threads=self._num_threads,
                 )
             return self._sessions[experts]
 
     def _spec(self, experts: ExpertSet | None) -> ExpertSetSpec:
-        return self.manifest.expert_sets[self.manifest.variant(experts or self.experts).expert_set]
+        name = experts or self.experts
+        self.manifest.variants_of(name)  # says clearly that a set is not there
+        return self.manifest.expert_sets[name]
 
     def _encoder_for(self, experts: ExpertSet | None) -> TextEncoder:
         """Return the encoder that makes what the expert set takes, and nothing that it does not."""
         takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
         return self._clip_encoder if takes_clip else self._encoder
 
-    def _encoded(
+    def _batches(
         self,
-        texts: str | TextList,
+        texts: list[str],
         text_pairs: str | TextList | None,
         experts: ExpertSet | None,
         *,
         require_mask: bool = False,
-    ) -> Iterator[tuple[list[str], dict[str, Int64Array]]]:
-        """Yield the texts batch by batch, each with its arrays."""
-        firsts = check_texts(texts)
-        seconds = None if text_pairs is None else check_texts(text_pairs, "text pair")
-        if seconds is not None and len(seconds) != len(firsts):
-            raise InputTextError("not one pair to each text", expected=len(firsts), got=len(seconds))
+    ) -> Iterator[tuple[list[int], dict[str, Int64Array]]]:
+        """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
         encoder = self._encoder_for(experts)
-        for start in range(0, len(firsts), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            pairs = None if seconds is None else seconds[batch]
-            yield firsts[batch], encoder.encode(firsts[batch], pairs, require_mask=require_mask)
+        tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
+        for numbers in plan_batches([len(text.input_ids) for text in tokenized], self._batch_size):
+            yield numbers, encoder.collate([tokenized[number] for number in numbers])
 
     def _require_task(self, task: Task) -> None:
         if self.manifest.task != task:

@@ -7,6 +7,7 @@ is exact.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,23 @@ def _clip_text_before(text: str, mask_token: str | None, text_pair: str | None) 
         return "", ""
     first, last = joined.split(mask_token, 1)[0], joined.rsplit(mask_token, 1)[0]
     return clip_text(first, mask_token), clip_text(last, mask_token)
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The tokens of one text, or pair of texts, cut to what the models can read.
+
+    Attributes:
+        input_ids: The PLM's tokens, special ones included.
+        token_type_ids: As many.
+        clip_input_ids: CLIP's tokens, start and end included; none where there is no CLIP tokenizer.
+        mask_positions: Where in ``input_ids`` the masks are.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    clip_input_ids: list[int]
+    mask_positions: list[int]
 
 
 class TextEncoder:
@@ -111,11 +129,6 @@ class TextEncoder:
     ) -> dict[str, Int64Array]:
         """Turn texts into the arrays that the model and the graph take.
 
-        A text that is too long is cut to one window of it with a warning. The window is the beginning where
-        that holds every mask, and otherwise slides until it does, with as much text on the left of the masks
-        as on the right. CLIP reads no mask, but its window follows the same rule about where the masks were;
-        if they are too far apart for it, it slides to the first.
-
         Args:
             texts: B texts, or one.
             text_pairs: As many second texts, or None.
@@ -127,6 +140,30 @@ class TextEncoder:
             tokenizer; ``mask_positions``, ``(B, M) int64``, where the PLM has a mask token: the positions of
             the masks in each row, unused slots repeating the first. M is at least 1; a row with no mask has
             zeros.
+
+        Raises:
+            InputTextError: As ``tokenize``.
+        """
+        return self.collate(self.tokenize(texts, text_pairs, require_mask=require_mask))
+
+    def tokenize(
+        self,
+        texts: str | Sequence[str],
+        text_pairs: str | Sequence[str] | None = None,
+        *,
+        require_mask: bool = False,
+    ) -> list[TokenizedText]:
+        """Return the tokens of each text, to be put into batches by ``collate``.
+
+        A text that is too long is cut to one window of it with a warning. The window is the beginning where
+        that holds every mask, and otherwise slides until it does, with as much text on the left of the masks
+        as on the right. CLIP reads no mask, but its window follows the same rule about where the masks were;
+        if they are too far apart for it, it slides to the first.
+
+        Args:
+            texts: B texts, or one.
+            text_pairs: As many second texts, or None.
+            require_mask: Whether a text without a mask is an error.
 
         Raises:
             InputTextError: If a text is empty, is not a string, has no mask where one is required, or has
@@ -146,22 +183,35 @@ class TextEncoder:
         cut = [self._cut(encoding, text) for encoding, text in zip(encodings, firsts, strict=True)]
         _warn_if_cut([len(encoding) for encoding in encodings], self.max_seq, "the language model")
 
-        ids = [row for row, _ in cut]
+        clip_rows: list[list[int]] = [[] for _ in firsts]
+        if self._clip is not None:
+            pairs = [None] * len(firsts) if seconds is None else seconds
+            sentences = [clip_text(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
+            before = [_clip_text_before(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
+            clip_rows = _encode_clip(sentences, before, *self._clip)
+        masks = self._find_masks([row for row, _ in cut], firsts, require_mask=require_mask)
+        return [
+            TokenizedText(ids, type_ids, clip_ids, positions)
+            for (ids, type_ids), clip_ids, positions in zip(cut, clip_rows, masks, strict=True)
+        ]
+
+    def collate(self, texts: Sequence[TokenizedText]) -> dict[str, Int64Array]:
+        """Put B tokenized texts into arrays, padded to the longest of them; see ``encode``."""
+        ids = [text.input_ids for text in texts]
         arrays = {
             "input_ids": _padded(ids, self.pad_token_id),
             "attention_mask": _padded([[1] * len(row) for row in ids], 0),
         }
         if self.has_token_type_ids:
-            arrays["token_type_ids"] = _padded([type_ids for _, type_ids in cut], 0)
+            arrays["token_type_ids"] = _padded([text.token_type_ids for text in texts], 0)
         if self._clip is not None:
-            pairs = [None] * len(firsts) if seconds is None else seconds
-            sentences = [clip_text(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
-            before = [_clip_text_before(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
-            arrays["clip_input_ids"] = _encode_clip(sentences, before, *self._clip)
+            arrays["clip_input_ids"] = _padded([text.clip_input_ids for text in texts], 0)
         if self.mask_token_id is not None:
-            arrays["mask_positions"] = self._mask_positions(ids, firsts, require_mask)
-        elif require_mask:
-            raise InputTextError("this language model has no mask token, so it cannot fill a mask")
+            rows = [text.mask_positions for text in texts]
+            most = max(1, *(len(row) for row in rows))
+            arrays["mask_positions"] = np.array(
+                [row + (row[:1] or [0]) * (most - len(row)) for row in rows], dtype=np.int64
+            )
         return arrays
 
     def _cut(self, encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
@@ -199,7 +249,9 @@ class TextEncoder:
         kept.sort()
         return [ids[i] for i in kept], [type_ids[i] for i in kept]
 
-    def _mask_positions(self, ids: list[list[int]], texts: list[str], require_mask: bool) -> Int64Array:
+    def _find_masks(self, ids: list[list[int]], texts: list[str], *, require_mask: bool) -> list[list[int]]:
+        if require_mask and self.mask_token_id is None:
+            raise InputTextError("this language model has no mask token, so it cannot fill a mask")
         rows = [[i for i, token in enumerate(row) if token == self.mask_token_id] for row in ids]
         for row, text in zip(rows, texts, strict=True):
             if require_mask and not row:
@@ -208,8 +260,7 @@ class TextEncoder:
                     where=_quoted(text),
                     mend=f"write {self.mask_token} where the word should go",
                 )
-        most = max(1, *(len(row) for row in rows))
-        return np.array([row + (row[:1] or [0]) * (most - len(row)) for row in rows], dtype=np.int64)
+        return rows
 
 
 def _encode_clip(
@@ -218,8 +269,8 @@ def _encode_clip(
     tokenizer: Tokenizer,
     limit: int,
     end_token_id: int,
-) -> Int64Array:
-    """Return ``(B, S) int64``: start, text or a window of it, end-of-text, then zeros.
+) -> list[list[int]]:
+    """Return the ids of each sentence: start, text or a window of it, end-of-text.
 
     Args:
         sentences: B sentences, without masks.
@@ -241,7 +292,7 @@ def _encode_clip(
         if last >= size:
             start = min((first + last - size) // 2, len(row) - 2 - size)
         rows[i] = [row[0], *row[1 + start : 1 + start + size], end_token_id]
-    return _padded(rows, 0)
+    return rows
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:

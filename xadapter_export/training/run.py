@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.evaluation.labelled import Labelled, read_labelled
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.checkpoint import RECORD_NAME
+from xadapter_export.model.checkpoint import CALIBRATION_NAME, RECORD_NAME
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
 from xadapter_export.model.identity import public_name, weights_sha256
@@ -58,6 +59,7 @@ from transformers.trainer import TRAINER_STATE_NAME  # isort: skip
 from transformers.trainer_callback import PrinterCallback  # isort: skip
 
 TRAIN_NAME = "train.json"
+_NUM_CALIBRATION = 600  # texts that a checkpoint carries for its export
 RUN_NAME = "run.json"
 CONTROL_ROWS = 16
 _NOT_OF_THE_RUN = {"output", "run", "cache", "force", "log_every", "tensorboard", "self_contained"}
@@ -196,7 +198,10 @@ def train(
                 "seed": config.seed,
                 "control": config.control,
             },
-            more_files={TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n"},
+            more_files={
+                TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
+                CALIBRATION_NAME: _calibration(rows, config.seed),
+            },
         )
         for folder in config.run_folder.glob("state-*"):
             shutil.rmtree(folder)
@@ -268,6 +273,21 @@ def _random_bank(dim: int, seed: int) -> FeatureBank:
 
 
 # ------------------------------------------------------------------------------------------ data
+
+
+def _calibration(rows: "_Rows", seed: int) -> str:
+    """Some of the texts as JSON lines: what the exporter makes and judges lossy variants with."""
+    if rows.labelled is not None:
+        pairs = rows.labelled.pairs or [None] * len(rows.labelled.texts)
+        lines = [
+            {"sentence": text} if pair is None else {"sentence1": text, "sentence2": pair}
+            for text, pair in zip(rows.labelled.texts, pairs, strict=True)
+        ]
+    else:
+        texts = [text for group in rows.texts for text in group]
+        lines = [{"sentence": text["text"] if isinstance(text, dict) else text} for text in texts]
+    drawn = random.Random(seed).sample(lines, min(len(lines), _NUM_CALIBRATION))  # noqa: S311  # nothing is secret
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in drawn)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""The contestants: for each, what has to be prepared, and how its user loads and runs it.
+
+Nothing heavy is imported here: a worker imports only the engine of its contestant.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.feeds import Feed
+from benchmarks.prepare import MODEL
+from xadapter_export.bundle.manifest import ExpertSet, Task
+from xadapter_export.errors import import_extra
+
+Answer = NDArray[np.float32]
+Run = Callable[[Feed], Answer]
+Kind = Literal["torch", "exporter", "plm", "ours"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contestant finds what it runs.
+
+    Attributes:
+        folder: What was prepared for it; None where it runs the model itself.
+        threads: Threads inside one operator.
+        variant: Name of a variant of ours.
+    """
+
+    case: str
+    experts: ExpertSet
+    task: Task
+    folder: Path | None
+    threads: int
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of running a model.
+
+    Attributes:
+        name: Name on the command line and in the tables.
+        title: What it is, in words.
+        precision: Precision of its matrix products.
+        kind: ``torch``, another ``exporter``, the ``plm`` alone, or ``ours``.
+        preparation: What it needs, a key of ``prepare.MAKERS``; None for nothing.
+        load: Makes it ready and returns what runs it: a feed to its first output.
+    """
+
+    name: str
+    title: str
+    precision: str
+    kind: Kind
+    preparation: str | None
+    load: Callable[[Place], Run]
+
+    def size_bytes(self, place: Place) -> int | None:
+        """Bytes of its files: graph and weights; None where it has none."""
+        if place.folder is None:
+            return None
+        if place.variant is not None:
+            return _variant(place).size_bytes  # type: ignore[no-any-return]  # a manifest's field
+        return sum(
+            file.stat().st_size
+            for file in place.folder.iterdir()
+            if file.is_file() and file.suffix != ".json"
+        )
+
+
+def _variant(place: Place) -> Any:
+    from xadapter_export.bundle.folder import read_bundle
+
+    assert place.folder is not None
+    assert place.variant is not None
+    manifest = read_bundle(place.folder / "bundle", verify=False).manifest
+    return manifest.variant(place.experts, place.variant)
+
+
+# -------------------------------------------------------------------------------------------- torch
+
+
+def _load_eager(place: Place) -> Run:
+    return _torch_run(place, compiled=False)
+
+
+def _load_compiled(place: Place) -> Run:
+    return _torch_run(place, compiled=True)
+
+
+def _torch_run(place: Place, *, compiled: bool) -> Run:
+    import torch
+
+    from benchmarks.cases import make_model, torch_feed
+
+    torch.set_num_threads(place.threads)
+    torch.set_num_interop_threads(1)
+    model = make_model(place.case, place.task)
+    forward: Callable[..., Any] = model
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        forward = torch.compile(model, dynamic=False)
+
+    def run(feed: Feed) -> Answer:
+        with torch.inference_mode():
+            output = forward(**torch_feed(feed), experts=place.experts)
+            answer = output.logits if output.logits is not None else output.last_hidden_state
+            return answer.numpy()  # type: ignore[no-any-return]  # torch
+
+    return run
+
+
+# -------------------------------------------------------------------------------------- onnxruntime
+
+
+def _load_onnxruntime(place: Place) -> Run:
+    import onnxruntime as ort
+
+    assert place.folder is not None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = place.threads
+    options.log_severity_level = 3  # its warnings are about its own graph passes
+    session = ort.InferenceSession(place.folder / MODEL, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(feed: Feed) -> Answer:
+        return session.run(None, {name: feed[name] for name in names})[0]  # type: ignore[no-any-return]  # onnxruntime
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------- OpenVINO
+
+
+def _load_openvino_fp32(place: Place) -> Run:
+    return _openvino_run(place, {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _load_openvino_default(place: Place) -> Run:
+    return _openvino_run(place, {})
+
+
+def _openvino_run(place: Place, settings: dict[str, str]) -> Run:
+    ov = import_extra("openvino", "openvino")
+    assert place.folder is not None
+    compiled = ov.Core().compile_model(
+        place.folder / "model.xml",
+        "CPU",
+        {"INFERENCE_NUM_THREADS": place.threads, "PERFORMANCE_HINT": "LATENCY", **settings},
+    )
+    request = compiled.create_infer_request()
+    names = [port.get_any_name() for port in compiled.inputs]
+
+    def run(feed: Feed) -> Answer:
+        return request.infer({name: feed[name] for name in names})[0]  # type: ignore[no-any-return]  # openvino
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------- ours
+
+
+def _load_ours(place: Place) -> Run:
+    """A bundle as an app uses it: ``XAdapterSession.load`` and ``run``."""
+    from xadapter_export import XAdapterSession
+
+    assert place.folder is not None
+    assert place.variant is not None
+    session = XAdapterSession.load(place.folder / "bundle", variant=place.variant, num_threads=place.threads)
+    output = session.manifest.expert_sets[place.experts].outputs[0].name
+
+    def run(feed: Feed) -> Answer:
+        return session.run(feed)[output]  # type: ignore[return-value]  # float32: the first output is no index
+
+    return run
+
+
+_ORT, _OPENVINO = _load_onnxruntime, _load_openvino_fp32
+THEIRS: Final = (
+    Contestant("eager", "PyTorch eager", "fp32", "torch", None, _load_eager),
+    Contestant("compile", "torch.compile", "fp32", "torch", None, _load_compiled),
+    Contestant("ort", "onnxruntime, torch.onnx.export", "fp32", "exporter", "plain", _ORT),
+    Contestant("transformers", "onnxruntime, transformers, fused", "fp32", "exporter", "transformers", _ORT),
+    Contestant("ort-int8", "onnxruntime, quantize_dynamic, plain", "int8", "exporter", "int8", _ORT),
+    Contestant(
+        "ort-fused-int8", "onnxruntime, quantize_dynamic, fused", "int8", "exporter", "fused-int8", _ORT
+    ),
+    Contestant("openvino", "OpenVINO fp32", "fp32", "exporter", "openvino", _OPENVINO),
+    Contestant("openvino-bf16", "OpenVINO default", "bf16", "exporter", "openvino", _load_openvino_default),
+    Contestant(
+        "openvino-int8", "OpenVINO, NNCF", "int8", "exporter", "openvino-int8", _load_openvino_default
+    ),
+    Contestant("plm-ort", "PLM alone, onnxruntime", "fp32", "plm", "plain", _ORT),
+    Contestant("plm-transformers", "PLM alone, transformers, fused", "fp32", "plm", "transformers", _ORT),
+    Contestant("plm-openvino", "PLM alone, OpenVINO fp32", "fp32", "plm", "openvino", _OPENVINO),
+)
+
+
+def ours(variant: str) -> Contestant:
+    """Return a variant of ours as a contestant; ``variant`` is its name in the manifest, ``cpu-int8``."""
+    precision = variant.rpartition("-")[2]
+    return Contestant(f"ours-{variant}", f"ours, {variant}", precision, "ours", "ours", _load_ours)
+
+
+def find(name: str) -> Contestant:
+    """Return a contestant by its name.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    if name.startswith("ours-"):
+        return ours(name.removeprefix("ours-"))
+    return {contestant.name: contestant for contestant in THEIRS}[name]

@@ -1,0 +1,400 @@
+"""``python -m benchmarks.prepare``: make one graph or bundle of a case, and say what making it cost.
+
+Every preparation runs in a process of its own, so that its peak memory is its own, and lands in a folder
+that is kept: a second run of the benchmark finds it there. What stands in a folder depends on its name and
+on ``key``: versions of the packages, the code that makes it, and the case.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.feeds import CANDIDATES
+from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task
+from xadapter_export.errors import XAdapterError, import_extra
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from xadapter_export.model.x_adapter_model import XAdapterModel
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PACKAGES: Final = (
+    "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "nncf", "numpy",
+)  # fmt: skip
+DONE: Final = "done.json"
+MODEL: Final = "model.onnx"
+_MIB = 1 << 20
+_OPSET = 18
+_THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
+_OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
+
+
+class PreparationError(XAdapterError, RuntimeError):
+    """A graph that a contestant needs could not be made."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be made.
+
+    Attributes:
+        kind: A key of ``MAKERS``.
+        case: The case.
+        experts: Expert set; ``none`` is the plain PLM.
+        task: What it answers.
+        with_candidates: Whether the head is sliced to the 11 candidates; ours only.
+    """
+
+    kind: str
+    case: str
+    experts: ExpertSet
+    task: Task
+    with_candidates: bool = False
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        parts = [self.kind, self.case, self.experts, self.task]
+        return "-".join(parts + ["candidates"] * self.with_candidates)
+
+    def folder(self, cache: Path) -> Path:
+        """Where it is, or will be."""
+        return cache / key(self.case, ours=self.kind.startswith("ours")) / self.name
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making it took.
+
+    Attributes:
+        seconds: From the model in memory to the files on disk.
+        peak_mib: Highest resident size of the process.
+        beyond_mib: The same, less what was resident before the model was made: Python and its libraries.
+        size_bytes: Size of the files.
+    """
+
+    seconds: float
+    peak_mib: float
+    beyond_mib: float
+    size_bytes: int
+
+
+@functools.cache  # the code that this process runs does not change under it
+def key(case: str, *, ours: bool) -> str:
+    """Return the hash that a prepared folder stands under."""
+    digest = hashlib.sha256(f"{case} {versions()}".encode())
+    for part in _THEIR_CODE + (_OUR_CODE if ours else ()):
+        path = ROOT / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what is measured; those not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str]) -> Cost:
+    """Make it in a child process, or find it made.
+
+    Raises:
+        PreparationError: If it cannot be made; the reason is the child's last line.
+    """
+    folder = preparation.folder(cache)
+    if not (folder / DONE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
+        child = subprocess.run(
+            command, cwd=ROOT, env=dict(environment), check=False, capture_output=True, text=True
+        )
+        if child.returncode:
+            reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
+            raise PreparationError("a contestant could not be prepared", where=preparation.name, got=reason)
+    return Cost(**json.loads((folder / DONE).read_text(encoding="utf-8")))
+
+
+# ------------------------------------------------------------------------------------- in the child
+
+
+def _make_here(preparation: Preparation, folder: Path) -> None:
+    """Make it in this process; the record of its cost is written last."""
+    maker = MAKERS[preparation.kind]
+    from benchmarks.cases import make_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _peak_mib()
+    model = make_model(preparation.case, preparation.task)
+    start = time.perf_counter()
+    maker(preparation, model, folder)
+    seconds = time.perf_counter() - start
+    peak = _peak_mib()
+    cost = Cost(seconds, peak, peak - before, size_bytes(folder))
+    (folder / DONE).write_text(json.dumps(asdict(cost)), encoding="utf-8")
+
+
+def size_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _peak_mib() -> float:
+    """Highest resident size so far; on Linux not getrusage's, in which a child begins with its parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (_MIB if sys.platform == "darwin" else 1024)
+
+
+def _plain(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """What a user writes by hand: a module that returns logits at all positions, and torch.onnx.export."""
+    import torch
+
+    wrapper, inputs = _wrapper(model, preparation.experts)
+    dims = {axis: torch.export.Dim(axis, max=limit) for axis, limit in _limits(model).items()}
+    shapes = {name: {0: dims["batch"], 1: dims[_second_axis(name)]} for name in inputs}
+    torch.onnx.export(
+        wrapper,
+        (),
+        folder / MODEL,
+        kwargs=inputs,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=list(inputs),
+        output_names=_output_names(preparation.task),
+        dynamic_shapes=shapes,
+        external_data=True,
+        verbose=False,
+    )
+
+
+def _transformers(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Give the model to transformers' own exporter with its fusions for onnxruntime's CPU provider."""
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    wrapper, inputs = _wrapper(model, preparation.experts)
+    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
+    target = model.plm.model if preparation.experts == "none" else _as_pretrained(wrapper, model)
+    exporter = OnnxExporter()  # type: ignore[no-untyped-call]  # transformers
+    program, _ = exporter.export_program(target, inputs, config)
+    exporter.save_program(program, folder / MODEL)
+
+
+def _fused(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Apply onnxscript's fusions for onnxruntime to the plain export."""
+    del model
+    import onnx_ir as ir
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    graph = ir.load(_of("plain", preparation, folder) / MODEL)
+    fused = optimize_for_ort(graph)
+    ir.save(fused[0] if isinstance(fused, tuple) else fused, folder / MODEL, external_data=f"{MODEL}.data")
+
+
+def _int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """The usual int8 recipe: dynamic, per channel, MatMul, Gemm and Gather."""
+    del model
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = "fused" if preparation.kind == "fused-int8" else "plain"
+    quantize_dynamic(
+        _of(source, preparation, folder) / MODEL,
+        folder / MODEL,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+
+
+def _openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """OpenVINO's own conversion of the plain export; weights stay fp32."""
+    del model
+    ov = import_extra("openvino", "openvino")
+    converted = ov.convert_model(_of("plain", preparation, folder) / MODEL)
+    ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
+
+
+def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """NNCF's post-training quantisation of it for transformers, calibrated on texts fed as its user would."""
+    from benchmarks.cases import calibration_feeds
+    from benchmarks.feeds import feed_as
+
+    ov, nncf = import_extra("openvino", "openvino"), import_extra("nncf", "openvino")
+    converted = ov.Core().read_model(_of("openvino", preparation, folder) / "model.xml")
+    names = {name for port in converted.inputs for name in port.get_names()}
+    context = model.clip.config.context_length if model.clip is not None else None
+    feeds = [
+        {name: array for name, array in feed_as(feed, "user", context).items() if name in names}
+        for feed in calibration_feeds(model)
+    ]
+    quantized = nncf.quantize(
+        converted, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)
+    )
+    ov.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
+
+
+def _ours(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Make a bundle of ours with every precision and target."""
+    _export(preparation, model, folder, ("fp32", "int8", "int4"), ("onnx", "cpu", "openvino"))
+
+
+def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Make a bundle of ours with the portable fp32 graph alone, which is what other exporters make."""
+    _export(preparation, model, folder, ("fp32",), ("onnx",))
+
+
+def _export(
+    preparation: Preparation,
+    model: "XAdapterModel",
+    folder: Path,
+    precisions: Sequence[Precision],
+    targets: Sequence[Target],
+) -> None:
+    from xadapter_export import export
+
+    # With the gates open, so that what is below one is timed too; its row and verdict say so.
+    export(
+        model,
+        folder / "bundle",
+        preparation.experts,
+        candidates=CANDIDATES if preparation.with_candidates else None,
+        precisions=precisions,
+        targets=targets,
+        min_agreement=0.0,
+        max_points_lost=100.0,
+    )
+
+
+Maker = Callable[[Preparation, "XAdapterModel", Path], None]
+MAKERS: Final[dict[str, Maker]] = {
+    "plain": _plain,
+    "transformers": _transformers,
+    "fused": _fused,
+    "int8": _int8,
+    "fused-int8": _int8,
+    "openvino": _openvino,
+    "openvino-int8": _openvino_int8,
+    "ours": _ours,
+    "ours-portable": _ours_portable,
+}
+NEEDS: Final = {
+    "fused": "plain",
+    "int8": "plain",
+    "fused-int8": "fused",
+    "openvino": "plain",
+    "openvino-int8": "openvino",
+}
+
+
+def _of(kind: str, preparation: Preparation, folder: Path) -> Path:
+    """Where that which this is made from stands: beside it."""
+    return folder.parent / Preparation(kind, preparation.case, preparation.experts, preparation.task).name
+
+
+def _limits(model: "XAdapterModel") -> dict[str, int | None]:
+    context = model.clip.config.context_length if model.clip is not None else None
+    return {"batch": None, "seq": model.plm.max_seq, "clip_seq": context}
+
+
+def _second_axis(name: str) -> str:
+    return "clip_seq" if name == "clip_input_ids" else "seq"
+
+
+def _output_names(task: Task) -> list[str]:
+    return ["last_hidden_state", "sentence_embedding"] if task == "feature-extraction" else ["logits"]
+
+
+def _wrapper(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", dict[str, "Tensor"]]:
+    """The module that a user would write around ``XAdapterModel``, and inputs to trace it with."""
+    import torch
+    from torch import Tensor, nn
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self,
+            input_ids: Tensor,
+            attention_mask: Tensor,
+            token_type_ids: Tensor | None = None,
+            clip_input_ids: Tensor | None = None,
+        ) -> Tensor | tuple[Tensor, Tensor]:
+            output = self.model(input_ids, attention_mask, token_type_ids, clip_input_ids, experts=experts)
+            if output.logits is not None:
+                return output.logits  # type: ignore[no-any-return]  # nn.Module call
+            return output.last_hidden_state, output.sentence_embedding
+
+    ids = torch.arange(14).reshape(2, 7) % model.plm.vocab_size
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])}
+    if model.plm.has_token_type_ids:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    if (
+        model.clip is not None
+        and (model.config.retrieval.mode == "topk" or "t" in experts)
+        and experts != "none"
+    ):
+        inputs["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
+    return Wrapper().eval(), inputs
+
+
+def _as_pretrained(wrapper: "nn.Module", model: "XAdapterModel") -> Any:
+    """The same module as the class that transformers' exporter asks for."""
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    class Pretrained(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers
+        config_class = type(model.plm.model.config)
+        _supports_sdpa = True
+
+        def __init__(self) -> None:
+            super().__init__(model.plm.model.config)
+            self.wrapper = wrapper
+
+        def forward(self, **inputs: "Tensor") -> Any:
+            answer = self.wrapper(**inputs)
+            return MaskedLMOutput(logits=answer[0] if isinstance(answer, tuple) else answer)
+
+    return Pretrained().eval()  # type: ignore[no-untyped-call]  # transformers
+
+
+def quiet_environment(threads: int, cache: Path) -> dict[str, str]:
+    """Return the environment of every child: its threads, and where torch.compile keeps its work."""
+    count = str(threads)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "KMP_BLOCKTIME": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache.resolve() / "inductor"),
+    }
+
+
+if __name__ == "__main__":
+    _make_here(Preparation(**json.loads(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,251 @@
+"""What the benchmark says: one table for each question, a chart, JSON with every raw time."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import THEIRS, find
+from benchmarks.feeds import Cell
+from benchmarks.intervals import ratio, spread
+from benchmarks.limits import Limits
+from benchmarks.prepare import versions
+from benchmarks.verdicts import Measured, Results, Row, Verdict, chosen
+
+_WIDTH: Final = 200
+_FEEDINGS = {"user": "as its user feeds it", "equal": "at our lengths"}
+_PAINTS = (
+    "#9a9da3", "#c9c2b8", "#3b78c4", "#7fb0e6", "#ee8a2c", "#f2cb3d", "#7f57a8", "#4a9b54", "#cf3a3a",
+    "#26262b", "#2aa5a0", "#f08fb4",
+)  # fmt: skip
+_MAIN = ("eager", "compile", "ort", "ort-fused-int8", "openvino", "openvino-int8", "plm-ort")
+
+
+def make_console() -> Console:
+    """Return a console on stdout, wide enough for every table, also where it is no terminal."""
+    return Console(markup=False, highlight=False, emoji=False, width=_WIDTH)
+
+
+def label(row: Row) -> str:
+    """A row in words."""
+    contestant = find(row.contestant)
+    return contestant.title if contestant.kind == "ours" else f"{contestant.title}, {_FEEDINGS[row.feeding]}"
+
+
+def latency_tables(results: Results) -> Iterable[Table]:
+    """Yield a table for each case, expert set and answer: ms, ratio to the judged one of ours, limits."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in results.cells:
+        groups.setdefault((cell.case, cell.experts, cell.head), []).append(cell)
+    for (case, experts, head), cells in groups.items():
+        table = Table(
+            title=f"{case}, experts {experts}, {head}: median ms (quartiles), x ours, share of the limit",
+            title_justify="left",
+            show_edge=False,
+        )
+        table.add_column("contestant", no_wrap=True)
+        for cell in cells:
+            table.add_column(cell.shape, justify="right", no_wrap=True)
+        rows = list(dict.fromkeys(row for cell in cells for row in results.cells[cell]))
+        for row in rows:
+            table.add_row(label(row), *(_entry(results, cell, row) for cell in cells))
+        yield table
+
+
+def _entry(results: Results, cell: Cell, row: Row) -> str:
+    rows = results.cells[cell]
+    if row not in rows:
+        return "-"
+    found = spread(rows[row].times_ms)
+    text = f"{_ms(found.median)} ({_ms(found.low)}-{_ms(found.high)})"
+    precision = find(row.contestant).precision
+    mine = chosen(results, "int8" if precision == "int8" else "fp32")
+    own = next((other for other in rows if other.contestant == mine), None)
+    times = f" x{ratio(rows[row].times_ms, rows[own].times_ms).value:.2f}" if own and own != row else ""
+    return f"{text}{times} {rows[row].share:.0%}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def limits_table(limits: Limits) -> Table:
+    """What the machine can do."""
+    table = Table(
+        title=f"limits of this machine, {limits.threads} threads", title_justify="left", show_edge=False
+    )
+    for column in ("fp32 GFLOP/s", "bf16 GFLOP/s", "int8 Gop/s", "reading GB/s"):
+        table.add_column(column, justify="right")
+    values = (limits.fp32_gflops, limits.bf16_gflops, limits.int8_gops, limits.read_gb_s)
+    table.add_row(*(f"{value:.0f}" for value in values))
+    return table
+
+
+def size_table(results: Results) -> Table:
+    """Files of ours."""
+    table = Table(title="files of ours", title_justify="left", show_edge=False)
+    table.add_column("case, experts, answer, variant", no_wrap=True)
+    for column in ("MB", "parameters (M)", "bytes a parameter", "below its gate"):
+        table.add_column(column, justify="right")
+    for size in results.sizes:
+        table.add_row(
+            f"{size.case} {size.experts} {size.head} {size.variant}",
+            f"{size.size_bytes / 1e6:.2f}",
+            f"{size.parameters / 1e6:.2f}",
+            f"{size.size_bytes / size.parameters:.3f}",
+            size.below_gate,
+        )
+    return table
+
+
+def footprint_table(results: Results) -> Table:
+    """What having each contestant costs, and making it."""
+    table = Table(
+        title="having and making, in fresh processes; memory is beyond the imported libraries",
+        title_justify="left",
+        show_edge=False,
+    )
+    table.add_column("contestant", no_wrap=True)
+    for column in ("files MiB", "load s", "first run s", "resident MiB", "of files", "two of one"):
+        table.add_column(column, justify="right")
+    for column in ("made in s", "peak MiB making it"):
+        table.add_column(column, justify="right")
+    names = dict.fromkeys([*results.footprints, *results.costs])
+    for name in names:
+        found, cost, files = results.footprints.get(name), results.costs.get(name), results.file_mib.get(name)
+        table.add_row(
+            name,
+            f"{files:.0f}" if files else "-",
+            f"{found.load_s:.2f}" if found else "-",
+            f"{found.first_run_s:.2f}" if found else "-",
+            f"{found.one_mib:.0f}" if found else "-",
+            f"{found.one_mib / files:.2f}" if found and files else "-",
+            f"{found.two_mib / found.one_mib:.2f}" if found else "-",
+            f"{cost.seconds:.0f}" if cost else "-",
+            f"{cost.beyond_mib:.0f}" if cost else "-",
+        )
+    return table
+
+
+def as_json(
+    results: Results,
+    limits: Limits,
+    verdicts: Sequence[Verdict],
+    agreement: Mapping[str, float],
+    missing: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything, for machines."""
+    return {
+        "versions": versions(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpu_flags": cpu_flags(),
+        },
+        "limits": asdict(limits),
+        "cells": [
+            {
+                **asdict(cell),
+                "shape": cell.shape,
+                "rows": [_row(row, measured) for row, measured in rows.items()],
+            }
+            for cell, rows in results.cells.items()
+        ],
+        "sizes": [asdict(size) for size in results.sizes],
+        "footprints": {name: asdict(found) for name, found in results.footprints.items()},
+        "file_mib": dict(results.file_mib),
+        "costs": {name: asdict(cost) for name, cost in results.costs.items()},
+        "agreement_with_eager": dict(agreement),
+        "not_measured": dict(missing),
+        "must_show": [{**asdict(verdict), "status": verdict.status} for verdict in verdicts],
+    }
+
+
+def _row(row: Row, measured: Measured) -> dict[str, Any]:
+    contestant = find(row.contestant)
+    return {
+        "contestant": row.contestant,
+        "feeding": row.feeding,
+        "title": contestant.title,
+        "precision": contestant.precision,
+        "median_ms": measured.median_ms,
+        "times_ms": list(measured.times_ms),
+        "gflop": measured.gflop,
+        "weight_bytes": measured.weight_bytes,
+        "limit_ms": measured.limit_ms,
+        "share_of_limit": measured.share,
+    }
+
+
+def cpu_flags() -> list[str]:
+    """Return what the CPU can do, as Linux lists it; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return []
+    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    return sorted(set(lines[0].partition(":")[2].split())) if lines else []
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw ms of the main contestants for every shape, a panel for each case, expert set and kind of answer.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    from xadapter_export.errors import import_extra
+
+    import_extra("matplotlib", "report")
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in results.cells:
+        panels.setdefault((cell.case, cell.experts, cell.head), []).append(cell)
+    figure = Figure(figsize=(13, 4.4 * len(panels) + 0.6), dpi=130, layout="constrained", facecolor="#fbfaf7")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, ((case, experts, head), cells) in zip(axes, panels.items(), strict=True):
+        found = dict.fromkeys(row for cell in cells for row in results.cells[cell])
+        rows = [row for row in found if is_main(row)] or list(found)
+        width = 0.86 / len(rows)
+        for number, row in enumerate(rows):
+            shown = [
+                (i, results.cells[cell][row]) for i, cell in enumerate(cells) if row in results.cells[cell]
+            ]
+            places = [i + (number - (len(rows) - 1) / 2) * width for i, _ in shown]
+            heights = [measured.median_ms for _, measured in shown]
+            is_ours = row.contestant.startswith("ours")
+            bars = axis.bar(
+                places, heights, width * 0.94, label=label(row),
+                color=_PAINTS[number % len(_PAINTS)], hatch="//" if is_ours else None, edgecolor="#fbfaf7",
+            )  # fmt: skip
+            axis.bar_label(bars, [_ms(height) for height in heights], fontsize=6, padding=1, rotation=90)
+        axis.set_yscale("log")
+        axis.margins(y=0.18)
+        axis.set_ylabel("median ms")
+        axis.set_xticks(range(len(cells)), [f"{cell.batch} x {cell.seq} tokens" for cell in cells])
+        axis.set_title(f"{case}, experts {experts}, {head}", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path)
+
+
+def is_main(row: Row) -> bool:
+    """Whether the chart shows it: the main contestants as their users feed them, and ours."""
+    contestant = find(row.contestant)
+    if contestant.kind == "ours":
+        return True
+    return row.contestant in _MAIN and row.feeding == ("equal" if contestant.kind == "torch" else "user")
+
+
+def all_names() -> tuple[str, ...]:
+    """Names of the contestants that are not ours, and ``ours`` for all of ours."""
+    return (*(contestant.name for contestant in THEIRS), "ours")

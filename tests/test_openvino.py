@@ -1,0 +1,299 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import ExpertSet, Precision
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
+from xadapter_export.bundle.openvino_session import create_openvino_session, import_openvino
+from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
+from xadapter_export.exporters.openvino_ir import convert_to_ir
+from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.model.builtin import builtin_folder
+from xadapter_export.parity.compare import TOLERANCES
+from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.runtime.text import TextEncoder
+
+pytest.importorskip("nncf")
+
+Feed = dict[str, Array]
+LARGE = 8192  # elements
+
+
+class Case:
+    """The built-in checkpoint's portable graph of one expert set, and what is derived from it."""
+
+    def __init__(self, result: ExportResult, experts: ExpertSet, folder: Path) -> None:
+        bundle = read_bundle(result.folder, verify=False)
+        self.spec = bundle.manifest.expert_sets[experts]
+        self.portable = bundle.file(bundle.manifest.variant(experts).file)
+        self.encoder: TextEncoder = load_encoders(bundle)[1]
+        lines = (builtin_folder() / "heldout.jsonl").read_text("utf-8").splitlines()
+        self.texts = [text for line in lines for text in json.loads(line)["sentences"]]
+        self.onnx = create_session(self.portable, num_threads=1)
+        self.folder = folder
+
+    def feeds(self, texts: Sequence[str], size: int) -> list[Feed]:
+        names = [tensor.name for tensor in self.spec.inputs]
+        batches = [self.encoder.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+        return [{name: batch[name] for name in names} for batch in batches]
+
+    def convert(self, precision: Precision) -> Path:
+        path = self.folder / f"{precision}.xml"
+        convert_to_ir(self.portable, path, precision, self.feeds(self.texts[::4], 4))
+        return path
+
+
+@pytest.fixture(scope="module")
+def vt(builtin_export: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(builtin_export, "vt", tmp_path_factory.mktemp("vt"))
+
+
+@pytest.fixture(scope="module")
+def t(builtin_export: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(builtin_export, "t", tmp_path_factory.mktemp("t"))
+
+
+@pytest.fixture(scope="module")
+def vt_fp32(vt: Case) -> Path:
+    return vt.convert("fp32")
+
+
+@pytest.fixture(scope="module")
+def vt_int8(vt: Case) -> Path:
+    return vt.convert("int8")
+
+
+@pytest.fixture(scope="module")
+def vt_int4(vt: Case) -> Path:
+    return vt.convert("int4")
+
+
+@pytest.fixture(scope="module")
+def t_int8(t: Case) -> Path:
+    return t.convert("int8")
+
+
+@pytest.fixture(scope="module")
+def t_int4(t: Case) -> Path:
+    return t.convert("int4")
+
+
+def answers(session: OnnxSession, name: str, feeds: Sequence[Feed]) -> Array:
+    return np.concatenate([session.run([name], feed)[0] for feed in feeds])
+
+
+def agreement(case: Case, file: Path, size: int) -> tuple[float, float]:
+    """Share of sentences with the same top word as fp32, and the mean cosine of the logits."""
+    feeds = case.feeds(case.texts, size)
+    before = answers(case.onnx, "logits", feeds)[:, 0]
+    after = answers(create_openvino_session(file, num_threads=1), "logits", feeds)[:, 0]
+    products = (before * after).sum(-1)
+    cosine = products / np.linalg.norm(before, axis=-1) / np.linalg.norm(after, axis=-1)
+    return float((before.argmax(-1) == after.argmax(-1)).mean()), float(cosine.mean())
+
+
+def nodes(file: Path, kind: str) -> list[Any]:
+    model = import_openvino().Core().read_model(str(file))
+    return [node for node in model.get_ops() if node.get_type_name() == kind]
+
+
+def large_floats(file: Path) -> list[str]:
+    return [
+        node.get_friendly_name()
+        for node in nodes(file, "Constant")
+        if node.get_element_type().get_type_name() == "f32" and math.prod(node.shape) > LARGE
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_fp32_says_what_onnxruntime_says(vt: Case, vt_fp32: Path, size: int) -> None:
+    session = create_openvino_session(vt_fp32, num_threads=1)
+    texts = ["a banana is [MASK].", "the color of the ripe tomato on my plate is [MASK]!", "[MASK] grass."]
+    for feed in vt.feeds(texts, size):
+        want, got = vt.onnx.run(None, feed), session.run(None, feed)
+        for value, a, b in zip(vt.onnx.get_outputs(), want, got, strict=True):
+            assert (b.dtype, b.shape) == (a.dtype, a.shape)
+            rule = TOLERANCES["fp32"]
+            np.testing.assert_allclose(b, a, rule.rtol, rule.atol, err_msg=value.name)
+
+
+def test_names_shapes_and_types(vt: Case, vt_fp32: Path, vt_int8: Path, vt_int4: Path) -> None:
+    types = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+    for file in (vt_fp32, vt_int8, vt_int4):
+        session = create_openvino_session(file)
+        assert session.get_providers() == ["OpenVINO"]
+        for values, specs in (
+            (session.get_inputs(), vt.spec.inputs),
+            (session.get_outputs(), vt.spec.outputs),
+        ):
+            want = [
+                (s.name, [a if isinstance(a, int) else None for a in s.axes], types[s.dtype]) for s in specs
+            ]
+            assert [(v.name, v.shape, v.type) for v in values] == want
+        feed = vt.feeds(vt.texts[:2], 2)[0]
+        rows, logits = session.run(["retrieved", "logits"], feed)
+        assert (str(rows.dtype), str(logits.dtype)) == ("int64", "float32")
+        assert (rows.shape, logits.shape) == ((2, 4), (2, 1, 4942))
+
+
+def test_an_answer_is_not_written_over_by_the_next(vt: Case, vt_fp32: Path) -> None:
+    session = create_openvino_session(vt_fp32, num_threads=1)
+    first, second = vt.feeds(["a banana is [MASK].", "the [MASK] frog."], 1)
+    answer = session.run(["logits"], first)[0]
+    kept = answer.copy()
+    session.run(["logits"], second)
+    np.testing.assert_array_equal(answer, kept)
+
+
+@pytest.mark.parametrize("size", [1, 12])
+def test_int8_agrees_with_fp32(vt: Case, vt_int8: Path, t: Case, t_int8: Path, size: int) -> None:
+    for case, file in ((vt, vt_int8), (t, t_int8)):
+        same_top, cosine = agreement(case, file, size)
+        assert same_top >= 0.94  # measured 0.96 to 0.98 over a vocabulary of 4,942
+        assert cosine >= 0.9995
+
+
+def test_int4_agrees_with_fp32(vt: Case, vt_int4: Path, t: Case, t_int4: Path) -> None:
+    for case, file in ((vt, vt_int4), (t, t_int4)):
+        same_top, cosine = agreement(case, file, 12)
+        assert same_top >= 0.8
+        assert cosine >= 0.998
+
+
+def test_the_search_stays_exact(vt: Case, vt_int8: Path, vt_int4: Path) -> None:
+    feeds = vt.feeds(vt.texts, 12)
+    want = answers(vt.onnx, "retrieved", feeds)
+    scores = answers(vt.onnx, "retrieved_scores", feeds)
+    for file in (vt_int8, vt_int4):
+        assert large_floats(file) == ["bank"]
+        read = [[value.get_node() for value in node.input_values()] for node in nodes(file, "MatMul")]
+        queries = [query.get_type_name() for query, weight in read if weight.get_friendly_name() == "bank"]
+        assert queries == ["Divide"]  # the text's embedding at length 1, and no FakeQuantize
+        session = create_openvino_session(file, num_threads=1)
+        rows, found = answers(session, "retrieved", feeds), answers(session, "retrieved_scores", feeds)
+        moved = (rows != want).any(-1)
+        assert moved.mean() < 0.15  # the text's embedding is rounded; measured 0.06 to 0.08
+        np.testing.assert_allclose(found, scores, atol=0.01)
+
+
+def test_int8_leaves_no_large_fp32_weight(t: Case, t_int8: Path, t_int4: Path) -> None:
+    full = t.convert("fp32").with_suffix(".bin").stat().st_size
+    assert len(nodes(t_int8, "FakeQuantize")) > 40
+    assert not nodes(t_int4, "FakeQuantize")
+    for file, share in ((t_int8, 0.3), (t_int4, 0.2)):
+        assert large_floats(file) == []
+        assert file.with_suffix(".bin").stat().st_size <= share * full
+        tables = [c for c in nodes(file, "Constant") if list(c.shape) == [4942, 128]]
+        assert [c.get_element_type().get_type_name() for c in tables] == ["i8"]  # table and decoder are one
+
+
+def test_openvino_keeps_int8_in_memory(t_int8: Path) -> None:
+    ov = import_openvino()
+    compiled = ov.Core().compile_model(str(t_int8), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = [
+        (value.get_element_type().get_type_name(), math.prod(value.get_shape()))
+        for node in compiled.get_runtime_model().get_ops()
+        for value in node.outputs()
+        if node.get_rt_info()["layerType"].astype(str) == "Const"
+    ]
+    assert sum(kind == "i8" and size > LARGE for kind, size in found) > 20
+    assert not [size for kind, size in found if kind == "f32" and size > LARGE]
+
+
+def test_threads_share_a_session(t: Case, t_int8: Path) -> None:
+    session = create_openvino_session(t_int8, num_threads=1)
+    feeds = t.feeds(t.texts[:60], 1) + t.feeds(t.texts[:60], 5)
+    alone = [session.run(["logits"], feed)[0] for feed in feeds]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda feed: session.run(["logits"], feed)[0], feeds))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_failed_call_does_not_break_the_session(t: Case, t_int8: Path) -> None:
+    session = create_openvino_session(t_int8, num_threads=1)
+    feed = t.feeds(t.texts[:1], 1)[0]
+    want = session.run(["logits"], feed)[0]
+    with pytest.raises(KeyError, match="no_such"):
+        session.run(["no_such"], feed)
+    with pytest.raises(RuntimeError, match="no_such"):
+        session.run(["logits"], feed | {"no_such": feed["input_ids"]})
+    np.testing.assert_array_equal(session.run(["logits"], feed)[0], want)
+
+
+def test_a_file_that_cannot_be_loaded(vt_fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"OpenVINO cannot load the graph: .*absent\.xml"):
+        create_openvino_session(tmp_path / "absent.xml")
+    (tmp_path / "garbage.xml").write_text("no graph", encoding="utf-8")
+    with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
+        create_openvino_session(tmp_path / "garbage.xml")
+    alone = Path(shutil.copy(vt_fp32, tmp_path / "alone.xml"))
+    with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
+        create_openvino_session(alone)
+    alone.with_suffix(".bin").write_bytes(vt_fp32.with_suffix(".bin").read_bytes()[:1000])
+    with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
+        create_openvino_session(alone)
+
+
+def test_arguments_that_make_no_sense(vt: Case, vt_fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_threads must be at least 1"):
+        create_openvino_session(vt_fp32, num_threads=0)
+    with pytest.raises(ConfigError, match="int8 needs texts to calibrate with"):
+        convert_to_ir(vt.portable, tmp_path / "x.xml", "int8", [])
+    with pytest.raises(UnsupportedError, match=r"no such precision.*got fp16"):
+        convert_to_ir(vt.portable, tmp_path / "x.xml", "fp16", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_openvino_is_not_installed(vt_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"xadapter-export\[openvino\]"):
+        create_openvino_session(vt_fp32)
+
+
+_CONVERT = """
+import sys
+from pathlib import Path
+import numpy as np
+connected = []
+sys.addaudithook(lambda event, args: connected.append(args) if event == "socket.connect" else None)
+from xadapter_export.exporters.openvino_ir import convert_to_ir
+feeds = [dict(np.load(sys.argv[2]))]
+convert_to_ir(Path(sys.argv[1]), Path(sys.argv[3]), "int8", feeds)
+assert not connected, connected
+assert "openvino_telemetry" not in sys.modules
+import openvino_telemetry  # it is there for others
+"""
+
+
+def test_openvino_prints_nothing_and_has_no_telemetry(t: Case, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    np.savez(tmp_path / "feed.npz", **t.feeds(t.texts[:4], 4)[0])  # type: ignore[arg-type]  # keywords are arrays
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_VERSION")}
+    script = [str(t.portable), str(tmp_path / "feed.npz"), str(tmp_path / "t.xml")]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _CONVERT, *script],
+        env=environment | {"HOME": str(home)},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert not (
+        home / "intel"
+    ).exists()  # where its telemetry counts and keeps an id, as soon as it is imported
+    assert (tmp_path / "t.xml").exists()
+    assert str(tmp_path).encode() not in (tmp_path / "t.xml").read_bytes()

@@ -1,0 +1,581 @@
+"""Lossy graphs: what became int8, int4 and fp16, how far it is off, what is kept, and the way to a bundle."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+
+from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
+from xadapter_export import XAdapterSession, export
+from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Target, Variant
+from xadapter_export.bundle.onnx_session import create_session
+from xadapter_export.cli.export import export as export_command
+from xadapter_export.cli.parity import parity as parity_command
+from xadapter_export.cli.run import run as run_command
+from xadapter_export.errors import ConfigError, ParityError
+from xadapter_export.exporters import agreement, pipeline
+from xadapter_export.exporters.derive import plan_variants
+from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.exporters.quantise import RECIPES, Recipe, quantise
+from xadapter_export.model.config import XAdapterConfig
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.x_adapter_model import XAdapterModel
+
+SETS: tuple[ExpertSet, ...] = ("vt", "none")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+KEPT = ("adapters.", "bank", "clip.text_projection", "clip.positional_embedding", "candidate_decoder.")
+SENTENCES = (
+    "the color of a banana is yellow.",
+    "a cherry is red and a lime is green.",
+    "a very very red cherry",
+    "the fruit of a lime is green.",
+    "banana and cherry and lime",
+    "a fruit is very green and very yellow.",
+    "the lime is a fruit.",
+    "the banana is a very yellow fruit.",
+)
+ANY: dict[str, Any] = {"min_agreement": 0.0, "max_points_lost": 100.0}  # gates that a random model passes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> XAdapterModel:
+    """A tiny model whose CLIP is wide enough to be quantised."""
+    folder = tmp_path_factory.mktemp("model")
+    config = XAdapterConfig(experts="vt", layers=(1, 2), adapter_width=32, num_heads=2)
+    plm = load_plm(make_plm("bert", folder / "plm"), "fill-mask")
+    model = randomise_plugin(XAdapterModel(config, plm, make_clip(width=32), make_bank()))
+    model.save_pretrained(folder / "checkpoint", self_contained=True)
+    return XAdapterModel.from_pretrained(folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(model: XAdapterModel, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """Two expert sets in every precision; not to be changed."""
+    folder = tmp_path_factory.mktemp("export") / "bundle"
+    return export(model, folder, SETS, precisions=PRECISIONS, calibration=texts, **ANY)
+
+
+def load(result: ExportResult, name: str, experts: ExpertSet = "vt") -> ir.Model:
+    return ir.load(result.folder / result.manifest.variant(experts, name).file)
+
+
+def arrays(model: ir.Model) -> dict[str, NDArray[Any]]:
+    return {str(v.name): v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value}
+
+
+def large(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Matrices that are quantised: not the small ones, nor what is kept."""
+    return {
+        name: array
+        for name, array in weights.items()
+        if array.dtype == np.float32
+        and array.ndim == 2
+        and min(array.shape) >= 32
+        and not name.startswith(KEPT)
+        and not name.endswith(".scales")
+    }
+
+
+def products(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+def constant(value: ir.Value | None) -> NDArray[Any]:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """``(N, K / 2) uint8`` to ``(N, K)`` numbers from -8 to 7, the low half first."""
+    numbers = np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+    return numbers.astype(np.int8) - 8
+
+
+# ------------------------------------------------------------------------------------------ graphs
+
+
+def test_every_large_matrix_is_quantised_and_what_is_kept_is_not(result: ExportResult) -> None:
+    for experts in SETS:
+        fp32 = arrays(load(result, "onnx-fp32", experts))
+        names = set(large(fp32))
+        assert any(name.startswith("clip") for name in names) == (experts == "vt")
+        for name, dtype, kind in (("cpu-int8", np.int8, "int8"), ("cpu-int4", np.uint8, "int4")):
+            got = arrays(load(result, name, experts))
+            assert not large(got), name
+            assert {n for n in names if f"{n}.{kind}" in got} == names
+            assert all(got[f"{n}.{kind}"].dtype == dtype for n in names)
+            for kept in [n for n in fp32 if n.startswith(("adapters.", "clip.text_projection"))]:
+                np.testing.assert_array_equal(got[kept], fp32[kept])
+
+
+def test_a_table_stands_once_though_the_decoder_reads_it_too(result: ExportResult) -> None:
+    for name, kind in (("cpu-int8", "int8"), ("cpu-int4", "int4")):
+        graph = load(result, name, "none")
+        (table,) = [
+            v for v in graph.graph.initializers.values() if f"word_embeddings.weight.{kind}" in str(v.name)
+        ]
+        users = sorted(user.op_type for user, _ in table.uses())
+        assert users == {"int8": ["Gather", "Transpose"], "int4": ["GatherBlockQuantized", "Reshape"]}[kind]
+        rows = constant(table)
+        same = [
+            n for n, a in arrays(graph).items() if a.shape in (rows.shape, rows.T.shape) and n != table.name
+        ]
+        assert not any(np.array_equal(arrays(graph)[n], other) for n in same for other in (rows, rows.T))
+        decoder = products(graph, "DynamicQuantizeMatMul" if kind == "int8" else "MatMulNBits")[-1]
+        producer = None if decoder.inputs[1] is None else decoder.inputs[1].producer()
+        assert producer is not None
+        assert producer.inputs[0] is table
+
+
+def test_int8_rows_and_columns_are_within_half_a_step(result: ExportResult) -> None:
+    fp32, got = (arrays(load(result, name)) for name in ("onnx-fp32", "cpu-int8"))
+    for name, matrix in large(fp32).items():
+        numbers, scales = got[f"{name}.int8"].astype(np.float32), got[f"{name}.scales"]
+        scales = scales if scales.ndim == 2 else scales[None]  # of rows (N, 1), or of columns
+        wanted = matrix if numbers.shape == matrix.shape else matrix.T
+        assert (np.abs(numbers * scales - wanted) <= scales / 2 * 1.0001).all(), name
+        assert np.abs(numbers).max() == 127
+
+
+def test_int4_blocks_are_within_a_step_and_exact_for_their_largest_number(result: ExportResult) -> None:
+    fp32, got = (arrays(load(result, name)) for name in ("onnx-fp32", "cpu-int4"))
+    assert len(large(fp32)) > 10
+    for name, matrix in large(fp32).items():
+        numbers, scales = unpack(got[f"{name}.int4"]).astype(np.float32), got[f"{name}.scales"]
+        rows = matrix if "embedding" in name else matrix.T
+        size = rows.shape[1] // scales.shape[1]
+        assert size in (16, 32, 64)
+        blocks = rows.reshape(*scales.shape, size)
+        error = np.abs(numbers.reshape(blocks.shape) * scales[..., None] - blocks)
+        assert (error <= np.abs(scales[..., None]) * 1.0001).all(), name  # 7 is the last number above 0
+        largest = np.abs(blocks).argmax(-1)[..., None]
+        np.testing.assert_allclose(np.take_along_axis(error, largest, -1), 0, atol=1e-6)
+
+
+def test_fp16_halves_the_weights_and_keeps_its_inputs_and_outputs(result: ExportResult) -> None:
+    half, whole = arrays(load(result, "onnx-fp16")), arrays(load(result, "onnx-fp32"))
+    for name, matrix in large(whole).items():
+        assert half[name].dtype == np.float16
+        np.testing.assert_allclose(half[name], matrix, rtol=1e-3, atol=1e-6)
+    session = create_session(result.folder / result.manifest.variant("vt", "onnx-fp16").file)
+    kinds = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+    assert kinds["logits"] == kinds["retrieved_scores"] == "tensor(float)"
+    assert kinds["input_ids"] == "tensor(int64)"
+
+
+def graph_of(table: NDArray[np.float32], matrix: NDArray[np.float32], bias: NDArray[np.float32]) -> ir.Model:
+    """``table[ids] @ matrix + bias``, and that times the transposed table."""
+
+    def weight(name: str, array: NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        return ir.Value(
+            name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+        )
+
+    ids = ir.Value(name="ids", shape=ir.Shape(("n",)), type=ir.TensorType(ir.DataType.INT64))
+    weights = [weight("table", table), weight("matrix", matrix), weight("bias", bias)]
+    gather = ir.node("Gather", [weights[0], ids])
+    product = ir.node("MatMul", [gather.outputs[0], weights[1]])
+    add = ir.node("Add", [product.outputs[0], weights[2]])
+    transpose = ir.node("Transpose", [weights[0]], {"perm": [1, 0]})
+    decoder = ir.node("MatMul", [add.outputs[0], transpose.outputs[0]])
+    out = decoder.outputs[0]
+    out.name, out.shape, out.type = (
+        "out",
+        ir.Shape(("n", table.shape[0])),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph = ir.Graph(
+        [ids],
+        [out],
+        nodes=[gather, product, add, transpose, decoder],
+        initializers=weights,
+        opset_imports={"": 17},
+        name="g",
+    )
+    return ir.Model(graph, ir_version=9)
+
+
+def answers(model: ir.Model, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    ir.save(model, folder / "graph.onnx")
+    (got,) = create_session(folder / "graph.onnx").run(["out"], {"ids": ids})
+    return np.asarray(got, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "width"), [(8, 33, 37), (8, 51, 32), (4, 33, 48), (4, 35, 64), (4, 50, 80)]
+)
+def test_odd_sizes_and_rows_of_zeros(bits: int, rows: int, width: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(0, 1, (rows, width)).astype(np.float32)
+    matrix = rng.normal(0, width**-0.5, (width, width)).astype(np.float32)
+    table[3], table[4], matrix[:, 5], matrix[7] = 0, 1e-45, 0, 0
+    bias = rng.normal(0, 1, width).astype(np.float32)
+    ids = np.arange(rows)
+    expected = answers(graph_of(table, matrix, bias), tmp_path, ids)
+    model = graph_of(table, matrix, bias)
+    quantise(model, Recipe("all", bits, bits, bits))
+    assert not large(arrays(model))
+    got = answers(model, tmp_path, ids)
+    assert np.isfinite(got).all()
+    error = np.abs(got - expected).mean() / np.abs(expected).mean()
+    assert error < {8: 0.02, 4: 0.2}[bits]
+    assert error > 1e-4  # it is not the same graph
+
+
+def test_four_bits_need_rows_that_divide_into_blocks() -> None:
+    matrix = np.ones((40, 40), np.float32)
+    with pytest.raises(ParityError, match=r"4 bits need rows of a multiple of 16 \(got \(40, 40\)\); choose"):
+        quantise(graph_of(matrix, matrix, np.ones(40, np.float32)), Recipe("all", 4, 4, 4))
+
+
+def test_a_recipe_may_leave_parts_in_fp32() -> None:
+    rng = np.random.default_rng(1)
+    model = graph_of(*(rng.normal(0, 1, shape).astype(np.float32) for shape in ((40, 32), (32, 32), (32,))))
+    for name in ("table", "matrix"):
+        value = model.graph.initializers[name]
+        value.name = f"clip.{name}"
+    quantise(model, Recipe("rest only", 8, 32, 8))
+    assert set(large(arrays(model))) == {"clip.table", "clip.matrix"}
+    assert not products(model, "DynamicQuantizeMatMul")
+
+
+# ------------------------------------------------------------------------------------------ bundles
+
+
+def test_files_have_the_names_that_transformers_js_looks_for(result: ExportResult) -> None:
+    manifest = result.manifest
+    assert {v.name: v.file for v in manifest.variants_of("vt")} == {
+        "onnx-fp32": "onnx/model.onnx",
+        "cpu-fp32": "onnx/model_cpu.onnx",
+        "onnx-fp16": "onnx/model_fp16.onnx",
+        "cpu-int8": "onnx/model_quantized.onnx",
+        "cpu-int4": "onnx/model_q4.onnx",
+    }
+    assert {v.file for v in manifest.variants_of("none")} == {
+        v.file.replace("model", "model_none") for v in manifest.variants_of("vt")
+    }
+    on_disk = {f"onnx/{path.name}" for path in (result.folder / "onnx").iterdir()}
+    assert on_disk == {p for v in manifest.variants for p in (v.file, *v.weight_files)}
+
+
+def test_expert_sets_and_fp32_variants_share_their_weights(result: ExportResult) -> None:
+    named = {v.name: v.weight_files for v in result.manifest.variants}
+    assert named["onnx-fp32"] == named["cpu-fp32"] == ("onnx/model.onnx_data",)
+    assert len(set(named.values())) == 4
+    for variant in result.manifest.variants_of("vt"):
+        places: dict[str, set[int]] = {}
+        for experts in SETS:
+            for value in load(result, variant.name, experts).graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    places.setdefault(str(value.name), set()).add(value.const_value.offset or 0)
+        assert places
+        assert all(len(found) == 1 for found in places.values())
+    data = {name: (result.folder / files[0]).stat().st_size for name, files in named.items()}
+    assert data["cpu-int4"] < data["cpu-int8"] < data["onnx-fp16"] < data["onnx-fp32"]
+
+
+def test_lossy_variants_carry_agreement_and_fp32_ones_a_proof(result: ExportResult) -> None:
+    assert len(result.manifest.variants) == 5 * len(SETS)
+    for variant in result.manifest.variants:
+        assert (variant.parity is None) == (variant.precision != "fp32")
+        assert (variant.agreement is None) == (variant.precision == "fp32")
+        assert variant.parity is None or variant.parity.passed
+        if variant.agreement is not None:
+            assert variant.agreement.num_texts >= len(SENTENCES) // 2
+            assert variant.agreement.cosine > {"fp16": 0.999, "int8": 0.9, "int4": 0.5}[variant.precision]
+            assert variant.agreement.gate_lowered
+            assert (variant.agreement.same_rows is None) == (variant.expert_set == "none")
+            (step,) = [step for step in variant.optimisations if not step.lossless]
+            assert step.after < step.before
+            known = {"fp16_weights"} | {r.name for recipes in RECIPES.values() for r in recipes}
+            assert step.name in known
+    assert {cell.variant for cell in result.parity.cells} == {"onnx-fp32", "cpu-fp32"}
+
+
+def test_every_variant_answers_like_the_fp32_one(result: ExportResult) -> None:
+    def logits(name: str) -> NDArray[np.float32]:
+        session = XAdapterSession.load(result.folder, variant=name)
+        return np.array([[a.score for a in answers] for answers in [session.fill_mask(TEXTS[0], top_k=40)]])
+
+    expected = logits("onnx-fp32")
+    for name, most in (("cpu-fp32", 1e-4), ("cpu-int8", 0.2), ("cpu-int4", 0.6)):
+        assert np.abs(logits(name) - expected).max() < most, name
+
+
+@pytest.fixture(scope="module")
+def small(model: XAdapterModel, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """A bundle of int8 alone; not to be changed."""
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    return export(model, folder, "t", precisions=["int8"], calibration=texts, **ANY)
+
+
+def test_int8_alone_leaves_no_fp32_file_and_answers(small: ExportResult) -> None:
+    assert [variant.name for variant in small.manifest.variants] == ["cpu-int8"]
+    assert sorted(path.name for path in (small.folder / "onnx").iterdir()) == [
+        "model_quantized.onnx",
+        "model_quantized.onnx_data",
+    ]
+    run = CliRunner().invoke(run_command, [str(small.folder), "the color of a banana is [MASK].", "--json"])
+    assert run.exit_code == 0, run.stderr
+    (reply,) = json.loads(run.stdout)["replies"]
+    assert (reply["variant"], reply["experts"]) == ("cpu-int8", "t")
+    parity = CliRunner().invoke(parity_command, [str(small.folder)])
+    assert parity.exit_code == 0, parity.stderr
+    assert "cpu-int8" in parity.stdout
+    assert small.parity.passed  # the portable graph was proven before it was removed
+    assert small.parity.variant_parity("t").num_cells > 0
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.fixture
+def embed(model: XAdapterModel, texts: Path, tmp_path: Path) -> Callable[..., ExportResult]:
+    """Exports embeddings in int4, whose gate is a cosine and so tells recipes apart."""
+
+    def run(name: str, **options: Any) -> ExportResult:
+        return export(
+            model,
+            tmp_path / name,
+            "t",
+            task="feature-extraction",
+            precisions=["int4"],
+            calibration=texts,
+            **options,
+        )
+
+    return run
+
+
+def recipe_and_cosine(manifest: Manifest) -> tuple[str, float]:
+    """What became of the one variant of a bundle."""
+    (variant,) = manifest.variants
+    assert variant.agreement is not None
+    (step,) = [step for step in variant.optimisations if not step.lossless]
+    return step.name, variant.agreement.cosine
+
+
+def test_a_recipe_that_fails_its_gate_gives_way_to_the_next(
+    embed: Callable[..., ExportResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, cosines = [recipe.name for recipe in RECIPES["int4"]], []
+
+    def compare(*arguments: Any, **options: Any) -> Agreement:
+        measured = agreement.compare(*arguments, **options)
+        cosines.append(measured.cosine)
+        return measured
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "agreement", SimpleNamespace(**{**vars(agreement), "compare": compare}))
+        with pytest.raises(ParityError, match=r"a variant is below its gate: cpu-int4, experts t") as error:
+            embed("none", min_agreement=1)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "--min-agreement" in message
+    assert message.endswith(f"the bundle was rejected and kept in {tmp_path / 'none.rejected'}")
+    assert not (tmp_path / "none").exists()
+    manifest = Manifest.from_json((tmp_path / "none.rejected/manifest.json").read_text("utf-8"))
+    assert recipe_and_cosine(manifest) == (names[-1], cosines[-1])
+
+    assert len(cosines) == len(names)  # each was tried
+    assert cosines[0] < cosines[-1] < 1
+    gate = (cosines[0] + cosines[-1]) / 2
+    chosen = next(place for place, cosine in enumerate(cosines) if cosine >= gate)
+    result = embed("gated", min_agreement=gate)
+    name, cosine = recipe_and_cosine(result.manifest)
+    assert name == names[chosen]
+    assert cosine == pytest.approx(cosines[chosen])
+
+
+# ------------------------------------------------------------------------------------------ what is asked for
+
+
+@pytest.mark.parametrize(
+    ("precisions", "targets", "expected"),
+    [
+        ((), (), [("onnx", "fp32"), ("cpu", "fp32")]),
+        (("int8",), (), [("cpu", "int8")]),
+        (("fp32", "int8"), (), [("onnx", "fp32"), ("cpu", "fp32"), ("cpu", "int8")]),
+        ((), ("openvino",), [("openvino", "fp32")]),
+        (("int8", "int8"), ("openvino", "cpu"), [("cpu", "int8"), ("openvino", "int8")]),
+        (("fp16",), ("onnx",), [("onnx", "fp16")]),
+    ],
+)
+def test_every_precision_goes_to_every_target_that_takes_it(
+    precisions: tuple[Precision, ...],
+    targets: tuple[Target, ...],
+    expected: list[tuple[Target, Precision]],
+) -> None:
+    planned = plan_variants(precisions, targets)
+    assert sorted(planned) == sorted(expected)
+    assert len(set(planned)) == len(planned)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "targets", "message"),
+    [
+        (
+            ("fp16",),
+            ("cpu",),
+            r"precision fp16 is not written for target cpu \(expected one of onnx\); add --t",
+        ),
+        (("int4",), ("onnx",), r"precision int4 is not written for target onnx .*; add --target cpu"),
+        (("fp32", "fp16"), ("openvino",), "precision fp16 is not written for target openvino"),
+        (
+            ("fp16",),
+            ("onnx", "openvino"),
+            r"target openvino does not take precision fp16 \(expected one of fp32",
+        ),
+    ],
+)
+def test_a_precision_without_a_target_is_refused(
+    precisions: tuple[Precision, ...], targets: tuple[Target, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_variants(precisions, targets)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(export_command, [*map(str, arguments), "--quiet"])
+
+
+def test_the_flags_reach_the_bundle(model: XAdapterModel, texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder, self_contained=True)
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"color": "yellow", "sentences": ["a banana is [MASK]."], "distribution": {"red": 0.5, "green": 0.5}},
+        {"color": "red", "sentences": ["a cherry is [MASK].", "[MASK] cherry"]},
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ["--precision", "fp32", "--precision", "int8", "--target", "onnx", "--target", "cpu"]
+    flags += ["--calibration", str(texts), "--evaluate", str(questions), "--min-agreement", "0.25"]
+    flags += ["--max-points-lost", "99", "--without", "packed_projections"]
+    done = call(folder, "--experts", "t", "-o", tmp_path / "bundle", *flags, "--json")
+    assert done.exit_code == 0, done.stderr
+    manifest = Manifest.model_validate_json(json.dumps(json.loads(done.stdout)["manifest"]))
+    assert [v.name for v in manifest.variants] == ["onnx-fp32", "cpu-fp32", "cpu-int8", "onnx-int8"]
+    assert manifest.variant("t", "onnx-int8").file == "onnx/model_int8.onnx"
+    agreement = manifest.variant("t", "cpu-int8").agreement
+    assert agreement is not None
+    assert (agreement.min_same_top, agreement.max_points_lost, agreement.gate_lowered) == (0.25, 99, True)
+    assert agreement.num_questions == 3
+    assert agreement.accuracy_fp32 is not None
+    assert agreement.num_texts > len(SENTENCES) // 2  # up to three masks of a text, each in a copy
+    assert "packed_projections" not in {s.name for v in manifest.variants for s in v.optimisations}
+    text = call(
+        folder, "--experts", "t", "-o", tmp_path / "bundle", "--force", "--precision", "int8", *flags[8:]
+    )
+    assert text.exit_code == 0, text.stderr
+    assert "experts t, cpu-int8: bundle/onnx/model_quantized.onnx" in text.stdout
+    assert "same top answer in" in text.stdout
+
+
+def test_a_variant_below_its_gate_is_one_line_and_exit_1(
+    model: XAdapterModel, texts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder, self_contained=True)
+    flags = ["--task", "feature-extraction", "--precision", "int8", "--calibration", texts]
+    done = call(folder, "--experts", "none", "-o", tmp_path / "bundle", *flags, "--min-agreement", "1")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "Error: a variant is below its gate: cpu-int8, experts none (expected a mean cosine"
+    )
+    assert not (tmp_path / "bundle").exists()
+    assert (tmp_path / "bundle.rejected/onnx/model_quantized.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--precision", "bf16"], 2, "Invalid value for '--precision'"),
+        (["--target", "tpu"], 2, "Invalid value for '--target'"),
+        (["--without", "luck"], 2, "Invalid value for '--without'"),
+        (["--min-agreement", "1.5"], 2, "Invalid value for '--min-agreement'"),
+        (["--max-points-lost", "-1"], 2, "Invalid value for '--max-points-lost'"),
+        (["--calibration", "missing.txt"], 2, "Invalid value for '--calibration'"),
+        (["--evaluate", "missing.csv"], 2, "Invalid value for '--evaluate'"),
+        (
+            ["--precision", "fp16", "--target", "cpu"],
+            1,
+            "Error: precision fp16 is not written for target cpu",
+        ),
+        (["--precision", "int8", "--calibration", "empty.txt"], 1, "Error: the file has no text: empty.txt"),
+        (["--precision", "int8", "--calibration", "one.txt"], 1, "Error: too few texts"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[str],
+    code: int,
+    message: str,
+    model: XAdapterModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(tmp_path / "checkpoint", self_contained=True)
+    Path("empty.txt").touch()
+    Path("one.txt").write_text("the\n", encoding="utf-8")
+    done = call("checkpoint", "--experts", "t", "-o", "bundle", *flags)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert not Path("bundle").exists()
+
+
+# ------------------------------------------------------------------------------------------ calibration.jsonl
+
+
+@pytest.fixture
+def with_texts(model: XAdapterModel, tmp_path: Path) -> Path:
+    """A checkpoint that carries texts, as training writes them."""
+    folder = tmp_path / "checkpoint"
+    lines = "".join(json.dumps({"sentence": text}) + "\n" for text in SENTENCES[:6])
+    model.save_pretrained(folder, self_contained=True, more_files={"calibration.jsonl": lines})
+    return folder
+
+
+def test_the_texts_of_a_checkpoint_are_what_its_lossy_export_is_compared_on(
+    with_texts: Path, texts: Path, tmp_path: Path
+) -> None:
+    def num_texts(name: str, **options: Any) -> int:
+        (variant,) = export(
+            with_texts,
+            tmp_path / name,
+            "none",
+            task="feature-extraction",
+            precisions=["int8"],
+            min_agreement=0,
+            **options,
+        ).manifest.variants
+        assert isinstance(variant, Variant)
+        assert variant.agreement is not None
+        return variant.agreement.num_texts
+
+    assert XAdapterModel.from_pretrained(with_texts).calibration_file == with_texts / "calibration.jsonl"
+    assert num_texts("own") == 3  # every second of six
+    assert num_texts("given", calibration=texts) == 4
+    (with_texts / "calibration.jsonl").unlink()
+    assert XAdapterModel.from_pretrained(with_texts).calibration_file is None
+    assert num_texts("ours") > 100

@@ -1,0 +1,204 @@
+import gc
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
+from xadapter_export import XAdapterSession
+from xadapter_export.bundle.manifest import Precision, Target, Variant
+from xadapter_export.errors import BundleError, ConfigError
+from xadapter_export.runtime import loaded
+from xadapter_export.runtime.choose import (
+    Machine,
+    choose,
+    parse_cpuinfo,
+    parse_sysctl,
+    read_machine,
+)
+
+BANANA = "the color of a banana is [MASK]."
+ALL = ("onnx-fp32", "onnx-fp16", "cpu-fp32", "cpu-int8", "cpu-int4", "openvino-fp32", "openvino-int8")
+VNNI = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=False)
+OPENVINO = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=True)
+OLD = Machine("x86-64", frozenset(), has_openvino=False)
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def make_variant(name: str) -> Variant:
+    target: Target
+    precision: Precision
+    target, precision = name.split("-")  # type: ignore[assignment]
+    return Variant(
+        expert_set="t",
+        precision=precision,
+        target=target,
+        file="f",
+        weight_files=(),
+        size_bytes=1,
+        parity=None,
+    )
+
+
+def chosen(names: tuple[str, ...], name: str, machine: Machine, *providers: str) -> str:
+    variants = [make_variant(item) for item in names]
+    return choose(variants, name, providers=providers or (CPU,), machine=machine).variant.name
+
+
+@pytest.mark.parametrize(
+    ("machine", "names", "expected"),
+    [
+        (OPENVINO, ALL, "openvino-int8"),
+        (Machine("arm64", frozenset({"asimddp"}), has_openvino=True), ALL, "cpu-int8"),
+        (VNNI, ALL, "cpu-int8"),
+        (Machine("x86-64", frozenset({"avx_vnni"}), has_openvino=False), ALL, "cpu-int8"),
+        (Machine("x86-64", frozenset({"avx2"}), has_openvino=False), ALL, "cpu-int8"),
+        (OLD, ALL, "cpu-fp32"),
+        (OPENVINO, ("onnx-fp32", "cpu-int8"), "cpu-int8"),
+        (OPENVINO, ("onnx-fp32", "openvino-fp32"), "onnx-fp32"),
+        (OPENVINO, ("onnx-fp16", "openvino-fp32"), "openvino-fp32"),
+        (VNNI, ("onnx-fp32", "onnx-fp16", "cpu-int4", "openvino-int8"), "onnx-fp32"),
+    ],
+)
+def test_auto_on_the_cpu(machine: Machine, names: tuple[str, ...], expected: str) -> None:
+    assert chosen(names, "auto", machine) == expected
+    assert chosen(tuple(reversed(names)), "auto", machine) == expected
+
+
+def test_auto_with_another_provider() -> None:
+    assert chosen(ALL, "auto", OPENVINO, CUDA, CPU) == "onnx-fp16"
+    assert chosen(("onnx-fp32", "cpu-int8", "openvino-int8"), "auto", OPENVINO, CUDA) == "onnx-fp32"
+    assert chosen(ALL, "auto", OPENVINO, "XnnpackExecutionProvider") == "onnx-fp32"
+
+
+def test_a_precision_alone_takes_the_fastest_target() -> None:
+    assert chosen(ALL, "int8", OPENVINO) == "openvino-int8"
+    assert chosen(ALL, "int8", VNNI) == "cpu-int8"
+    assert chosen(ALL, "int8", OLD) == "cpu-int8"
+    assert chosen(("onnx-fp32", "openvino-int8"), "int8", VNNI) == "openvino-int8"
+    assert chosen(ALL, "fp32", OPENVINO) == "cpu-fp32"
+    assert chosen(ALL, "int4", OPENVINO) == "cpu-int4"
+    assert chosen(ALL, "fp32", OPENVINO, CUDA) == "onnx-fp32"
+    assert chosen(ALL, "fp16", OPENVINO, CUDA) == "onnx-fp16"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_whole_name_is_that_variant(name: str) -> None:
+    providers = (CUDA,) if name == "onnx-fp16" else (CPU,)
+    assert chosen(ALL, name, OLD, *providers) == name
+
+
+@pytest.mark.parametrize("name", ["fp16", "onnx-fp16"])
+def test_fp16_on_a_cpu_is_refused_whether_it_is_there_or_not(name: str) -> None:
+    for names in (ALL, ("onnx-fp32",)):
+        with pytest.raises(ConfigError, match=rf"fp16 is slower than fp32 on a CPU.*: {name}; ask for one"):
+            chosen(names, name, VNNI)
+
+
+def test_what_is_not_there() -> None:
+    with pytest.raises(BundleError, match=r"this variant: cpu-int8, experts t \(expected one of onnx-fp32\)"):
+        chosen(("onnx-fp32",), "cpu-int8", VNNI)
+    with pytest.raises(BundleError, match=r"this variant: int9, experts t \(expected one of onnx-fp32\)"):
+        chosen(("onnx-fp32",), "int9", VNNI)
+    with pytest.raises(BundleError, match=r"this variant: int8, experts t .*export with its --precision"):
+        chosen(("cpu-int8", "onnx-fp32"), "int8", VNNI, CUDA)
+    with pytest.raises(BundleError, match=r"no variant that suits.*\(expected one of cpu-int4\); name one"):
+        chosen(("cpu-int4",), "auto", VNNI)
+    with pytest.raises(ConfigError, match=r"for the CPU, and another provider.*: openvino-int8 \(got CUDA"):
+        chosen(ALL, "openvino-int8", OPENVINO, CUDA)
+
+
+def test_the_reason_is_said() -> None:
+    variants = [make_variant(name) for name in ALL]
+    assert choose(variants, "auto", providers=(CPU,), machine=VNNI).reason == "the CPU has avx512_vnni"
+    assert choose(variants, "int4", providers=(CPU,), machine=VNNI).reason == "the fastest int4 here"
+
+
+def test_the_features_of_a_cpu_are_those_that_every_core_has() -> None:
+    assert parse_cpuinfo("processor : 0\nflags\t\t: fpu avx2 avx512_vnni\n") == {"avx2", "avx512_vnni"}
+    assert parse_cpuinfo("Features\t: fp asimd asimddp\n\nFeatures\t: fp asimd\n") == frozenset()
+    assert parse_cpuinfo("Features\t: fp asimd asimddp\n") == {"asimddp"}
+    assert parse_cpuinfo("") == frozenset()
+    text = "hw.optional.avx2_0: 0\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.neon: 1\n"
+    assert parse_sysctl(text) == {"asimddp"}
+    assert read_machine() is read_machine()
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in three variants, whose set ``none`` lacks the int8 one; not to be changed."""
+    folder = tmp_path_factory.mktemp("several") / "bundle"
+    write_bundle(folder, variants=("onnx-fp32", "cpu-fp32", "cpu-int8"))
+    variants = json.loads((folder / "manifest.json").read_text("utf-8"))["variants"]
+    kept = [v for v in variants if (v["expert_set"], v["precision"]) != ("none", "int8")]
+    rewrite_manifest(folder, variants=kept)
+    return folder
+
+
+def test_a_session_answers_with_the_variant_it_says(several: Path) -> None:
+    fp32 = XAdapterSession.load(several, experts="v", variant="onnx-fp32", num_threads=1)
+    int8 = XAdapterSession.load(several, experts="v", variant="int8", num_threads=1)
+    assert (fp32.variant.name, int8.variant.name) == ("onnx-fp32", "cpu-int8")
+    assert (fp32.variant_reason, int8.variant_reason) == ("named", "the fastest int8 here")
+    exact, lossy = fp32.fill_mask(BANANA)[0], int8.fill_mask(BANANA)[0]
+    assert exact.token == lossy.token == "yellow"
+    assert 1e-4 < abs(exact.logit - lossy.logit) < 1
+
+
+def test_another_set_gets_the_same_variant_or_the_next_best(several: Path) -> None:
+    session = XAdapterSession.load(several, experts="vt", variant="cpu-int8", num_threads=1)
+    assert session.with_experts("t").variant.name == "cpu-int8"
+    assert session.with_experts("none").variant.name == "cpu-fp32"
+    assert session.fill_mask(BANANA, experts="none")
+    plain = XAdapterSession.load(several, experts="none", variant="onnx-fp32", num_threads=1)
+    assert plain.with_experts("vt").variant.name == "onnx-fp32"
+
+
+def test_a_session_refuses_what_is_not_there(several: Path) -> None:
+    with pytest.raises(BundleError, match=r"openvino-int8, experts none \(expected one of onnx-fp32, cpu-fp"):
+        XAdapterSession.load(several, experts="none", variant="openvino-int8")
+    with pytest.raises(ConfigError, match="fp16 is slower than fp32 on a CPU"):
+        XAdapterSession.load(several, variant="fp16", providers=[CPU])
+
+
+def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
+    before = len(loaded._loaded)
+    first = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
+    again = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
+    assert again._session("t") is first._session("t")
+    own = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1, share_weights=False)
+    other = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=2)
+    assert len({id(s._session("t")) for s in (first, own, other)}) == 3
+    assert own.fill_mask(BANANA) == first.fill_mask(BANANA)
+    assert len(loaded._loaded) == before + 2
+    del first, again, own, other
+    gc.collect()
+    assert len(loaded._loaded) == before
+
+
+def test_a_bundle_written_anew_is_loaded_anew(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", sets=("none",))
+    first = XAdapterSession.load(folder, num_threads=1)
+    before = first.fill_mask(BANANA)
+    doubled = onnx.load(folder / "onnx/model.onnx")
+    weight = next(tensor for tensor in doubled.graph.initializer if tensor.name == "decoder")
+    weight.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(weight), "decoder"))
+    onnx.save(doubled, folder / "onnx/model.onnx")
+    rehash(folder)
+    second = XAdapterSession.load(folder, num_threads=1)
+    assert second._session("none") is not first._session("none")
+    assert second.fill_mask(BANANA)[0].logit == pytest.approx(2 * before[0].logit, abs=1e-4)
+    assert first.fill_mask(BANANA) == before
+
+
+def test_openvino_answers_as_onnxruntime_does(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    folder = write_bundle(tmp_path / "b", sets=("t",), variants=("onnx-fp32", "openvino-fp32"))
+    session = XAdapterSession.load(folder, variant="openvino-fp32", num_threads=1)
+    assert session.variant.target == "openvino"
+    reference = XAdapterSession.load(folder, variant="onnx-fp32", num_threads=1).fill_mask(BANANA)
+    answers = session.fill_mask(BANANA)
+    assert [a.token for a in answers] == [a.token for a in reference]
+    assert [a.logit for a in answers] == pytest.approx([a.logit for a in reference], abs=1e-4)

@@ -1,0 +1,173 @@
+"""Every variant of an expert set, from its portable graph: which there are, their names, how one is made."""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import onnx_ir as ir
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
+from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.errors import ConfigError, ParityError
+from xadapter_export.exporters.bank_search import search_bank
+from xadapter_export.exporters.fuse import CONTRIB, run_pass
+from xadapter_export.exporters.merge import MergedModel
+from xadapter_export.exporters.qdq import quantise_qdq
+from xadapter_export.exporters.quantise import Recipe, quantise
+
+# Targets that take a precision; DEFAULT_TARGETS are written where the user names none.
+TARGETS: dict[Precision, tuple[Target, ...]] = {
+    "fp32": ("onnx", "cpu", "openvino"),
+    "fp16": ("onnx",),
+    "int8": ("cpu", "openvino", "onnx"),
+    "int4": ("cpu", "openvino"),
+}
+DEFAULT_TARGETS: dict[Precision, tuple[Target, ...]] = {
+    "fp32": ("onnx", "cpu"),
+    "fp16": ("onnx",),
+    "int8": ("cpu",),
+    "int4": ("cpu",),
+}
+
+# Suffixes that transformers.js and optimum know, and one for what they have no name for.
+_SUFFIXES: dict[tuple[Target, Precision], str] = {
+    ("onnx", "fp32"): "",
+    ("onnx", "fp16"): "_fp16",
+    ("onnx", "int8"): "_int8",
+    ("cpu", "fp32"): "_cpu",
+    ("cpu", "int8"): "_quantized",
+    ("cpu", "int4"): "_q4",
+}
+# Operators that stay fp32 in an fp16 graph: norms, attention's weights and masks, and the search of the bank.
+_FP32_ISLANDS = ("LayerNormalization", "Softmax", "TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
+
+
+def plan_variants(
+    precisions: Sequence[Precision], targets: Sequence[Target]
+) -> list[tuple[Target, Precision]]:
+    """The variants to write, in order: every precision for every target that takes it.
+
+    Args:
+        precisions: What was asked for; fp32 if empty.
+        targets: What was asked for; those of ``DEFAULT_TARGETS`` if empty.
+
+    Raises:
+        ConfigError: If a precision, or a target, is left without the other.
+    """
+    precisions = tuple(dict.fromkeys(precisions)) or ("fp32",)
+    planned = [
+        (target, precision)
+        for precision in precisions
+        for target in TARGETS[precision]
+        if target in (targets or DEFAULT_TARGETS[precision])
+    ]
+    for precision in precisions:
+        if precision not in [done for _, done in planned]:
+            raise ConfigError(
+                f"precision {precision} is not written for target {', '.join(targets)}",
+                expected=f"one of {', '.join(TARGETS[precision])}",
+                mend=f"add --target {TARGETS[precision][0]}",
+            )
+    for target in targets:
+        if target not in [done for done, _ in planned]:
+            takes = [precision for precision in get_args(Precision) if target in TARGETS[precision]]
+            raise ConfigError(
+                f"target {target} does not take precision {', '.join(precisions)}",
+                expected=f"one of {', '.join(takes)}",
+                mend=f"add --precision {takes[0]}",
+            )
+    return planned
+
+
+def variant_file(expert_set: ExpertSet, default: ExpertSet, target: Target, precision: Precision) -> str:
+    """Path of a variant's graph; the default set has the names that transformers.js and optimum look for."""
+    stem = "model" if expert_set == default else f"model_{expert_set}"
+    if target == "openvino":
+        return f"openvino/{stem}_{precision}.xml"
+    return f"onnx/{stem}{_SUFFIXES[target, precision]}.onnx"
+
+
+def weights_file(target: Target, precision: Precision) -> str:
+    """Path of the weights that the expert sets of a variant share; the fp32 graphs share them too."""
+    return f"onnx/model{'' if precision == 'fp32' else _SUFFIXES[target, precision]}.onnx_data"
+
+
+def derive(
+    portable: ir.Model,
+    merged: MergedModel,
+    target: Target,
+    precision: Precision,
+    recipe: Recipe | None = None,
+    feeds: Sequence[Mapping[str, Array]] = (),
+) -> tuple[ir.Model, list[Optimisation]]:
+    """Makes a variant that onnxruntime runs.
+
+    Args:
+        portable: The portable graph; it is not changed.
+        merged: What it was traced from.
+        target: ``onnx`` or ``cpu``.
+        precision: One that the target takes.
+        recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
+        feeds: Inputs to calibrate Q/DQ int8 with.
+
+    Returns:
+        The graph, and what was done to it.
+
+    Raises:
+        ParityError: If a pass did not do what it must.
+    """
+    if target == "onnx":
+        if precision == "fp32":
+            return portable, []
+        if precision == "int8":
+            quantised = quantise_qdq(portable, feeds)
+            return quantised, [_bytes_saved("int8_qdq", portable, quantised)]
+        whole = ir.external_data.load_to_model(portable.clone())
+        half = ir.from_proto(
+            convert_float_to_float16(
+                ir.to_proto(whole), keep_io_types=True, op_block_list=list(_FP32_ISLANDS)
+            )
+        )
+        half.graph.sort()
+        return half, [_bytes_saved("fp16_weights", portable, half)]
+    model = portable.clone()
+    num_attentions, num_products = merged.projection_counts
+    done = [
+        run_pass("fused_attention", model, num_attentions + _num_fused_experts(merged)),
+        run_pass("split_projections", model, num_attentions if num_products < 3 * num_attentions else 0),
+        run_pass("fused_gelu", model, _count(model, "Erf")),
+        run_pass("fused_quick_gelu", model, _count(model, "Sigmoid")),
+    ]
+    if merged.retrieves:
+        search_bank(model, "fp32" if recipe is None else "int8")
+    if recipe is None:
+        done.append(run_pass("fused_bias_gelu", model, _count(model, "Gelu", CONTRIB)))
+    else:
+        quantise(model, recipe)
+        done.append(_bytes_saved(recipe.name, portable, model))
+    return model, [step for step in done if step is not None]
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of a graph."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _bytes_saved(name: str, before: ir.Model, after: ir.Model) -> Optimisation:
+    saved = Optimisation(
+        name=name, lossless=False, unit="bytes", before=weight_bytes(before), after=weight_bytes(after)
+    )
+    if saved.after >= saved.before:
+        raise ParityError(
+            f"{name} saved nothing", expected=f"fewer than {saved.before} bytes", got=saved.after
+        )
+    return saved
+
+
+def _count(model: ir.Model, op_type: str, domain: str = "") -> int:
+    return sum((node.domain, node.op_type) == (domain, op_type) for node in model.graph)
+
+
+def _num_fused_experts(merged: MergedModel) -> int:
+    """Attentions of experts, but not those over a static bank, which the whole batch shares."""
+    return sum(expert == "t" or merged.retrieves for _, expert in merged.taps)

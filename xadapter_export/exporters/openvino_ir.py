@@ -1,0 +1,265 @@
+"""The portable graph in OpenVINO's own form, as it is or with weights, and activations, of few bits."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xadapter_export.bundle.manifest import Precision
+from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.bundle.openvino_session import import_openvino
+from xadapter_export.errors import ConfigError, UnsupportedError
+
+_log = logging.getLogger(__name__)
+
+_PRECISIONS: Final = ("fp32", "int8", "int4")
+_BANK: Final = "bank"  # its weights stay as they are: what is retrieved must not depend on the precision
+_HEADS: Final = ("adapters.", "head.", "candidate_decoder.")  # small, and the answer hangs on each of them
+_CLIP: Final = "clip"
+_SCALE: Final = ".scale"  # a compressed weight's scales have its name and this
+_SMALL: Final = 4096  # elements; a weight below this stays fp32
+_LOWEST_MASK: Final = -1e30  # what is added to scores at padding lies below this
+_GROUP_SIZE: Final = 64  # weights that share a scale in int4
+
+
+def convert_to_ir(
+    model_file: Path, output: Path, precision: Precision, calibration: Sequence[Mapping[str, Array]]
+) -> None:
+    """Write a graph as ``.xml`` and ``.bin``.
+
+    Below fp32 the search of the bank stays exact, and every other large matrix and table is of few bits:
+    int8 with a scale for each row, or int4 with one for each 64 numbers. In int8 the activations are int8
+    too, but not those of experts and heads, of a decoder that shares the word table, and, where a bank is
+    searched, of CLIP, whose rounding would change what is found. In int4 the word table, experts, heads and,
+    where a bank is searched, CLIP are int8. A table is read row by row; only those rows become float32.
+
+    Args:
+        model_file: The portable graph.
+        output: Path of the ``.xml`` file; the ``.bin`` file comes beside it.
+        precision: ``fp32``, ``int8`` for weights and activations, or ``int4`` for weights.
+        calibration: Inputs to measure the ranges of activations with, arrays by name; for ``int8``.
+
+    Raises:
+        MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
+        ConfigError: If ``int8`` is asked for without calibration.
+        UnsupportedError: If the precision is another one.
+    """
+    if precision not in _PRECISIONS:
+        raise UnsupportedError(
+            "OpenVINO's target has no such precision", expected=" or ".join(_PRECISIONS), got=precision
+        )
+    if precision == "int8" and not calibration:
+        raise ConfigError("int8 needs texts to calibrate with", got="none")
+    ov = import_openvino()
+    model = ov.Core().read_model(str(model_file))
+    _fold_transposes(model)
+    if precision != "fp32":
+        _select_masks(model)
+        clip = (_CLIP,) if _searches_bank(model) else ()
+        _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
+        _compress_matrices(model, (*_HEADS, *clip))
+        model = _quantise(model, calibration) if precision == "int8" else _compress_int4(model)
+    # Whether activations are rounded on the fly: faster in int4, and never where the ranges were measured.
+    group = str(_GROUP_SIZE) if precision == "int4" else "0"
+    model.set_rt_info(group, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    ov.save_model(model, str(output), compress_to_fp16=False)
+
+
+def _fold_transposes(model: Any) -> None:
+    """Turns the product with a transposed constant into one that reads it as it is."""
+    ops = _ops()
+    for node in _nodes(model, "MatMul"):
+        transpose = node.input_value(1).get_node()
+        if transpose.get_type_name() == "Transpose" and _is_float(transpose.input_value(0).get_node()):
+            flags = node.get_attributes()
+            factors = node.input_value(0), transpose.input_value(0)
+            _replace(node, ops.matmul(*factors, flags["transpose_a"], not flags["transpose_b"]))
+
+
+def _select_masks(model: Any) -> None:
+    """Writes ``masked * lowest`` as a choice between ``lowest`` and 0, the same numbers.
+
+    OpenVINO takes an integer mask that is converted, subtracted and multiplied for a dequantisation, and
+    moves its factor of -3.4e38 to the far side of the sum with the attention scores, which are then lost.
+    """
+    ops = _ops()
+    for node in _nodes(model, "Multiply"):
+        lowest = node.input_value(1).get_node()
+        if _is_float(lowest) and lowest.data.size == 1 and lowest.data.item() < _LOWEST_MASK:
+            is_masked = ops.greater(node.input_value(0), ops.constant(np.float32(0.5)))
+            _replace(node, ops.select(is_masked, lowest, ops.constant(np.float32(0))))
+
+
+def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
+    """Makes embedding tables int8 by rows, and a decoder that shares one.
+
+    Rows are looked up in int8 and their scales beside them. A plain dequantised table would be the same, but
+    OpenVINO makes all of it float32 at load where activations are quantised.
+    """
+    ops = _ops()
+    for table in _nodes(model, "Constant"):
+        name = table.get_friendly_name()
+        users = list(table.output(0).get_target_inputs())
+        lookups = [user for user in users if _is_lookup(user)]
+        is_table = lookups and _is_float(table) and table.data.ndim == 2 and table.data.size >= _SMALL
+        if not is_table or name.startswith((_BANK, *skip)):
+            continue
+        rows, scales = _rowwise_int8(table.data)
+        rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
+        for lookup in [user.get_node() for user in lookups]:
+            ids, axis = lookup.input_value(1), ops.constant(np.int64(0))
+            found = ops.convert(ops.gather(rows, ids, axis), "f32")
+            _replace(lookup, ops.multiply(found, ops.gather(scales, ids, axis)))
+        for user in users:
+            if user not in lookups:
+                user.replace_source_output(ops.multiply(ops.convert(rows, "f32"), scales).output(0))
+
+
+def _compress_matrices(model: Any, prefixes: tuple[str, ...]) -> None:
+    """Makes the weights of products int8 by output channels; activations stay float32."""
+    ops = _ops()
+    for node, name in _products(model):
+        weight = node.input_value(1).get_node()
+        if not name.startswith(prefixes) or not _is_float(weight) or weight.data.size < _SMALL:
+            continue
+        flags = node.get_attributes()
+        rows, scales = _rowwise_int8(weight.data if flags["transpose_b"] else weight.data.T)
+        rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
+        back = ops.multiply(ops.convert(rows, "f32"), scales)
+        _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
+
+
+def _quantise(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:
+    """Makes weights and activations of the remaining products int8."""
+    nncf, ranges = import_openvino("nncf"), import_openvino("nncf.quantization.range_estimator")
+    names = [port.get_any_name() for port in model.inputs]
+    feeds = [{name: np.asarray(feed[name]) for name in names} for feed in calibration]
+    _log.info("measuring activations on %d inputs", len(feeds))
+    # Answers of the built-in checkpoint's T-expert to 255 sentences that stay the same: 96 % so; 92 % with
+    # NNCF's own ranges, which are means over the inputs and cut off what is rare. Its smoothing costs more in
+    # both the built-in checkpoint and MiniLM; histograms, and bias correction, change nothing and take long.
+    advanced = nncf.AdvancedQuantizationParameters(
+        activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
+        disable_bias_correction=True,
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
+    )
+    with _quiet():
+        return nncf.quantize(
+            model,
+            nncf.Dataset(feeds),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(feeds),
+            ignored_scope=nncf.IgnoredScope(names=_kept(model), validate=False),
+            advanced_parameters=advanced,
+        )
+
+
+def _compress_int4(model: Any) -> Any:
+    """Makes the weights of the remaining products int4 in groups."""
+    nncf = import_openvino("nncf")
+    with _quiet():
+        return nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=_GROUP_SIZE,
+            all_layers=True,
+            ignored_scope=nncf.IgnoredScope(names=_kept(model), validate=False),
+            advanced_parameters=nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+            ),
+        )
+
+
+def _kept(model: Any) -> list[str]:
+    """Names of nodes that NNCF leaves alone: lookups, products that are compressed or read the bank."""
+    products = [
+        node.get_friendly_name()
+        for node, name in _products(model)
+        if name.startswith(_BANK) or not _is_float(node.input_value(1).get_node())
+    ]
+    lookups = [
+        node.get_friendly_name()
+        for node in _nodes(model, "Gather")
+        if not _is_left_table(node.input_value(0).get_node())
+    ]
+    return products + lookups
+
+
+def _searches_bank(model: Any) -> bool:
+    return any("retrieved" in port.names for port in model.outputs)
+
+
+def _products(model: Any) -> Iterator[tuple[Any, str]]:
+    """Yields each product with a weight, plain or compressed, and the name of the weight."""
+    for node in _nodes(model, "MatMul"):
+        weight = node.input_value(1).get_node()
+        for step in ("Multiply", "Convert"):
+            if weight.get_type_name() == step:
+                weight = weight.input_value(0).get_node()
+        if weight.get_type_name() == "Constant":
+            yield node, weight.get_friendly_name()
+
+
+def _rowwise_int8(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rounds ``(n, m) float32`` to int8; returns it, and the scales ``(n, 1) float32``."""
+    largest = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
+    scales = np.where(largest > 0, largest / np.float32(127), np.float32(1))
+    rows = np.empty(weight.shape, np.int8)
+    for start in range(0, len(weight), 1024):  # a table of a large vocabulary is not copied whole
+        part = slice(start, start + 1024)
+        rows[part] = np.rint(weight[part] / scales[part])
+    return rows, scales
+
+
+def _nodes(model: Any, kind: str) -> list[Any]:
+    return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
+
+
+def _is_float(node: Any) -> bool:
+    """Whether a node is a constant of float32."""
+    return bool(node.get_type_name() == "Constant" and node.get_element_type().get_type_name() == "f32")
+
+
+def _is_left_table(node: Any) -> bool:
+    """Whether a node is a table that was left to NNCF, and not the scales of one that was not."""
+    name = node.get_friendly_name()
+    return _is_float(node) and name.startswith(_CLIP) and not name.endswith(_SCALE)
+
+
+def _is_lookup(user: Any) -> bool:
+    """Whether an input of a node is the table that it takes rows from."""
+    node = user.get_node()
+    if node.get_type_name() != "Gather" or user.get_index() != 0:
+        return False
+    axis = node.input_value(2).get_node()
+    return bool(axis.get_type_name() == "Constant" and axis.data.item() == 0)
+
+
+def _replace(node: Any, by: Any) -> None:
+    """Puts one node in the place of another, under its names."""
+    by.set_friendly_name(node.get_friendly_name())
+    by.output(0).get_tensor().set_names(node.output(0).get_tensor().get_names())
+    node.output(0).replace(by.output(0))
+
+
+def _ops() -> Any:
+    return import_openvino("openvino.opset13")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps NNCF's progress bars and notes off stdout; its warnings go to the root logger."""
+    logger = logging.getLogger("nncf")
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before

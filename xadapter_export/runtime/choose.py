@@ -1,0 +1,181 @@
+"""Which variant of an expert set answers on this machine: one rule, a pure function of what there is."""
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from xadapter_export.bundle.manifest import Variant
+from xadapter_export.errors import BundleError, ConfigError
+
+CPU_PROVIDER = "CPUExecutionProvider"
+GPU_PROVIDERS = frozenset(
+    f"{name}ExecutionProvider"
+    for name in ("CUDA", "Tensorrt", "NvTensorRTRTX", "ROCM", "MIGraphX", "Dml", "CoreML", "WebGpu")
+)
+INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "asimddp")
+_USED_FEATURES = frozenset((*INT8_DOT_PRODUCTS, "avx2"))
+_PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the rule needs to know of a machine.
+
+    Attributes:
+        architecture: ``x86-64``, ``arm64``, or whatever else Python calls it.
+        features: Which of AVX2 and the int8 dot products the CPU has, by Linux's names; none where that
+            cannot be found out.
+        has_openvino: Whether OpenVINO is installed.
+    """
+
+    architecture: str
+    features: frozenset[str]
+    has_openvino: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The variant that answers, and why in a few words."""
+
+    variant: Variant
+    reason: str
+
+
+def choose(variants: Sequence[Variant], name: str, *, providers: Sequence[str], machine: Machine) -> Choice:
+    """Choose among the variants of one expert set.
+
+    ``auto`` takes, with a GPU provider, fp16 and else fp32 of the portable graph. On the CPU it takes the
+    first of these that is there: OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8
+    where the CPU has int8 dot products or AVX2; fp32, that of onnxruntime before that of OpenVINO, which
+    measured slower on short texts. It never takes fp16 on a CPU, where fp16 is slower than fp32, and int4
+    only by name. Where the CPU's features are unknown it takes fp32; int8, asked for by name, gives the same
+    answers there, only more slowly.
+
+    Args:
+        variants: The variants of the set.
+        name: ``auto``; a variant's whole name, ``cpu-int8``; or a precision, ``int8``, which is the fastest
+            target here that has it.
+        providers: Names of the onnxruntime providers that were asked for.
+        machine: The machine.
+
+    Raises:
+        BundleError: If the set has no such variant, or for ``auto`` none that suits.
+        ConfigError: If the variant that is named cannot go with the providers.
+    """
+    by_name = {variant.name: variant for variant in variants}
+    on_cpu = set(providers) <= {CPU_PROVIDER}
+    if name == "auto":
+        rules = _rules(providers, machine)
+        mend = "name one of those with variant=, or export with --precision fp32"
+    elif name in _PRECISIONS:
+        rules = [
+            (f"{target}-{name}", f"the fastest {name} here")
+            for target in _targets(name, machine, on_cpu=on_cpu)
+        ]
+        mend = "choose one of those, or export with its --precision and --target"
+    else:
+        rules, mend = [(name, "named")], "choose one of those, or export with its --precision and --target"
+    if name.endswith("fp16") and not GPU_PROVIDERS & set(providers):
+        raise ConfigError(
+            "fp16 is slower than fp32 on a CPU, and no GPU provider was asked for",
+            where=name,
+            mend="ask for one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
+        )
+    if name.startswith(("cpu-", "openvino-")) and not on_cpu:
+        raise ConfigError(
+            "this variant is for the CPU, and another provider was asked for",
+            where=name,
+            got=", ".join(providers),
+            mend="leave the provider out, or choose a variant whose name starts with onnx",
+        )
+    for wanted, reason in rules:
+        if wanted in by_name:
+            return Choice(by_name[wanted], reason)
+    raise BundleError(
+        "the bundle holds no variant that suits this machine"
+        if name == "auto"
+        else "the bundle does not hold this variant",
+        where=f"{name}, experts {variants[0].expert_set}",
+        expected=f"one of {', '.join(by_name)}",
+        mend=mend,
+    )
+
+
+def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
+    """Return the names that ``auto`` may take, the best first, each with the reason."""
+    if GPU_PROVIDERS & set(providers):
+        reason = "a GPU provider was asked for"
+        return [("onnx-fp16", reason), ("onnx-fp32", reason)]
+    if set(providers) - {CPU_PROVIDER}:
+        return [("onnx-fp32", "the portable graph runs on any provider")]
+    rules = []
+    if machine.has_openvino and machine.architecture == "x86-64":
+        rules.append(("openvino-int8", "OpenVINO is installed and the CPU is x86-64"))
+    known = [feature for feature in (*INT8_DOT_PRODUCTS, "avx2") if feature in machine.features]
+    if known:
+        rules.append(("cpu-int8", f"the CPU has {known[0]}"))
+    reason = "no faster variant suits this CPU"
+    rules += [("cpu-fp32", reason), ("onnx-fp32", reason)]
+    return [*rules, ("openvino-fp32", reason)] if machine.has_openvino else rules
+
+
+def _targets(precision: str, machine: Machine, *, on_cpu: bool) -> list[str]:
+    """Return the targets for a precision that was asked for, the fastest first."""
+    if not on_cpu:
+        return ["onnx"]
+    if machine.has_openvino and machine.architecture == "x86-64" and precision != "fp32":
+        return ["openvino", "cpu", "onnx"]
+    return ["cpu", "onnx", "openvino"]  # one that is not installed says so when it is opened
+
+
+@cache
+def read_machine() -> Machine:
+    """Return what this machine is."""
+    name = platform.machine().lower()
+    return Machine(
+        architecture={"amd64": "x86-64", "x86_64": "x86-64", "aarch64": "arm64"}.get(name, name),
+        features=_read_features(),
+        has_openvino=importlib.util.find_spec("openvino") is not None,
+    )
+
+
+def _read_features() -> frozenset[str]:
+    if sys.platform == "win32":
+        import ctypes
+
+        # PF_AVX2_INSTRUCTIONS_AVAILABLE and PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE of winnt.h
+        has = ctypes.windll.kernel32.IsProcessorFeaturePresent
+        return frozenset(name for number, name in ((40, "avx2"), (43, "asimddp")) if has(number))
+    try:
+        if sys.platform == "darwin":
+            line = ["/usr/sbin/sysctl", "hw.optional"]  # fixed: nothing of a user's is in it
+            done = subprocess.run(line, capture_output=True, text=True, check=True)  # noqa: S603
+            return parse_sysctl(done.stdout)
+        return parse_cpuinfo(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except (OSError, subprocess.SubprocessError):
+        return frozenset()
+
+
+def parse_cpuinfo(text: str) -> frozenset[str]:
+    """Return the features that the rule uses from the text of Linux's ``/proc/cpuinfo``.
+
+    Where the cores differ, only what every core has.
+    """
+    rows = [
+        frozenset(value.split()) & _USED_FEATURES
+        for key, _, value in (line.partition(":") for line in text.splitlines())
+        if key.strip() in ("flags", "Features")  # x86 and Arm
+    ]
+    return frozenset.intersection(*rows) if rows else frozenset()
+
+
+def parse_sysctl(text: str) -> frozenset[str]:
+    """Return the features that the rule uses from what macOS's ``sysctl hw.optional`` prints."""
+    known = {"hw.optional.avx2_0": "avx2", "hw.optional.arm.FEAT_DotProd": "asimddp"}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return frozenset(known[key] for key, _, value in pairs if key in known and value.strip() == "1")

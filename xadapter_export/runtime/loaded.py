@@ -1,0 +1,43 @@
+"""Graphs that are loaded in this process: sessions that ask for the same one share it.
+
+onnxruntime packs the weights of every session anew into memory of that session, and its Python interface
+offers no way to share the packed ones; without packing the mapped file is shared, but every run is slower by
+a third or more. One loaded graph may answer any number of threads, so that is what is shared.
+"""
+
+import threading
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
+
+from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.manifest import Variant
+from xadapter_export.bundle.onnx_session import OnnxSession, Provider, open_variant
+
+_loaded: WeakValueDictionary[tuple[object, ...], OnnxSession] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def open_shared(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    providers: Sequence[Provider] | None = None,
+    num_threads: int | None = None,
+) -> OnnxSession:
+    """Open a variant as ``open_variant`` does, or return it if this process has it open already.
+
+    It is the same one where the files, the providers and the number of threads are the same, and it goes when
+    nobody holds it any more. A file that was replaced or written anew is another file.
+
+    Raises:
+        As ``open_variant``.
+    """
+    stats = [bundle.file(path).stat() for path in (variant.file, *variant.weight_files)]
+    files = tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    key = (variant.target, files, repr(list(providers or [])), num_threads)
+    with _lock:
+        session = _loaded.get(key)
+        if session is None:
+            session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+            _loaded[key] = session
+        return session
