@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.feeds import Feed
 from benchmarks.prepare import MODEL
 from xadapter_export.bundle.manifest import ExpertSet, Task
-from xadapter_export.errors import import_extra
+from xadapter_export.bundle.openvino_session import import_openvino
 
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]
@@ -145,7 +145,7 @@ def _load_openvino_default(place: Place) -> Run:
 
 
 def _openvino_run(place: Place, settings: dict[str, str]) -> Run:
-    ov = import_extra("openvino", "openvino")
+    ov = import_openvino()
     assert place.folder is not None
     compiled = ov.Core().compile_model(
         place.folder / "model.xml",

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task
-from xadapter_export.errors import XAdapterError, import_extra
+from xadapter_export.bundle.openvino_session import import_openvino
+from xadapter_export.errors import XAdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -232,7 +233,7 @@ def _int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> Non
 def _openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
     """OpenVINO's own conversion of the plain export; weights stay fp32."""
     del model
-    ov = import_extra("openvino", "openvino")
+    ov = import_openvino()
     converted = ov.convert_model(_of("plain", preparation, folder) / MODEL)
     ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
 
@@ -242,7 +243,7 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
     from benchmarks.cases import calibration_feeds
     from benchmarks.feeds import feed_as
 
-    ov, nncf = import_extra("openvino", "openvino"), import_extra("nncf", "openvino")
+    ov, nncf = import_openvino(), import_openvino("nncf")
     converted = ov.Core().read_model(_of("openvino", preparation, folder) / "model.xml")
     names = {name for port in converted.inputs for name in port.get_names()}
     context = model.clip.config.context_length if model.clip is not None else None

@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +306,20 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
                 got=size,
                 mend="copy the bundle again",
             )
-        if verify and (found := sha256_file(path)) != entry.sha256:
+    if verify:
+        verify_files(bundle, bundle.manifest.files)
+    return bundle
+
+
+def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
+    """Compare the hashes of some files of a bundle with those in its manifest.
+
+    Raises:
+        HashMismatchError: If a file is not the one that was recorded.
+    """
+    for name in names:
+        path, entry = bundle.file(name), bundle.manifest.files[name]
+        if (found := sha256_file(path)) != entry.sha256:
             raise HashMismatchError(
                 "a file of the bundle was changed",
                 where=path,
@@ -314,7 +327,6 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
                 got=found,
                 mend="copy or export the bundle again",
             )
-    return bundle
 
 
 def _files_to_list(bundle: Bundle) -> set[str]:

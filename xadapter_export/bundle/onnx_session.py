@@ -19,7 +19,7 @@ Provider = str | tuple[str, dict[str, str]]
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # On x86 without VNNI onnxruntime's fastest int8 kernel overflows, and answers are wrong. With this it takes
-# an exact one there, and nothing changes where the fastest is exact.
+# an exact one, which with VNNI would cost half the speed for nothing.
 _EXACT_INT8_KEY = "session.x64quantprecision"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
@@ -60,6 +60,7 @@ def open_variant(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    exact_int8: bool = False,
 ) -> OnnxSession:
     """Open a variant of a bundle with the engine of its target.
 
@@ -69,6 +70,7 @@ def open_variant(
         providers: As ``create_session``; the target ``openvino`` has none.
         num_threads: Threads inside one operator; the engine's choice if None.
         appended: As ``create_session``; the target ``openvino`` takes none.
+        exact_int8: As ``create_session``.
 
     Raises:
         MissingExtraError: If the engine is not installed.
@@ -83,7 +85,7 @@ def open_variant(
             providers=providers,
             num_threads=num_threads,
             appended=appended,
-            exact_int8=variant.target == "cpu",
+            exact_int8=exact_int8,
         )
     from xadapter_export.bundle.openvino_session import create_openvino_session
 

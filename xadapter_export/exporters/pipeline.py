@@ -48,6 +48,7 @@ from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.choose import int8_overflows, read_machine
 
 Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare"]
 OnStage = Callable[[Stage, str], None]
@@ -373,7 +374,7 @@ class _Builder:
         with TemporaryDirectory(dir=self.folder) as folder:
             file = Path(folder) / "trial.onnx"
             ir.save(graph, file, external_data="trial.onnx_data")
-            session = create_session(file, exact_int8=target == "cpu")
+            session = create_session(file, exact_int8=target == "cpu" and int8_overflows(read_machine()))
             return self._compare(expert_set, session, precision, gates)
 
     def _compare(

@@ -23,6 +23,7 @@ def open_shared(
     *,
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
+    exact_int8: bool = False,
 ) -> OnnxSession:
     """Open a variant as ``open_variant`` does, or return it if this process has it open already.
 
@@ -38,6 +39,8 @@ def open_shared(
     with _lock:
         session = _loaded.get(key)
         if session is None:
-            session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+            session = open_variant(
+                bundle, variant, providers=providers, num_threads=num_threads, exact_int8=exact_int8
+            )
             _loaded[key] = session
         return session

@@ -13,7 +13,7 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verify_files
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
@@ -21,7 +21,7 @@ from xadapter_export.errors import BundleError, ConfigError, UnsupportedError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, read_machine
+from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, int8_overflows, read_machine
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
 from xadapter_export.runtime.loaded import open_shared
@@ -48,11 +48,16 @@ class XAdapterSession:
         num_threads: int | None = None,
         batch_size: int = 32,
         share_weights: bool = True,
+        verify: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("batch_size must be at least 1", got=batch_size)
         manifest = bundle.manifest
         self.bundle = bundle
+        self._verify = verify
+        if verify:  # graphs and weights when they are opened: those of other variants can be large
+            of_variants = {path for v in manifest.variants for path in (v.file, *v.weight_files)}
+            verify_files(bundle, manifest.files.keys() - of_variants)
         self.experts = experts or manifest.default_expert_set
         self.pictures: tuple[Picture, ...] = ()
         if manifest.bank is not None and any(_retrieves(spec) for spec in manifest.expert_sets.values()):
@@ -104,7 +109,7 @@ class XAdapterSession:
             share_weights: Whether sessions of this process that ask for the same graph, providers and number
                 of threads share one loaded copy, its weights and its threads, which takes the memory of one.
                 False gives this session a copy and threads of its own.
-            verify: Whether to compare every file with its hash first.
+            verify: Whether to compare every file that is used with its hash first.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
@@ -115,13 +120,14 @@ class XAdapterSession:
                 providers: fp16 runs on no CPU.
         """
         return cls(
-            read_bundle(bundle, verify=verify),
+            read_bundle(bundle, verify=False),
             experts=experts,
             variant=variant,
             providers=providers,
             num_threads=num_threads,
             batch_size=batch_size,
             share_weights=share_weights,
+            verify=verify,
         )
 
     @property
@@ -383,12 +389,16 @@ class XAdapterSession:
     def _session(self, experts: ExpertSet) -> OnnxSession:
         with self._lock:
             if experts not in self._sessions:
+                variant = self._choice(experts).variant
+                if self._verify:
+                    verify_files(self.bundle, (variant.file, *variant.weight_files))
                 open_graph = open_shared if self._share_weights else open_variant
                 self._sessions[experts] = open_graph(
                     self.bundle,
-                    self._choice(experts).variant,
+                    variant,
                     providers=self._providers,
                     num_threads=self._num_threads,
+                    exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
                 )
             return self._sessions[experts]
 
