@@ -26,7 +26,7 @@ demo: $(STAMP) ## Export the built-in checkpoint and let it answer from pictures
 	$(BIN)/python -m export.demo --output $(BUNDLES)/demo
 
 test: $(STAMP) ## Run the tests.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 parity: $(STAMP) ## Prove every expert set of the built-in checkpoint and of three larger cases.
 	$(BIN)/python -m export.parity --output $(BUNDLES)/parity

@@ -377,6 +377,16 @@ def test_a_clip_of_openai_with_layer_scale_is_fused(tmp_path: Path) -> None:
         assert "Sigmoid" not in found
 
 
+def test_from_opset_20_gelu_is_an_operator_and_the_one_with_tanh_stays(tmp_path: Path) -> None:
+    config = XAdapterConfig(experts="t", layers=(1,), adapter_width=16, num_heads=2)
+    plm = load_plm(make_plm("bert", tmp_path / "plm"), "fill-mask")
+    model = randomise_plugin(XAdapterModel(config, plm, make_clip(gelu_approximate="tanh"), None))
+    result = export(model, tmp_path / "bundle", "t", opset=20)
+    assert result.parity.passed
+    found = ops(ir.load(result.folder / result.manifest.variant("t", "cpu-fp32").file))
+    assert (found["BiasGelu"], found["Gelu"]) == (3 + 1, 2)
+
+
 def portable_graph(result: ExportResult, experts: ExpertSet) -> ir.Model:
     return ir.load(read_bundle(result.folder).folder / result.manifest.variant(experts).file)
 

@@ -10,7 +10,7 @@ from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, 
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError, ParityError
 from xadapter_export.exporters.bank_search import search_bank
-from xadapter_export.exporters.fuse import CONTRIB, run_pass
+from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.qdq import quantise_qdq
 from xadapter_export.exporters.quantise import Recipe, quantise
@@ -141,7 +141,7 @@ def derive(
     if merged.retrieves:
         search_bank(model, "fp32" if recipe is None else "int8")
     if recipe is None:
-        done.append(run_pass("fused_bias_gelu", model, _count(model, "Gelu", CONTRIB)))
+        done.append(run_pass("fused_bias_gelu", model, _num_exact_gelus(model)))
     else:
         quantise(model, recipe)
         done.append(_bytes_saved(recipe.name, portable, model))
@@ -164,8 +164,14 @@ def _bytes_saved(name: str, before: ir.Model, after: ir.Model) -> Optimisation:
     return saved
 
 
-def _count(model: ir.Model, op_type: str, domain: str = "") -> int:
-    return sum((node.domain, node.op_type) == (domain, op_type) for node in model.graph)
+def _count(model: ir.Model, op_type: str) -> int:
+    return sum((node.domain, node.op_type) == ("", op_type) for node in model.graph)
+
+
+def _num_exact_gelus(model: ir.Model) -> int:
+    """Fused ones, and from opset 20 on the standard operator; the one with tanh has no operator with a bias."""
+    gelus = [node for node in model.graph if node.op_type == "Gelu"]
+    return sum(node.attributes.get_string("approximate") != "tanh" for node in gelus)
 
 
 def _num_fused_experts(merged: MergedModel) -> int:
