@@ -169,7 +169,7 @@ def _count(model: ir.Model, op_type: str) -> int:
 
 
 def _num_exact_gelus(model: ir.Model) -> int:
-    """Fused ones, and from opset 20 on the standard operator; the one with tanh has no operator with a bias."""
+    """Fused ones, and from opset 20 the standard operator; that with tanh has no operator with a bias."""
     gelus = [node for node in model.graph if node.op_type == "Gelu"]
     return sum(node.attributes.get_string("approximate") != "tanh" for node in gelus)
 
