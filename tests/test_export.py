@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> XAdapterModel:
 @pytest.fixture(scope="module")
 def result(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """One bundle with every expert set, at opset 17; not to be changed."""
-    return export(model, tmp_path_factory.mktemp("export") / "bundle", SETS)
+    return export(model, tmp_path_factory.mktemp("export") / "bundle", SETS, targets=("onnx", "cpu"))
 
 
 def graphs(folder: Path, name: str = "onnx-fp32") -> Iterator[tuple[ExpertSet, onnx.ModelProto]]:

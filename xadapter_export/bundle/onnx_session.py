@@ -19,7 +19,7 @@ Provider = str | tuple[str, dict[str, str]]
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # On x86 without VNNI onnxruntime's fastest int8 kernel overflows, and answers are wrong. With this it takes
-# an exact one, which with VNNI would cost half the speed for nothing.
+# an exact one, which with VNNI is slower for the same answers.
 _EXACT_INT8_KEY = "session.x64quantprecision"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).

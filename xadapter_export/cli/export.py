@@ -104,7 +104,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     type=click.Choice(TARGETS),
     multiple=True,
     help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
-    "on x86. [default: onnx and cpu]",
+    "on x86. [default: onnx, and cpu for int8 and int4]",
 )
 @click.option(
     "--calibration",

@@ -23,7 +23,7 @@ TARGETS: dict[Precision, tuple[Target, ...]] = {
     "int4": ("cpu", "openvino"),
 }
 DEFAULT_TARGETS: dict[Precision, tuple[Target, ...]] = {
-    "fp32": ("onnx", "cpu"),
+    "fp32": ("onnx",),
     "fp16": ("onnx",),
     "int8": ("cpu",),
     "int4": ("cpu",),

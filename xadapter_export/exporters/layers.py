@@ -62,7 +62,6 @@ class PackedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.at_positions = at_positions
         query, key, value = projections
         query = _linear([query], scale=(query.out_features / num_heads) ** -0.5)
         groups = [[query], [key, value]] if at_positions else [[query, key, value]]
@@ -71,17 +70,32 @@ class PackedAttention(nn.Module):
         self.projections = nn.ModuleList(_linear(group) for group in groups)
         self.out = out
 
-    def forward(self, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        """``x`` ``(B, T, H)`` is attended to from ``rows`` ``(B, P, H)``, ``x`` itself or some of it."""
+    def forward(
+        self, x: Tensor, mask: Tensor, rows: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Attends to ``x`` ``(B, T, H)`` from all of it, or from some of it.
+
+        Args:
+            x: ``(B, T, H) float32``.
+            mask: Added to the scores; see ``attend``.
+            rows: ``(B, P, H) float32``, the rows of ``x`` to attend from, where made with ``at_positions``.
+            positions: ``(B, P) int64``, where to attend from. The product is still of all rows, so that its
+                weights are those that other expert sets have.
+
+        Returns:
+            ``(B, T or P, H) float32``.
+        """
         width = self.out.in_features
         parts: list[Tensor] = []
         for number, projection in enumerate(self.projections):
-            source = rows if number == 0 and self.at_positions else x
+            source = x if rows is None or number > 0 else rows
             wide = cast(nn.Linear, projection)(source)
             parts += [
                 wide[..., at : at + width] for at in range(0, wide.shape[-1], width)
             ]  # Split has no opset 17
         query, key, value = parts
+        if positions is not None:
+            query = take_positions(query, positions)
         return self.out(attend(query, key, value, self.num_heads, mask))  # type: ignore[no-any-return]  # nn.Module call
 
 
@@ -114,8 +128,9 @@ class PlmLayer(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
         """``(B, T, H) float32`` to the same, or to ``(B, P, H)`` at ``positions`` ``(B, P) int64``."""
-        rows = hidden if positions is None else take_positions(hidden, positions)
-        rows = self.attention_norm(self.attention(hidden, rows, mask) + rows)
+        rows = None if positions is None else take_positions(hidden, positions)
+        attended = self.attention(hidden, mask, rows)
+        rows = self.attention_norm(attended + (hidden if rows is None else rows))
         return self.norm(self.down(self.activation(self.up(rows))) + rows)  # type: ignore[no-any-return]  # nn.Module call
 
 
@@ -132,16 +147,14 @@ class ClipLayers(nn.Module):
         super().__init__()
         self.blocks = cast(nn.ModuleList, clip.transformer["resblocks"])
         self.last_at_end = last_at_end
-        last = len(self.blocks) - 1
         self.attentions = nn.ModuleList(
             PackedAttention(
                 [getattr(block.attn, name) for name in ("query", "key", "value")],
                 block.attn.out_proj,
                 clip.config.heads,
                 packed=packed,
-                at_positions=last_at_end and number == last,
             )
-            for number, block in enumerate(cast(Iterable[Any], self.blocks))
+            for block in cast(Iterable[Any], self.blocks)
         )
 
     def forward(self, x: Tensor, causal_mask: Tensor, token_mask: Tensor, end: Tensor) -> Tensor:
@@ -161,9 +174,9 @@ class ClipLayers(nn.Module):
             normed = block.ln_1(x)
             if self.last_at_end and number == len(self.blocks) - 1:
                 x = take_positions(x, end)
-                added = attention(normed, take_positions(normed, end), token_mask)
+                added = attention(normed, token_mask, positions=end)
             else:
-                added = attention(normed, normed, causal_mask)
+                added = attention(normed, causal_mask)
             x = x + block.ls_1(added)
             x = x + block.ls_2(block.mlp["c_proj"](block.mlp["gelu"](block.mlp["c_fc"](block.ln_2(x)))))
         return x

@@ -105,7 +105,7 @@ def export(
         candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
         max_seq: Longest input in tokens; the PLM's limit if None.
         precisions: Precisions of the graphs; fp32 if empty.
-        targets: Who runs them; the portable graph and onnxruntime's CPU provider if empty.
+        targets: Who runs them; those of ``derive.DEFAULT_TARGETS`` if empty.
         calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
             that came with the checkpoint if None, or else sentences of our own and the bank's captions.
         evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
