@@ -258,8 +258,17 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
 
 
 def _ours(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
-    """Make a bundle of ours with every precision and target."""
-    _export(preparation, model, folder, ("fp32", "int8", "int4"), ("onnx", "cpu", "openvino"))
+    """Make a bundle of ours for onnxruntime in every precision for the CPU."""
+    _export(preparation, model, folder, ("fp32", *_lossy(preparation)), ())
+
+
+def _ours_openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Make a bundle of ours for OpenVINO."""
+    _export(preparation, model, folder, _lossy(preparation), ("openvino",))
+
+
+def _lossy(preparation: Preparation) -> tuple[Precision, ...]:
+    return ("int8",) if preparation.with_candidates else ("int8", "int4")  # int4 is for its size
 
 
 def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
@@ -299,6 +308,7 @@ MAKERS: Final[dict[str, Maker]] = {
     "openvino": _openvino,
     "openvino-int8": _openvino_int8,
     "ours": _ours,
+    "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
 }
 NEEDS: Final = {

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,6 +328,24 @@ def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
                 got=found,
                 mend="copy or export the bundle again",
             )
+
+
+@contextmanager
+def verifying(bundle: Bundle, names: Iterable[str]) -> Iterator[None]:
+    """Compare hashes as ``verify_files`` does while the body opens the files, which takes as long.
+
+    What the body opened counts only where this ends without an error. Where both fail, the error is that of
+    the hashes, which explains the other.
+
+    Raises:
+        HashMismatchError: If a file is not the one that was recorded.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verified = pool.submit(verify_files, bundle, names)
+        try:
+            yield
+        finally:
+            verified.result()
 
 
 def _files_to_list(bundle: Bundle) -> set[str]:

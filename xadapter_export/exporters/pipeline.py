@@ -1,5 +1,6 @@
 """The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
+import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,12 @@ class _Gates:
         max_points_lost: float | None,
     ) -> Self:
         if all(precision == "fp32" for _, precision in wanted):
+            if any(option is not None for option in (calibration, evaluate, min_agreement, max_points_lost)):
+                raise ConfigError(
+                    "calibration, evaluate and the gates are for precisions below fp32",
+                    expected="fp16, int8 or int4 among the precisions",
+                    got="fp32 alone",
+                )
             return cls()
         words = [candidate.word for candidate in plan.candidates or ()]
         source = None if calibration is None else Path(calibration)
@@ -278,6 +285,7 @@ class _Builder:
             tuple(self.variants),
         )
         self.on_stage("prove", ", ".join(plan.expert_sets))
+        gc.collect()  # what was traced has cycles, and holds copies of most weights
         _write_reference(folder, self.reference)
         _write_manifest(folder, manifest)
         report = prove_bundle(folder, verify=False)

@@ -9,7 +9,8 @@ quantised at each run. In 4 bits it is ``MatMulNBits``, with a scale for each bl
 reads the rows of the table, which stand in the file once.
 
 Left in fp32: the plug-in and CLIP's text projection, which are small and decide what is retrieved and how it
-is read; the bank, which ``bank_search`` sees to; vectors and small matrices.
+is read; the bank, which ``bank_search`` sees to; CLIP's table of positions, of which a slice is read;
+vectors and small matrices.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the exact steps of the merge save: multiply-adds, counted by running the merged module.
+"""What the exact steps of the merge save: multiply-adds, counted by running the merged module on shapes.
 
 Counted for one text of 32 tokens with one mask and 32 CLIP tokens, or of as many as PLM and CLIP take.
 """
@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
@@ -34,6 +35,18 @@ def count_savings(
         candidate_ids: See ``MergedModel``.
         without: See ``MergedModel``.
     """
+    with FakeTensorMode(allow_non_fake_inputs=True):  # no number is computed, no weight copied
+        return _count(model, merged, expert_set, task, candidate_ids, without)
+
+
+def _count(
+    model: XAdapterModel,
+    merged: MergedModel,
+    expert_set: ExpertSet,
+    task: Task,
+    candidate_ids: Sequence[int] | None,
+    without: Collection[Step],
+) -> list[Optimisation]:
     example = _example(model)
     after = _multiply_adds(merged, example)
     found: list[tuple[str, int, int]] = []
@@ -48,7 +61,6 @@ def count_savings(
         if task == "fill-mask":
             everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
             found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
-        del unread
     if merged.clip is not None:
         padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.config.context_length)}
         found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))

@@ -69,6 +69,7 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
     if program is None:
         raise UnsupportedError("torch.onnx returned no program")
     model = program.model
+    traced = list(model.graph.initializers.values())
     kept = _kept_whole(model)
     with _quiet():
         onnxscript.optimizer.optimize_ir(
@@ -76,6 +77,10 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
             should_fold=lambda node: False if kept.intersection(node.inputs) else None,
         )
         model = _convert(model, opset)
+    final = set(model.graph.initializers.values())
+    for value in traced:  # onnxscript's rules remember the last graph that they saw, and all its weights
+        if value not in final:
+            value.const_value = None
     ClearMetadataAndDocStringPass()(model)
     _name_axes(model)
     _name_weights(model, merged)

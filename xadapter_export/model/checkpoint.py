@@ -1,6 +1,7 @@
 """Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -168,6 +169,8 @@ def write_checkpoint(
             {name: tensor.contiguous() for name, tensor in model.trained_state().items()},
             staging / PLUGIN_NAME,
         )
+        if model.calibration_file is not None:
+            shutil.copyfile(model.calibration_file, staging / CALIBRATION_NAME)
         for name, text in more_files.items():
             (staging / name).write_text(text, encoding="utf-8")
         if model.bank is not None:

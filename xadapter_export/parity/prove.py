@@ -11,7 +11,8 @@ manifest says what it was measured to say.
 
 import importlib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -78,17 +79,14 @@ def prove_bundle(
     active: dict[str, None] = {}
     for variant in chosen:
         spec = bundle.manifest.expert_sets[variant.expert_set]
-        session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
-        active |= dict.fromkeys(session.get_providers())
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        compared = list(_prove_values(session, variant, spec, reference, keys))
+        open_graph = partial(open_variant, bundle, variant, providers=providers, num_threads=num_threads)
+        compared, used = _prove_values(open_graph, variant, spec, reference, keys)
+        active |= dict.fromkeys(used)
         if taps := _find_taps(bundle, variant, spec):
-            appended = extra_outputs(tap.name for tap in taps)
-            session = open_variant(
-                bundle, variant, providers=providers, num_threads=num_threads, appended=appended
-            )
+            open_graph = partial(open_graph, appended=extra_outputs(tap.name for tap in taps))
             keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
-            compared += _prove_values(session, variant, spec, reference, keys)
+            compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
         if compared and variant.parity and len(compared) < variant.parity.num_cells:
             raise ParityError(
                 "the reference lacks cases that the bundle was proven with",
@@ -150,13 +148,19 @@ def _engine_versions(variants: Iterable[Variant]) -> dict[str, str]:
 
 
 def _prove_values(
-    session: OnnxSession,
+    open_graph: Callable[[], OnnxSession],
     variant: Variant,
     spec: ExpertSetSpec,
     reference: Mapping[str, Array],
     keys: Mapping[str, str],
-) -> Iterator[Cell]:
-    """Yield a cell for each case and each named value; ``keys`` maps the graph's name to the reference's."""
+) -> tuple[list[Cell], list[str]]:
+    """Return a cell for each case and each named value, and the providers that were active.
+
+    ``keys`` maps the graph's name to the reference's. The session is gone before another is opened: each
+    holds the weights.
+    """
+    session = open_graph()
+    cells: list[Cell] = []
     for case in sorted({key.split("/")[0] for key in reference if "/in/" in key}):
         feed = {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
         refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
@@ -173,9 +177,10 @@ def _prove_values(
             if name == "retrieved":
                 rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
                 scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
-                yield compare_retrieved(*rows, *scores, place)
+                cells.append(compare_retrieved(*rows, *scores, place))
             else:
-                yield compare(got[name], refs[name], TOLERANCES[variant.precision], place)
+                cells.append(compare(got[name], refs[name], TOLERANCES[variant.precision], place))
+    return cells, session.get_providers()
 
 
 def _read_reference(path: Path) -> dict[str, Array]:

@@ -5,7 +5,8 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Self, overload
@@ -13,7 +14,7 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verify_files
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verifying
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
@@ -55,15 +56,12 @@ class XAdapterSession:
         manifest = bundle.manifest
         self.bundle = bundle
         self._verify = verify
-        if verify:  # graphs and weights when they are opened: those of other variants can be large
-            of_variants = {path for v in manifest.variants for path in (v.file, *v.weight_files)}
-            verify_files(bundle, manifest.files.keys() - of_variants)
         self.experts = experts or manifest.default_expert_set
-        self.pictures: tuple[Picture, ...] = ()
-        if manifest.bank is not None and any(_retrieves(spec) for spec in manifest.expert_sets.values()):
-            path = bundle.file(BANK_NAME)
-            self.pictures = read_pictures(path, num_pictures=manifest.bank.num_pictures)
-        self._encoder, self._clip_encoder = load_encoders(bundle)
+        # Graphs and weights are verified when they are opened: those of other variants can be large.
+        of_variants = {path for v in manifest.variants for path in (v.file, *v.weight_files)}
+        with self._verifying(manifest.files.keys() - of_variants):
+            self._encoder, self._clip_encoder = load_encoders(bundle)
+            self.pictures = self._read_pictures()
         self._tokenizer = self._encoder.tokenizer
         self._batch_size = batch_size
         self._providers = providers
@@ -390,17 +388,27 @@ class XAdapterSession:
         with self._lock:
             if experts not in self._sessions:
                 variant = self._choice(experts).variant
-                if self._verify:
-                    verify_files(self.bundle, (variant.file, *variant.weight_files))
                 open_graph = open_shared if self._share_weights else open_variant
-                self._sessions[experts] = open_graph(
-                    self.bundle,
-                    variant,
-                    providers=self._providers,
-                    num_threads=self._num_threads,
-                    exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
-                )
+                with self._verifying((variant.file, *variant.weight_files)):
+                    session = open_graph(
+                        self.bundle,
+                        variant,
+                        providers=self._providers,
+                        num_threads=self._num_threads,
+                        exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
+                    )
+                self._sessions[experts] = session
             return self._sessions[experts]
+
+    def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        return verifying(self.bundle, names) if self._verify else nullcontext()
+
+    def _read_pictures(self) -> tuple[Picture, ...]:
+        """Return the pictures of the bank, where a graph says which ones it looked at."""
+        bank = self.manifest.bank
+        if bank is None or not any(_retrieves(spec) for spec in self.manifest.expert_sets.values()):
+            return ()
+        return read_pictures(self.bundle.file(BANK_NAME), num_pictures=bank.num_pictures)
 
     def _spec(self, experts: ExpertSet | None) -> ExpertSetSpec:
         name = experts or self.experts
@@ -468,4 +476,6 @@ def _best(logits: Float32Array, top_k: int) -> list[tuple[int, float]]:
     """Return the places of the largest of ``(n,) float32`` logits, best first, with their probabilities."""
     shifted = np.exp(logits.astype(np.float64) - float(logits.max()))
     scores = shifted / shifted.sum()
-    return [(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top_k]]
+    top_k = min(top_k, scores.size)
+    ahead = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])  # a whole vocabulary sorts slowly
+    return [(int(i), float(scores[i])) for i in ahead[np.argsort(-scores[ahead], kind="stable")[:top_k]]]
