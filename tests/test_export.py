@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import shutil
@@ -162,6 +163,23 @@ def test_nothing_tells_where_it_was_made(result: ExportResult, model: XAdapterMo
         if path.is_file():
             data = path.read_bytes()
             assert not any(place.encode() in data for place in places), path.name
+
+
+def test_no_copy_of_the_weights_outlives_the_export(model: XAdapterModel, tmp_path: Path) -> None:
+    packed = (3 * model.plm.hidden_size, model.plm.hidden_size)  # query, key and value in one
+
+    def alive() -> int:
+        gc.collect()
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        tensors = [value for value in gc.get_objects() if type(value) in kinds]
+        return sum(tuple(tensor.shape) == packed and not tensor.is_meta for tensor in tensors)
+
+    merged = MergedModel(model, "none", "fill-mask")
+    assert alive() > 0
+    del merged
+    assert alive() == 0
+    export(model, tmp_path / "bundle", "none")
+    assert alive() == 0
 
 
 @pytest.mark.parametrize("opset", [18, 19, 20, 21])

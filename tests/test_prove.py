@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from xadapter_export.errors import (
     ParityError,
     ProviderError,
 )
-from xadapter_export.parity import ParityReport, prove_bundle
+from xadapter_export.parity import ParityReport, prove, prove_bundle
 from xadapter_export.parity.table import parity_table
 from xadapter_export.parity.taps import extra_outputs
 
@@ -252,6 +253,20 @@ def test_of_a_fused_graph_only_the_taps_that_are_left_are_read(several: Path, tm
     rewrite_manifest(folder, variants=variants)
     with pytest.raises(ParityError, match=r"lacks cases .* \(expected 25 cells, got 20\)"):
         prove_bundle(folder)
+
+
+def test_one_graph_is_open_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[Any]] = []
+
+    def open_one(*arguments: Any, **options: Any) -> Any:
+        assert not [session for session in opened if session() is not None]
+        session = onnx_session.open_variant(*arguments, **options)
+        opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(prove, "open_variant", open_one)
+    assert prove_bundle(tiny).passed
+    assert len(opened) > 4  # with taps and without
 
 
 def test_a_graph_of_openvino_is_proven_by_its_outputs(tmp_path: Path) -> None:

@@ -528,6 +528,8 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
         ),
         (["--precision", "int8", "--calibration", "empty.txt"], 1, "Error: the file has no text: empty.txt"),
         (["--precision", "int8", "--calibration", "one.txt"], 1, "Error: too few texts"),
+        (["--calibration", "one.txt"], 1, "Error: calibration, evaluate and the gates are for precisions below"),
+        (["--precision", "fp32", "--min-agreement", "0.9"], 1, "got fp32 alone"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -579,6 +581,9 @@ def test_the_texts_of_a_checkpoint_are_what_its_lossy_export_is_compared_on(
 
     assert XAdapterModel.from_pretrained(with_texts).calibration_file == with_texts / "calibration.jsonl"
     assert num_texts("own") == 3  # every second of six
+    again = tmp_path / "again"
+    XAdapterModel.from_pretrained(with_texts).save_pretrained(again, self_contained=True)
+    assert (again / "calibration.jsonl").read_bytes() == (with_texts / "calibration.jsonl").read_bytes()
     assert num_texts("given", calibration=texts) == 4
     (with_texts / "calibration.jsonl").unlink()
     assert XAdapterModel.from_pretrained(with_texts).calibration_file is None

@@ -14,12 +14,14 @@ from xadapter_export.bundle.manifest import EXPERT_SETS
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
+    HashMismatchError,
     InputTextError,
     ProviderError,
     ShapeError,
     UnsupportedError,
 )
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.session import _best
 from xadapter_export.runtime.text import TruncationWarning
 
 BANANA, CHERRY = "the color of a banana is [MASK].", "a cherry is [MASK]"
@@ -44,6 +46,24 @@ def test_scores_are_probabilities_over_the_vocabulary_best_first(session: XAdapt
     assert len(answers) == H
     assert sum(answer.score for answer in answers) == pytest.approx(1)
     assert answers == sorted(answers, key=lambda answer: -answer.logit)
+
+
+def test_equal_logits_keep_the_order_of_the_vocabulary() -> None:
+    logits = np.array([1, 3, 2, 3, 0, 2, 2], np.float32)
+    assert [place for place, _ in _best(logits, 4)] == [1, 3, 2, 5]
+    assert [place for place, _ in _best(logits, 99)] == [1, 3, 2, 5, 6, 0, 4]
+
+
+@pytest.mark.parametrize("kind", ["graph", "tokenizer"])
+def test_a_changed_file_is_named_even_where_it_cannot_be_read_any_more(kind: str, tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", sets=("t", "v"))
+    graph = XAdapterSession.load(folder, experts="v").variant.file
+    path = folder / (graph if kind == "graph" else "tokenizer.json")
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    with pytest.raises(HashMismatchError, match=rf"was changed: .*{path.name}"):
+        XAdapterSession.load(folder, experts="v")
+    with pytest.raises(BundleError, match="cannot"):
+        XAdapterSession.load(folder, experts="v", verify=False)
 
 
 def test_a_list_gives_a_list_in_its_order_whatever_the_batches(tiny: Path, session: XAdapterSession) -> None:

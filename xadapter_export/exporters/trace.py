@@ -76,6 +76,7 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
             model,
             should_fold=lambda node: False if kept.intersection(node.inputs) else None,
         )
+        traced += model.graph.initializers.values()
         model = _convert(model, opset)
     final = set(model.graph.initializers.values())
     for value in traced:  # onnxscript's rules remember the last graph that they saw, and all its weights
