@@ -151,11 +151,12 @@ def chosen(results: Results, precision: str, target: str | None = None) -> str |
 
 @dataclass(frozen=True)
 class _Pair:
-    """Ours beside the rows that it is held against in one cell."""
+    """Ours beside a row that it is held against in one cell; times, and operations, of theirs to ours."""
 
     cell: Cell
     ratio: Ratio
     against: Row
+    operations: float
 
 
 def _worst(
@@ -163,7 +164,12 @@ def _worst(
 ) -> _Pair | None:
     """The smallest ratio of theirs to ours; by the upper end of its interval if ``by_high``."""
     pairs = [
-        _Pair(cell, ratio(measured.times_ms, rows[own].times_ms), row)
+        _Pair(
+            cell,
+            ratio(measured.times_ms, rows[own].times_ms),
+            row,
+            measured.gflop / rows[own].gflop if rows[own].gflop else 0.0,
+        )
         for cell, rows in results.cells.items()
         for own in rows
         if own.contestant == mine
@@ -178,7 +184,9 @@ def _verdict(number: str, text: str, target: float, pair: _Pair | None, mine: st
     if pair is None:
         return Verdict(number, text, "at least", target, None)
     interval = f"{pair.ratio.low:.2f} to {pair.ratio.high:.2f}"
-    note = f"{mine} against {pair.against} at {pair.cell}, interval {interval}"
+    note = (
+        f"{mine} against {pair.against} at {pair.cell}, interval {interval}, operations {pair.operations:.2f}"
+    )
     return Verdict(number, text, "at least", target, pair.ratio.value, note)
 
 

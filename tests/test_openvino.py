@@ -48,9 +48,10 @@ class Case:
         batches = [self.encoder.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
         return [{name: batch[name] for name in names} for batch in batches]
 
-    def convert(self, precision: Precision) -> Path:
-        path = self.folder / f"{precision}.xml"
-        convert_to_ir(self.portable, path, precision, self.feeds(self.texts[::4], 4))
+    def convert(self, precision: Precision, *, weights_only: bool = False) -> Path:
+        path = self.folder / f"{precision}{'-weights' if weights_only else ''}.xml"
+        feeds = [] if weights_only else self.feeds(self.texts[::4], 4)
+        convert_to_ir(self.portable, path, precision, feeds, weights_only=weights_only)
         return path
 
 
@@ -162,6 +163,17 @@ def test_int8_agrees_with_fp32(vt: Case, vt_int8: Path, t: Case, t_int8: Path, s
         same_top, cosine = agreement(case, file, size)
         assert same_top >= 0.94  # measured 0.96 to 0.98 over a vocabulary of 4,942
         assert cosine >= 0.9995
+
+
+def test_int8_weights_alone_agree_better_and_need_no_texts(vt: Case, t: Case, t_int8: Path) -> None:
+    for case in (vt, t):
+        file = case.convert("int8", weights_only=True)
+        assert not nodes(file, "FakeQuantize")
+        assert large_floats(file) == (["bank"] if case is vt else [])
+        same_top, cosine = agreement(case, file, 12)
+        assert same_top >= 0.95  # nearly as often, of answers that lie close
+        assert cosine >= 0.9999
+    assert cosine > agreement(t, t_int8, 12)[1]
 
 
 def test_int4_agrees_with_fp32(vt: Case, vt_int4: Path, t: Case, t_int4: Path) -> None:

@@ -240,6 +240,27 @@ def test_odd_sizes_and_rows_of_zeros(bits: int, rows: int, width: int, tmp_path:
     assert error > 1e-4  # it is not the same graph
 
 
+@pytest.mark.parametrize("width", [128, 96, 48, 40])  # the last does not divide into blocks
+def test_blocks_of_8_bits_keep_what_lies_beside_a_large_number(width: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    table = rng.normal(0, 1, (50, width)).astype(np.float32)
+    matrix = rng.normal(0, width**-0.5, (width, width)).astype(np.float32)
+    table[7] *= 50  # one scale for all texts makes the others coarse
+    bias, ids = np.zeros(width, np.float32), np.arange(50)
+    expected = answers(graph_of(table, matrix, bias), tmp_path, ids)
+    others = np.arange(50) != 7
+    errors = {}
+    for blocks in (False, True):
+        model = graph_of(table, matrix, bias)
+        quantise(model, Recipe("all", 8, 8, 8, blocks=blocks))
+        nodes = products(model, "MatMulNBits")
+        assert len(nodes) == (blocks and width % 16 == 0)
+        got = answers(model, tmp_path, ids)
+        errors[blocks] = np.abs(got - expected)[others].mean()
+    assert errors[True] <= errors[False]
+    assert width % 16 or errors[True] < 0.9 * errors[False]
+
+
 def test_four_bits_need_rows_that_divide_into_blocks() -> None:
     matrix = np.ones((40, 40), np.float32)
     with pytest.raises(ParityError, match=r"4 bits need rows of a multiple of 16 \(got \(40, 40\)\); choose"):
@@ -528,7 +549,11 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
         ),
         (["--precision", "int8", "--calibration", "empty.txt"], 1, "Error: the file has no text: empty.txt"),
         (["--precision", "int8", "--calibration", "one.txt"], 1, "Error: too few texts"),
-        (["--calibration", "one.txt"], 1, "Error: calibration, evaluate and the gates are for precisions below"),
+        (
+            ["--calibration", "one.txt"],
+            1,
+            "Error: calibration, evaluate and the gates are for precisions below",
+        ),
         (["--precision", "fp32", "--min-agreement", "0.9"], 1, "got fp32 alone"),
     ],
 )

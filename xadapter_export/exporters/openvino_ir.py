@@ -28,7 +28,12 @@ _GROUP_SIZE: Final = 64  # weights that share a scale in int4
 
 
 def convert_to_ir(
-    model_file: Path, output: Path, precision: Precision, calibration: Sequence[Mapping[str, Array]]
+    model_file: Path,
+    output: Path,
+    precision: Precision,
+    calibration: Sequence[Mapping[str, Array]],
+    *,
+    weights_only: bool = False,
 ) -> None:
     """Write a graph as ``.xml`` and ``.bin``.
 
@@ -43,6 +48,8 @@ def convert_to_ir(
         output: Path of the ``.xml`` file; the ``.bin`` file comes beside it.
         precision: ``fp32``, ``int8`` for weights and activations, or ``int4`` for weights.
         calibration: Inputs to measure the ranges of activations with, arrays by name; for ``int8``.
+        weights_only: Whether ``int8`` measures no ranges: activations are rounded at each run instead, in
+            groups of 64, which is more exact and slower.
 
     Raises:
         MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
@@ -53,7 +60,8 @@ def convert_to_ir(
         raise UnsupportedError(
             "OpenVINO's target has no such precision", expected=" or ".join(_PRECISIONS), got=precision
         )
-    if precision == "int8" and not calibration:
+    is_calibrated = precision == "int8" and not weights_only
+    if is_calibrated and not calibration:
         raise ConfigError("int8 needs texts to calibrate with", got="none")
     ov = import_openvino()
     model = ov.Core().read_model(str(model_file))
@@ -62,10 +70,13 @@ def convert_to_ir(
         _select_masks(model)
         clip = (_CLIP,) if _searches_bank(model) else ()
         _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
-        _compress_matrices(model, (*_HEADS, *clip))
-        model = _quantise(model, calibration) if precision == "int8" else _compress_int4(model)
-    # Whether activations are rounded on the fly: faster in int4, and never where the ranges were measured.
-    group = str(_GROUP_SIZE) if precision == "int4" else "0"
+        _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
+        if is_calibrated:
+            model = _quantise(model, calibration)
+        elif precision == "int4":
+            model = _compress_int4(model)
+    # Whether activations are rounded on the fly: faster, and never where the ranges were measured.
+    group = "0" if precision == "fp32" or is_calibrated else str(_GROUP_SIZE)
     model.set_rt_info(group, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     ov.save_model(model, str(output), compress_to_fp16=False)
 
@@ -125,7 +136,8 @@ def _compress_matrices(model: Any, prefixes: tuple[str, ...]) -> None:
     ops = _ops()
     for node, name in _products(model):
         weight = node.input_value(1).get_node()
-        if not name.startswith(prefixes) or not _is_float(weight) or weight.data.size < _SMALL:
+        is_wanted = name.startswith(prefixes) and not name.startswith(_BANK)
+        if not is_wanted or not _is_float(weight) or weight.data.size < _SMALL:
             continue
         flags = node.get_attributes()
         rows, scales = _rowwise_int8(weight.data if flags["transpose_b"] else weight.data.T)

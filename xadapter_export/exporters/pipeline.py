@@ -59,6 +59,11 @@ _TASKS: dict[Task, tuple[Task, ...]] = {
     "text-classification": ("text-classification", "feature-extraction"),
     "feature-extraction": ("feature-extraction",),
 }
+# From the fastest to the most exact; the exporter takes the first that passes its gate.
+OPENVINO_RECIPES: dict[Precision, tuple[str, ...]] = {
+    "int8": ("int8_calibrated", "int8_weights_only"),
+    "int4": ("int4_weights",),
+}
 _NUM_TEXTS = 600  # half to calibrate with, half to compare on
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
@@ -413,24 +418,31 @@ class _Builder:
         from xadapter_export.bundle.openvino_session import create_openvino_session
         from xadapter_export.exporters.openvino_ir import convert_to_ir
 
-        self.on_stage("derive", f"{expert_set}, openvino-{precision}")
         default = self.plan.expert_sets[0]
         path = variant_file(expert_set, default, "openvino", precision)
+        weights = str(Path(path).with_suffix(".bin").as_posix())
         (self.folder / path).parent.mkdir(exist_ok=True)
         feeds = self._calibration(expert_set, gates)
         portable = self._portable(expert_set)
-        convert_to_ir(self.folder / portable.file, self.folder / path, precision, feeds)
-        weights = str(Path(path).with_suffix(".bin").as_posix())
-        size = sum((self.folder / file).stat().st_size for file in (path, weights))
+        done = list(portable.optimisations)
         measured = None
-        if precision != "fp32":
+        for recipe in OPENVINO_RECIPES.get(precision, (f"openvino-{precision}",)):
+            self.on_stage("derive", f"{expert_set}, {recipe}")
+            weights_only = recipe == "int8_weights_only"
+            file = self.folder / path
+            convert_to_ir(self.folder / portable.file, file, precision, feeds, weights_only=weights_only)
+            size = sum((self.folder / name).stat().st_size for name in (path, weights))
+            if precision == "fp32":
+                break
             self.on_stage("compare", f"{expert_set}, openvino-{precision}")
-            measured = self._compare(
-                expert_set, create_openvino_session(self.folder / path), precision, gates
+            measured = self._compare(expert_set, create_openvino_session(file), precision, gates)
+            step = Optimisation(
+                name=recipe, lossless=False, unit="bytes", before=portable.size_bytes, after=size
             )
-        self._add(
-            expert_set, "openvino", precision, path, (weights,), size, list(portable.optimisations), measured
-        )
+            done = [*portable.optimisations, step]
+            if agreement.passes(measured):
+                break
+        self._add(expert_set, "openvino", precision, path, (weights,), size, done, measured)
 
     def _add(
         self,

@@ -5,8 +5,9 @@ run. Here every product with a large constant matrix is quantised, the decoder a
 the rows that a text needs are taken out and expanded.
 
 In 8 bits a product is ``DynamicQuantizeMatMul``: weights symmetric with a scale for each column, activations
-quantised at each run. In 4 bits it is ``MatMulNBits``, with a scale for each block of a row. A tied decoder
-reads the rows of the table, which stand in the file once.
+quantised at each run with one scale for all. Where that misses its gate it is ``MatMulNBits`` of 8 bits: a
+scale for each block of a row, of weights and of activations. In 4 bits it is ``MatMulNBits`` too. A tied
+decoder reads the rows of the table, which stand in the file once.
 
 Left in fp32: the plug-in and CLIP's text projection, which are small and decide what is retrieved and how it
 is read; the bank, which ``bank_search`` sees to; CLIP's table of positions, of which a slice is read;
@@ -27,7 +28,10 @@ from xadapter_export.exporters.fuse import CONTRIB
 
 _KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)
-_BLOCK_SIZES = (64, 32, 16)  # weights that share a scale in 4 bits: the first that divides a row
+_BLOCK_SIZES = {
+    4: (64, 32, 16),
+    8: (128, 64, 32, 16),
+}  # weights that share a scale: the first that divides a row
 _FLOAT = np.float32
 
 
@@ -40,12 +44,14 @@ class Recipe:
         tables: Bits of embedding tables, and of a decoder that is tied to one.
         clip: Bits of CLIP's products, and 32 for its table too.
         rest: Bits of the PLM's and the head's products.
+        blocks: Whether 8-bit products have a scale for each block of a row, of weights and of activations.
     """
 
     name: str
     tables: int
     clip: int
     rest: int
+    blocks: bool = False
 
     def bits(self, name: str, *, is_table: bool) -> int:
         """Bits of one weight."""
@@ -56,7 +62,11 @@ class Recipe:
 
 # From the smallest to the most exact; the exporter takes the first that passes its gate.
 RECIPES: dict[Precision, tuple[Recipe, ...]] = {
-    "int8": (Recipe("int8_weights", 8, 8, 8), Recipe("int8_weights_clip_fp32", 8, 32, 8)),
+    "int8": (
+        Recipe("int8_weights", 8, 8, 8),
+        Recipe("int8_weights_clip_fp32", 8, 32, 8),
+        Recipe("int8_blocks", 8, 8, 8, blocks=True),
+    ),
     "int4": (
         Recipe("int4_weights", 4, 4, 4),
         Recipe("int4_weights_tables_int8", 8, 4, 4),
@@ -109,8 +119,12 @@ def quantise(model: ir.Model, recipe: Recipe) -> None:
         shared = tables.get(found.weight) if found.table is not None else None
         bits = recipe.bits(str(found.weight.name), is_table=False) if shared is None else shared.bits
         if bits != 32:
-            multiply = _multiply_int8 if bits == 8 else _multiply_int4
-            _replace(model.graph, found.last, multiply(model.graph, found, shared))
+            has_blocks = recipe.blocks and found.matrix.shape[0] % _BLOCK_SIZES[8][-1] == 0
+            if bits == 8 and (shared is not None or not has_blocks):
+                nodes = _multiply_int8(model.graph, found, shared)
+            else:
+                nodes = _multiply_blocks(model.graph, found, shared, bits)
+            _replace(model.graph, found.last, nodes)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[CONTRIB] = 1
     left = [
@@ -159,25 +173,27 @@ def _multiply_int8(graph: ir.Graph, found: _Product, shared: _Rows | None) -> li
     return [*before, ir.node("DynamicQuantizeMatMul", inputs[:used], domain=CONTRIB)]
 
 
-def _multiply_int4(graph: ir.Graph, found: _Product, shared: _Rows | None) -> list[ir.Node]:
+def _multiply_blocks(graph: ir.Graph, found: _Product, shared: _Rows | None, bits: int) -> list[ir.Node]:
     k, n = found.matrix.shape
-    size = _block_size(k)
+    size = _block_size(k, bits)
     if shared is None:
-        rows, scales = _int4_blocks(np.ascontiguousarray(found.matrix.T))
+        rows, scales = _blocks(np.ascontiguousarray(found.matrix.T), bits)
         name = str(found.weight.name)
         shared = _Rows(
-            4, _initializer(graph, f"{name}.int4", rows), _initializer(graph, f"{name}.scales", scales)
+            bits,
+            _initializer(graph, f"{name}.int{bits}", rows),
+            _initializer(graph, f"{name}.scales", scales),
         )
-    shape = _initializer(graph, f"shape.{n}.{k}", np.array([n, k // size, size // 2], np.int64))
+    shape = _initializer(graph, f"shape{bits}.{n}.{k}", np.array([n, k // size, size * bits // 8], np.int64))
     blocks = ir.node("Reshape", [shared.rows, shape])
-    attributes = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4}
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": 4}
     inputs = [found.node.inputs[0], blocks.outputs[0], shared.scales, None, None, found.bias]
     used = len(inputs) if found.bias is not None else 3
     return [blocks, ir.node("MatMulNBits", inputs[:used], attributes, domain=CONTRIB)]
 
 
 def _quantise_rows(graph: ir.Graph, table: ir.Value, bits: int) -> _Rows:
-    rows, scales = _symmetric(_array(table), axis=1) if bits == 8 else _int4_blocks(_array(table))
+    rows, scales = _symmetric(_array(table), axis=1) if bits == 8 else _blocks(_array(table), 4)
     return _Rows(
         bits,
         _initializer(graph, f"{table.name}.int{bits}", rows),
@@ -187,7 +203,7 @@ def _quantise_rows(graph: ir.Graph, table: ir.Value, bits: int) -> _Rows:
 
 def _gather(table: _Rows, ids: ir.Value | None, width: int) -> list[ir.Node]:
     if table.bits == 4:
-        attributes = {"bits": 4, "block_size": _block_size(width), "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": 4, "block_size": _block_size(width, 4), "gather_axis": 0, "quantize_axis": 1}
         return [ir.node("GatherBlockQuantized", [table.rows, ids, table.scales], attributes, domain=CONTRIB)]
     rows = ir.node("Gather", [table.rows, ids])
     scales = ir.node("Gather", [table.scales, ids])
@@ -218,30 +234,31 @@ def _symmetric(matrix: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8]
     return np.rint(matrix / scales).astype(np.int8), scales
 
 
-def _block_size(row: int) -> int:
-    return next((size for size in _BLOCK_SIZES if row % size == 0), row)
+def _block_size(row: int, bits: int) -> int:
+    return next((size for size in _BLOCK_SIZES[bits] if row % size == 0), row)
 
 
-def _int4_blocks(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Two numbers a byte, the first in the low half, 8 meaning 0.
+def _blocks(matrix: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Numbers of 4 or 8 bits, of which 8 or 128 means 0; two of 4 bits are a byte, the first in its low half.
 
     Returns:
-        ``(N, K / 2) uint8`` of ``(N, K)``, and scales ``(N, K / block)``.
+        ``(N, K bits / 8) uint8`` of ``(N, K)``, and scales ``(N, K / block)``.
 
     Raises:
         ParityError: If a row does not divide into blocks.
     """
-    size = _block_size(matrix.shape[1])
-    if size not in _BLOCK_SIZES:
-        raise ParityError("4 bits need rows of a multiple of 16", got=matrix.shape, mend="choose int8")
-    blocks = matrix.reshape(len(matrix), -1, size)
+    size = _block_size(matrix.shape[1], bits)
+    if size not in _BLOCK_SIZES[bits]:
+        raise ParityError(f"{bits} bits need rows of a multiple of 16", got=matrix.shape, mend="choose int8")
+    blocks, zero = matrix.reshape(len(matrix), -1, size), 1 << (bits - 1)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
-    scales = largest / -8  # the largest number of a block is exact: 4 bits reach further below 0 than above
+    scales = largest / -zero  # the largest number of a block is exact: they reach further below 0 than above
     scales = np.where(scales == 0, 1, scales)
-    numbers = (np.clip(np.rint(blocks / scales), -8, 7) + 8).astype(np.uint8).reshape(len(matrix), -1)
-    halves = numbers[:, 0::2], numbers[:, 1::2]
-    packed: NDArray[np.uint8] = halves[0] | (halves[1] << np.uint8(4))
-    return packed, scales[..., 0].astype(_FLOAT)
+    numbers = np.clip(np.rint(blocks / scales), -zero, zero - 1) + zero
+    numbers = numbers.astype(np.uint8).reshape(len(matrix), -1)
+    if bits == 4:
+        numbers = numbers[:, 0::2] | (numbers[:, 1::2] << np.uint8(4))
+    return numbers, scales[..., 0].astype(_FLOAT)
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
