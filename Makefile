@@ -26,7 +26,8 @@ demo: $(STAMP) ## Export the built-in checkpoint and let it answer from pictures
 	$(BIN)/python -m export.demo --output $(BUNDLES)/demo
 
 test: $(STAMP) ## Run the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_openvino.py  # alone: its worker crashed after the last test
 
 parity: $(STAMP) ## Prove every expert set of the built-in checkpoint and of three larger cases.
 	$(BIN)/python -m export.parity --output $(BUNDLES)/parity
