@@ -95,7 +95,7 @@ def _text(model: XAdapterModel, rng: np.random.Generator, seq: int) -> str:
 def calibration_feeds(model: XAdapterModel, count: int = 100) -> list[Feed]:
     """Make single texts of many lengths to calibrate on: B = 1, T from 8 to 64."""
     lengths = [8 + (7 * number) % (min(64, model.plm.max_seq) - 7) for number in range(count)]
-    encode: Callable[[str], Feed] = lambda text: dict(model.text_encoder.encode([text]))  # noqa: E731
+    encode: Callable[[str], Feed] = lambda text: dict(model.text_encoder.encode([text]))  # noqa: E731  # one line, used once
     rng = np.random.default_rng(1)
     return [encode(_text(model, rng, seq)) for seq in lengths]
 

@@ -36,50 +36,43 @@ def count_savings(
         without: See ``MergedModel``.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):  # no number is computed, no weight copied
-        return _count(model, merged, expert_set, task, candidate_ids, without)
+        example = _example(model)
+        after = _multiply_adds(merged, example)
+        found: list[tuple[str, int, int]] = []
 
+        def plain(*steps: Step) -> MergedModel:
+            return MergedModel(model, expert_set, task, candidate_ids, {*without, *steps}).eval()
 
-def _count(
-    model: XAdapterModel,
-    merged: MergedModel,
-    expert_set: ExpertSet,
-    task: Task,
-    candidate_ids: Sequence[int] | None,
-    without: Collection[Step],
-) -> list[Optimisation]:
-    example = _example(model)
-    after = _multiply_adds(merged, example)
-    found: list[tuple[str, int, int]] = []
-
-    def plain(*steps: Step) -> MergedModel:
-        return MergedModel(model, expert_set, task, candidate_ids, {*without, *steps}).eval()
-
-    if merged.last_at_positions:
-        unread = plain("last_layer_at_positions")
-        before = _multiply_adds(unread, example)
-        found.append(("last_layer_at_positions", before, after))
-        if task == "fill-mask":
-            everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
-            found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
-    if merged.clip is not None:
-        padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.config.context_length)}
-        found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
-        if merged.clip_at_end:
-            found.append(
-                ("clip_last_block_at_end", _multiply_adds(plain("clip_last_block_at_end"), example), after)
-            )
-    if merged.folds_bank:
-        found.append(("folded_bank", _multiply_adds(plain("folded_bank"), example), after))
-    saved = [
-        Optimisation(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
-        for name, before, less in found
-        if less < before
-    ]
-    num_attentions, num_products = merged.projection_counts
-    if num_products < 3 * num_attentions:
-        counts = {"before": 3 * num_attentions, "after": num_products}
-        saved.append(Optimisation(name="packed_projections", lossless=True, unit="products", **counts))
-    return saved
+        if merged.last_at_positions:
+            unread = plain("last_layer_at_positions")
+            before = _multiply_adds(unread, example)
+            found.append(("last_layer_at_positions", before, after))
+            if task == "fill-mask":
+                everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
+                found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
+        if merged.clip is not None:
+            padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.config.context_length)}
+            found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
+            if merged.clip_at_end:
+                found.append(
+                    (
+                        "clip_last_block_at_end",
+                        _multiply_adds(plain("clip_last_block_at_end"), example),
+                        after,
+                    )
+                )
+        if merged.folds_bank:
+            found.append(("folded_bank", _multiply_adds(plain("folded_bank"), example), after))
+        saved = [
+            Optimisation(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
+            for name, before, less in found
+            if less < before
+        ]
+        num_attentions, num_products = merged.projection_counts
+        if num_products < 3 * num_attentions:
+            counts = {"before": 3 * num_attentions, "after": num_products}
+            saved.append(Optimisation(name="packed_projections", lossless=True, unit="products", **counts))
+        return saved
 
 
 def _multiply_adds(merged: MergedModel, example: Mapping[str, Tensor]) -> int:
