@@ -4,7 +4,8 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -92,12 +93,22 @@ def _text(model: XAdapterModel, rng: np.random.Generator, seq: int) -> str:
     return " ".join(words)
 
 
-def calibration_feeds(model: XAdapterModel, count: int = 100) -> list[Feed]:
-    """Make single texts of many lengths to calibrate on: B = 1, T from 8 to 64."""
+def calibration_feeds(model: XAdapterModel) -> list[Feed]:
+    """Make 100 single texts of many lengths to calibrate on: B = 1, T from 8 to 64."""
+    return [dict(model.text_encoder.encode([text])) for text in _calibration_texts(model, 100)]
+
+
+def write_calibration(model: XAdapterModel, folder: Path) -> Path:
+    """Write texts of the same kind to a file: 100 to calibrate on, as many to compare on."""
+    file = folder / "calibration.txt"
+    file.write_text("\n".join(_calibration_texts(model, 200)), encoding="utf-8")
+    return file
+
+
+def _calibration_texts(model: XAdapterModel, count: int) -> list[str]:
     lengths = [8 + (7 * number) % (min(64, model.plm.max_seq) - 7) for number in range(count)]
-    encode: Callable[[str], Feed] = lambda text: dict(model.text_encoder.encode([text]))  # noqa: E731  # one line, used once
     rng = np.random.default_rng(1)
-    return [encode(_text(model, rng, seq)) for seq in lengths]
+    return [_text(model, rng, seq) for seq in lengths]
 
 
 def torch_feed(feed: Mapping[str, NDArray[np.int64]]) -> dict[str, torch.Tensor]:

@@ -16,8 +16,10 @@ import shlex
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -42,6 +44,7 @@ from xadapter_export.errors import XAdapterError
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
 HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
 OURS: Final = ("ours", "ours-openvino")  # bundles, as ``benchmarks.prepare`` makes them
+COMPARED: Final = ("plain", "transformers", "ours-portable")  # whose seconds and memory are
 _STATIC: Final = Preparation("ours", "bert-base-static", "v", "fill-mask")  # for its size
 _UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
 _MOST_ROUNDS = 60
@@ -99,18 +102,17 @@ class Benchmark:
         self.settings = settings
         self.environment = quiet_environment(settings.threads, settings.cache)
         self.found = Found()
+        self._locks: dict[Preparation, threading.Lock] = defaultdict(threading.Lock)
         self._start = time.perf_counter()
 
     def run(self) -> tuple[Results, limits.Limits]:
         """Measure everything that was asked for, and the machine's limits before and after it."""
         self.say("limits of this machine")
         machine = limits.measure_in_child(self.settings.threads, self.environment)
-        self._prepare_ours()
+        self._prepare_everything()
         for case in self.settings.cases:
-            heads = [head for head in self.settings.heads if head in heads_of(case)]
-            for task in dict.fromkeys(task_of(head) for head in heads):
-                of_task = tuple(head for head in heads if task_of(head) == task)
-                self._run_task(case, task, of_task)
+            for task, heads in self._tasks(case):
+                self._run_task(case, task, heads)
             if case == "bert-base" and "ours" in self.settings.contestants and self._prepare(_STATIC):
                 self._note_sizes(_STATIC, "full", None)
         self.say("limits of this machine once more")
@@ -133,25 +135,51 @@ class Benchmark:
         )
         return results, machine
 
-    def _prepare_ours(self) -> None:
-        """Make our bundles two at a time: an export computes on one core for most of its time.
+    def _prepare_everything(self) -> None:
+        """Make what will be timed, two at a time: an export computes on one core for most of its time.
 
-        Only the seconds of ``ours-portable`` stand beside the others', and it is made alone.
+        Seconds and memory of an export stand beside each other for ``COMPARED``, which are made one by one.
         """
-        if "ours" not in self.settings.contestants:
-            return
         wanted = [
-            Preparation(kind, case, experts, task_of(head), head == "candidates")
+            preparation
             for case in self.settings.cases
-            for head in self.settings.heads
-            if head in heads_of(case)
+            for task, heads in self._tasks(case)
             for experts in self.settings.experts
-            for kind in OURS
+            for preparation in self._preparations(case, experts, task, heads)
         ]
-        if "bert-base" in self.settings.cases:
-            wanted.append(_STATIC)
+        for preparation in wanted:
+            if preparation.kind in COMPARED and preparation.experts == wanted[0].experts:
+                self._prepare(preparation)
         with ThreadPoolExecutor(max_workers=2) as pool:
             list(pool.map(self._prepare, wanted))
+
+    def _tasks(self, case: str) -> list[tuple[Task, tuple[Head, ...]]]:
+        """What a case is asked, and the answers of each task."""
+        heads = [head for head in self.settings.heads if head in heads_of(case)]
+        tasks = dict.fromkeys(task_of(head) for head in heads)
+        return [(task, tuple(head for head in heads if task_of(head) == task)) for task in tasks]
+
+    def _theirs(self, experts: ExpertSet) -> Iterator[tuple[Contestant, ExpertSet]]:
+        """The other contestants of a group, each with the expert set that it runs."""
+        for contestant in THEIRS:
+            if contestant.name in self.settings.contestants and (contestant.kind, experts) != ("plm", "none"):
+                yield contestant, "none" if contestant.kind == "plm" else experts
+
+    def _preparations(
+        self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...]
+    ) -> Iterator[Preparation]:
+        """What the contestants of a group need."""
+        for contestant, runs in self._theirs(experts):
+            if contestant.preparation is not None:
+                yield Preparation(contestant.preparation, case, runs, task)
+        if "ours" not in self.settings.contestants:
+            return
+        for head, kind in product(heads, OURS):
+            yield Preparation(kind, case, experts, task, head == "candidates")
+        if case == self.settings.cases[0]:
+            yield Preparation("ours-portable", case, experts, task)
+        if case == _STATIC.case.removesuffix("-static"):
+            yield _STATIC
 
     def _run_task(self, case: str, task: Task, heads: tuple[Head, ...]) -> None:
         shape, feeds = self._feeds(case, task)
@@ -180,12 +208,9 @@ class Benchmark:
         self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
     ) -> list[Entry]:
         """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
-        threads, wanted = self.settings.threads, self.settings.contestants
+        threads = self.settings.threads
         entries: list[Entry] = []
-        for contestant in THEIRS:
-            if contestant.name not in wanted or (contestant.kind == "plm" and experts == "none"):
-                continue
-            runs: ExpertSet = "none" if contestant.kind == "plm" else experts
+        for contestant, runs in self._theirs(experts):
             folder = None
             if contestant.preparation is not None:
                 preparation = Preparation(contestant.preparation, case, runs, task)
@@ -200,7 +225,7 @@ class Benchmark:
             if contestant.name == "compile" and not self.settings.full:
                 feedings = ("equal",)
             entries.append(Entry(contestant, Place(case, runs, task, folder, threads), feedings, heads))
-        for head, kind in product(heads, OURS) if "ours" in wanted else ():
+        for head, kind in product(heads, OURS) if "ours" in self.settings.contestants else ():
             preparation = Preparation(kind, case, experts, task, head == "candidates")
             cost = self._prepare(preparation)
             if cost is None:
@@ -220,14 +245,15 @@ class Benchmark:
         parts = (preparation.case, preparation.experts, preparation.task)
         if needed is not None and self._prepare(Preparation(needed, *parts)) is None:
             return None
-        if preparation.name in self.found.missing:
-            return None
-        start = time.perf_counter()
-        try:
-            cost = prepare(preparation, self.settings.cache, self.environment)
-        except XAdapterError as error:
-            self.note(preparation.name, error)
-            return None
+        with self._locks[preparation]:
+            if preparation.name in self.found.missing:
+                return None
+            start = time.perf_counter()
+            try:
+                cost = prepare(preparation, self.settings.cache, self.environment)
+            except XAdapterError as error:
+                self.note(preparation.name, error)
+                return None
         if time.perf_counter() - start > 1:
             self.say(f"prepared {preparation.name}: {cost.seconds:.0f} s, peak {cost.peak_mib:.0f} MiB")
         return cost
