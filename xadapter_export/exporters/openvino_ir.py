@@ -78,6 +78,8 @@ def convert_to_ir(
     # Whether activations are rounded on the fly: faster, and never where the ranges were measured.
     group = "0" if precision == "fp32" or is_calibrated else str(_GROUP_SIZE)
     model.set_rt_info(group, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    for old in (output, output.with_suffix(".bin")):  # writing over a file that is mapped can crash
+        old.unlink(missing_ok=True)
     ov.save_model(model, str(output), compress_to_fp16=False)
 
 

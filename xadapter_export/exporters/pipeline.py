@@ -430,8 +430,6 @@ class _Builder:
             self.on_stage("derive", f"{expert_set}, {recipe}")
             weights_only = recipe == "int8_weights_only"
             file = self.folder / path
-            for written in (path, weights):  # by the recipe before; writing over a mapped file can crash
-                (self.folder / written).unlink(missing_ok=True)
             convert_to_ir(self.folder / portable.file, file, precision, feeds, weights_only=weights_only)
             size = sum((self.folder / name).stat().st_size for name in (path, weights))
             if precision == "fp32":
