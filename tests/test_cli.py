@@ -311,3 +311,29 @@ def test_commands_can_be_entry_points_of_their_own() -> None:
     assert all(isinstance(entry, click.Command) for entry in (run, parity, inspect))
     result = CliRunner().invoke(run, [str(Path("nowhere")), "x"])
     assert result.exit_code == 1
+
+
+def test_export_takes_settings_from_a_file_and_flags_win(tmp_path: Path) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text(
+        f'experts = "none"\nmax_seq = 16\nopset = 18\noutput = "{tmp_path / "bundle"}"\nquiet = true'
+    )
+    result = call("export", "--config", config, "--opset", 20)
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["default_expert_set"], manifest["plm"]["max_seq"], manifest["opset"]) == ("none", 16, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("expert = 't'", "unknown settings: expert; known are "),
+        ("opset = ", "is not a TOML file of settings"),
+        ("max_seq = 'long'", "Invalid value for '--max-seq'"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "wrong.toml").write_text(text)
+    result = call("export", "--config", tmp_path / "wrong.toml")
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -19,6 +19,7 @@ Task = Literal["fill-mask", "text-classification", "feature-extraction"]
 Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["onnx", "cpu", "openvino"]
+DeploymentTarget = Literal["tensorrt-rtx", "tensorrt", "mobile", "triton"]
 
 FORMAT_VERSION = 1
 EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
@@ -208,6 +209,32 @@ class Variant(_Strict):
         return f"{self.target}-{self.precision}"
 
 
+class Deployment(_Strict):
+    """Files for a runtime that ``XAdapterSession`` does not drive, made from a proven graph of the bundle.
+
+    Attributes:
+        target: The runtime.
+        source: Name of the variant that it was made from, as ``onnx-fp32``.
+        files: What was written for it.
+        size_bytes: Bytes of these files.
+        seconds: How long that took, where it was made.
+        facts: What else is to be known of it, such as the ranges of its axes, by name.
+        refused: What was asked for and cannot be had, a line each with the reason.
+        prove_with: The command that proves it on a machine that has the runtime; None where it was proven.
+    """
+
+    target: DeploymentTarget
+    expert_set: ExpertSet
+    precision: Precision
+    source: str
+    files: tuple[InnerPath, ...]
+    size_bytes: Count
+    seconds: Annotated[float, Field(ge=0)]
+    facts: dict[str, str]
+    refused: tuple[str, ...] = ()
+    prove_with: str | None
+
+
 class FileEntry(_Strict):
     """Size and hash of one file of the bundle."""
 
@@ -235,6 +262,7 @@ class Manifest(_Strict):
     clip: ClipSpec | None
     bank: BankSpec | None
     variants: tuple[Variant, ...]
+    deployments: tuple[Deployment, ...] = ()
     files: dict[InnerPath, FileEntry]
 
     @model_validator(mode="after")
@@ -251,8 +279,9 @@ class Manifest(_Strict):
         covered = {variant.expert_set for variant in self.variants}
         yield "variants and expert_sets do not name the same sets", covered != set(sets)
         named = {path for variant in self.variants for path in (variant.file, *variant.weight_files)}
+        named |= {path for deployment in self.deployments for path in deployment.files}
         unlisted = sorted(named - set(self.files)) if self.files else []
-        yield f"variants name a file that files lacks: {', '.join(unlisted)}", bool(unlisted)
+        yield f"variants or deployments name a file that files lacks: {', '.join(unlisted)}", bool(unlisted)
         inputs = {spec.name for item in sets.values() for spec in item.inputs}
         outputs = {spec.name for item in sets.values() for spec in item.outputs}
         yield "clip is null but a set takes clip_input_ids", self.clip is None and "clip_input_ids" in inputs

@@ -1,6 +1,7 @@
 """``xad export``: turn a checkpoint into a bundle."""
 
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,31 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     return [word.strip() for word in words if word.strip()]
 
 
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Makes the settings of a file the defaults of this call: flags win."""
+    if path is None:
+        return
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path} is not a TOML file of settings: {error}.") from error
+    flags = {
+        option.removeprefix("--").replace("-", "_"): param
+        for param in ctx.command.params
+        if isinstance(param, click.Option) and param.expose_value
+        for option in param.opts
+        if option.startswith("--")
+    }
+    if unknown := sorted(set(settings) - set(flags)):
+        raise click.BadParameter(
+            f"{path} has unknown settings: {', '.join(unknown)}; known are {', '.join(sorted(flags))}."
+        )
+    ctx.default_map = {
+        str(flags[key].name): [value] if flags[key].multiple and not isinstance(value, list) else value
+        for key, value in settings.items()
+    }
+
+
 @click.command(
     cls=XadCommand,
     epilog=example(
@@ -63,6 +89,14 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     ),
 )
 @click.argument("checkpoint", default="builtin")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file of settings, named as the flags are, with _ for -; flags win over it.",
+)
 @click.option(
     "--experts",
     type=click.Choice(EXPERT_SETS),

@@ -3,9 +3,10 @@
 import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, Self
+from typing import Literal, Self, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,8 @@ from xadapter_export.bundle.folder import (
 from xadapter_export.bundle.manifest import (
     Agreement,
     Candidate,
+    Deployment,
+    DeploymentTarget,
     ExpertSet,
     ExpertSetSpec,
     Manifest,
@@ -37,6 +40,7 @@ from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.calibration import CalibrationTexts, calibration_feeds, calibration_texts
 from xadapter_export.exporters.check import check_graph
+from xadapter_export.exporters.deploy import DeployOptions, deploy, sources
 from xadapter_export.exporters.derive import derive, plan_variants, variant_file, weights_file
 from xadapter_export.exporters.merge import MergedModel, Step
 from xadapter_export.exporters.quantise import RECIPES
@@ -51,7 +55,7 @@ from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import int8_overflows, read_machine
 
-Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare"]
+Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
 
 _TASKS: dict[Task, tuple[Task, ...]] = {
@@ -91,12 +95,13 @@ def export(
     candidates: Sequence[str] | None = None,
     max_seq: int | None = None,
     precisions: Sequence[Precision] = (),
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target | DeploymentTarget] = (),
     calibration: str | Path | None = None,
     evaluate: str | Path | None = None,
     min_agreement: float | None = None,
     max_points_lost: float | None = None,
     without: Collection[Step] = (),
+    deploy_options: DeployOptions | None = None,
     force: bool = False,
     on_stage: OnStage = _say_nothing,
 ) -> ExportResult:
@@ -111,13 +116,15 @@ def export(
         candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
         max_seq: Longest input in tokens; the PLM's limit if None.
         precisions: Precisions of the graphs; fp32 if empty.
-        targets: Who runs them; those of ``derive.DEFAULT_TARGETS`` if empty.
+        targets: Who runs them; those of ``derive.DEFAULT_TARGETS`` if empty. What deployments among them are
+            made from is in the bundle too.
         calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
             that came with the checkpoint if None, or else sentences of our own and the bank's captions.
         evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
         min_agreement: Gate for the share of equal answers; the default of the precision if None.
         max_points_lost: Gate for the accuracy; the default of the precision if None.
         without: Exact optimisations to leave out.
+        deploy_options: What deployments must fit.
         force: Replace a bundle that is already there.
         on_stage: Called as each stage begins, with its name and what it works on.
 
@@ -132,7 +139,14 @@ def export(
     """
     check_opset(opset)
     agreement.check_gate_options(min_agreement, max_points_lost)
-    wanted = plan_variants(precisions, targets)
+    deployed = [cast(DeploymentTarget, target) for target in targets if target in get_args(DeploymentTarget)]
+    run_by = [cast(Target, target) for target in targets if target in get_args(Target)]
+    wanted = sources(deployed, precisions)
+    if run_by or not deployed:
+        wanted = list(dict.fromkeys([*plan_variants(precisions, run_by), *wanted]))
+    deployments = partial(
+        deploy, targets=deployed, precisions=precisions, options=deploy_options or DeployOptions()
+    )
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -144,7 +158,7 @@ def export(
         was_training = model.training
         try:
             builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(wanted, gates, staged.final.name)
+            manifest, report = builder.build(wanted, gates, deployments, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -257,9 +271,13 @@ class _Builder:
     answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
 
     def build(
-        self, wanted: Sequence[tuple[Target, Precision]], gates: _Gates, name: str
+        self,
+        wanted: Sequence[tuple[Target, Precision]],
+        gates: _Gates,
+        deployments: Callable[..., tuple[Deployment, ...]],
+        name: str,
     ) -> tuple[Manifest, ParityReport]:
-        """Writes and proves every variant of every expert set."""
+        """Writes and proves every variant of every expert set, and what is made from them."""
         plan, folder = self.plan, self.folder
         (folder / "onnx").mkdir()
         cases = reference_inputs(
@@ -304,6 +322,8 @@ class _Builder:
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
+        made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
+        manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
         (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
         return _write_manifest(folder, manifest), report

@@ -1,0 +1,83 @@
+"""Deployments: what other runtimes need, made from the proven graphs of a bundle, one module each.
+
+A module of ``_MODULES`` has ``deploy(folder, manifest, variant, options, say)``: it writes below ``folder``,
+the bundle that is being made, and returns what it wrote as a ``Deployment``.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision, Target
+from xadapter_export.errors import ConfigError
+
+Say = Callable[[str], None]
+
+# The graph that a deployment is made from, for each precision that it takes.
+SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {}
+_MODULES: dict[DeploymentTarget, str] = {}
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """What deployments were asked to fit.
+
+    Attributes:
+        profile: Least and largest length of an axis, by its name in the graph: ``batch``, ``seq``, ``masks``.
+        compute_capabilities: NVIDIA architectures that engines are built for, as ``sm89``.
+    """
+
+    profile: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    compute_capabilities: tuple[str, ...] = ()
+
+
+def sources(
+    targets: Sequence[DeploymentTarget], precisions: Sequence[Precision]
+) -> list[tuple[Target, Precision]]:
+    """The variants that deployments are made from.
+
+    Raises:
+        ConfigError: If a deployment does not take any of the precisions.
+    """
+    found: list[tuple[Target, Precision]] = []
+    for target in targets:
+        of_target = [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
+        if not of_target:
+            raise ConfigError(
+                f"target {target} does not take precision {', '.join(precisions)}",
+                expected=f"one of {', '.join(SOURCES[target])}",
+                mend=f"add --precision {next(iter(SOURCES[target]))}",
+            )
+        found += [pair for pair in of_target if pair not in found]
+    return found
+
+
+def deploy(
+    folder: Path,
+    manifest: Manifest,
+    targets: Sequence[DeploymentTarget],
+    precisions: Sequence[Precision],
+    options: DeployOptions,
+    say: Say,
+) -> tuple[Deployment, ...]:
+    """Writes every deployment that was asked for, of every expert set.
+
+    Args:
+        folder: The bundle, with its graphs; still being made.
+        manifest: What it says so far.
+        targets: The runtimes.
+        precisions: Those that were asked for; fp32 if empty.
+        options: What they must fit.
+        say: Called as each begins, with what it is.
+
+    Raises:
+        XAdapterError: If one cannot be made.
+    """
+    wanted = {target: set(sources([target], precisions)) for target in targets}
+    return tuple(
+        importlib.import_module(_MODULES[target]).deploy(folder, manifest, variant, options, say)
+        for target in targets
+        for variant in manifest.variants
+        if (variant.target, variant.precision) in wanted[target]
+    )
