@@ -179,7 +179,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     type=click.Choice(RETRIEVALS),
     default="in-graph",
     show_default=True,
-    help="Where the bank is searched: in the graph, or by the app, with an index (xad-bank index) or without.",
+    help="Where the bank is searched: in the graph, or by the app, with an index (xad-bank index) or none.",
 )
 @click.option(
     "--split",

@@ -176,8 +176,9 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
                 table, record.bank_sha256, num_probes=record.num_probes, candidates=record.candidates
             )
         faiss = import_extra("faiss", "faiss")
-        # Only what every search reads is in memory; where the lists are mapped, they are read from disk.
-        return FaissIndex(faiss.read_index(str(folder / FAISS_NAME), faiss.IO_FLAG_MMAP), record)
+        # Mapped: of lists on disk only those are read that a search looks into.
+        flags = faiss.IO_FLAG_MMAP if record.num_lists is not None else faiss.IO_FLAG_MMAP_IFC
+        return FaissIndex(faiss.read_index(str(folder / FAISS_NAME), flags), record)
     except XAdapterError:
         raise
     except Exception as error:  # neither library has a base of its errors
