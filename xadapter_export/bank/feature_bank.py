@@ -4,14 +4,13 @@ Dimensions: N pictures, D CLIP embedding size.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import (
@@ -23,9 +22,13 @@ from xadapter_export.bank.record import (
     write_bank_record,
 )
 from xadapter_export.bank.rows import NUMPY_DTYPES, Float32, block_rows, check_lengths, to_float32
+from xadapter_export.bank.writer import features_header
+from xadapter_export.bundle.bank_rows import BankRows, unit_rows
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.errors import BundleError, CheckpointError, ShapeError
+
+_MOST_VALUES_IN_MEMORY = 2**27  # half a GiB as float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class FeatureBank:
     """
 
     features: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8]
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
     scales: Float32 | None = None
     clip: BankClip | None = None
     kind: BankKind = "pictures"
@@ -70,8 +73,23 @@ class FeatureBank:
 
     def rows(self) -> Float32:
         """Return a new array of the features as ``(N, D) float32``, whatever they are stored as."""
-        rows = to_float32(self.features, self.scales)
-        return rows.copy() if rows is self.features else rows
+        return np.array(to_float32(self.features, self.scales))
+
+    def unit_rows(self) -> Float32:
+        """Return the features as ``(N, D) float32`` at length 1, as a search reads them.
+
+        A large bank is written to a temporary file and memory-mapped, so that it never is in memory whole;
+        the file needs its place on disk and goes with the array.
+        """
+        shape = self.features.shape
+        found: Float32
+        if shape[0] * shape[1] <= _MOST_VALUES_IN_MEMORY:
+            found = np.empty(shape, np.float32)
+        else:
+            found = np.memmap(TemporaryFile(), np.float32, "w+", shape=shape)  # noqa: SIM115  # the map holds it
+        for start, block in self._blocks():
+            found[start : start + len(block)] = unit_rows(block)
+        return found
 
     @property
     def sha256(self) -> str:
@@ -100,12 +118,19 @@ class FeatureBank:
     def save(self, folder: str | Path) -> None:
         """Writes ``bank.safetensors``, ``bank.jsonl`` and ``bank.json`` into an existing folder."""
         folder = Path(folder)
-        tensors = {"features": np.ascontiguousarray(self.features)}
-        if self.scales is not None:
-            tensors["scales"] = np.ascontiguousarray(self.scales)
-        save_file(tensors, folder / FEATURES_NAME)
+        self.save_features(folder / FEATURES_NAME)
         self.save_rows(folder / BANK_NAME)
         write_bank_record(folder, self.record)
+
+    def save_features(self, path: Path) -> None:
+        """Writes ``bank.safetensors`` block by block."""
+        num_rows, dim = self.features.shape
+        with path.open("wb") as stream:
+            stream.write(features_header(self.record.dtype, num_rows, dim))
+            if self.scales is not None:
+                stream.write(np.ascontiguousarray(self.scales).data)
+            for start in range(0, num_rows, block_rows(dim)):
+                stream.write(np.ascontiguousarray(self.features[start : start + block_rows(dim)]).data)
 
     def save_rows(self, path: Path) -> None:
         """Writes one JSON line per picture."""
@@ -114,7 +139,7 @@ class FeatureBank:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureBank":
-        """Reads a bank.
+        """Reads a bank; its features stay on disk, memory-mapped.
 
         Raises:
             CheckpointError: If a file is missing or broken.
@@ -123,14 +148,14 @@ class FeatureBank:
         folder = Path(folder)
         reader = BankReader(folder)
         try:
-            tensors = load_file(folder / FEATURES_NAME)
+            stored = BankRows(folder / FEATURES_NAME)
             pictures = read_pictures(folder / BANK_NAME, num_pictures=reader.num_pictures)
-        except (OSError, SafetensorError, BundleError) as error:
+        except BundleError as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
         return cls(
-            tensors["features"],
+            stored.features,
             pictures,
-            tensors.get("scales"),
+            stored.scales,
             reader.record.clip if reader.record else None,
             reader.kind,
             reader.num_skipped,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.rows import Float32
+from xadapter_export.bundle.bank_rows import search_blocks
 from xadapter_export.errors import ConfigError
 
 
@@ -45,16 +46,7 @@ def find_nearest(bank: BankReader, queries: Float32, k: int) -> Nearest:
             got=queries.shape[1],
             mend="use the CLIP that made the bank",
         )
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    rows = np.zeros((len(queries), k), dtype=np.int64)
-    for start, block in bank.row_blocks():
-        found = queries @ block.T  # (Q, rows)
-        for q in np.flatnonzero(found.max(axis=1) > scores[:, -1]):
-            better = np.flatnonzero(found[q] > scores[q, -1])
-            candidates = np.concatenate([scores[q], found[q, better]])
-            numbers = np.concatenate([rows[q], better + start])
-            best = np.argsort(-candidates, kind="stable")[:k]
-            scores[q], rows[q] = candidates[best], numbers[best]
+    scores, rows = search_blocks(bank.row_blocks(), queries, k)
     return Nearest(rows, scores)
 
 

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from xadapter_export.bundle.folder import FEATURES_NAME as FEATURES_NAME
 from xadapter_export.bundle.manifest import Count, Sha256, Size, describe
 from xadapter_export.errors import CheckpointError
 
-FEATURES_NAME = "bank.safetensors"
 RECORD_NAME = "bank.json"
 SKIPPED_NAME = "skipped.jsonl"
 THUMBNAILS_NAME = "thumbnails.zip"

@@ -6,13 +6,12 @@ Dimensions: N rows, D CLIP embedding size.
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xadapter_export.bank.record import BankDtype
+from xadapter_export.bundle.bank_rows import Float32 as Float32
+from xadapter_export.bundle.bank_rows import Raw
+from xadapter_export.bundle.bank_rows import to_float32 as to_float32
 from xadapter_export.errors import ShapeError
-
-Float32 = NDArray[np.float32]
-Raw = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8]
 
 NUMPY_DTYPES: Final[dict[BankDtype, np.dtype[Any]]] = {
     "fp32": np.dtype(np.float32),
@@ -26,12 +25,6 @@ _LENGTH_TOLERANCE = 0.01  # float16 rounding moves a length by 0.0005
 def block_rows(dim: int) -> int:
     """Return how many rows of width ``dim`` are read and written at a time."""
     return max(64, _BLOCK_VALUES // dim)
-
-
-def to_float32(raw: Raw, scales: Float32 | None) -> Float32:
-    """Return ``(N, D) float32``: the stored rows, those of int8 times their ``(N,) float32`` scales."""
-    rows = raw.astype(np.float32, copy=False)
-    return rows if scales is None else rows * scales[:, None]
 
 
 def to_dtype(rows: Float32, dtype: BankDtype) -> tuple[Raw, Float32 | None]:

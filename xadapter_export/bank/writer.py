@@ -21,7 +21,7 @@ from xadapter_export.bank.record import (
     package_versions,
     write_bank_record,
 )
-from xadapter_export.bank.rows import Float32, check_lengths, to_dtype
+from xadapter_export.bank.rows import NUMPY_DTYPES, Float32, check_lengths, to_dtype
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import ConfigError
@@ -106,7 +106,7 @@ class BankWriter:
             self._int8.close()
             self._int8_path.unlink()
         self._file.seek(0)
-        self._file.write(self._header())
+        self._file.write(features_header(self._dtype, self.num_pictures, self._dim))
         self._file.close()
         self._lines.close()
         record = BankRecord(
@@ -121,17 +121,18 @@ class BankWriter:
         write_bank_record(self._folder, record)
         return record
 
-    def _header(self) -> bytes:
-        count, itemsize = self.num_pictures, {"fp32": 4, "fp16": 2, "int8": 1}[self._dtype]
-        tensors: dict[str, object] = {}
-        start = 0
-        if self._dtype == "int8":
-            start = 4 * count
-            tensors["scales"] = {"dtype": "F32", "shape": [count], "data_offsets": [0, start]}
-        tensors["features"] = {
-            "dtype": _NAMES[self._dtype],
-            "shape": [count, self._dim],
-            "data_offsets": [start, start + count * self._dim * itemsize],
-        }
-        text = json.dumps(tensors, separators=(",", ":")).encode().ljust(_HEADER_BYTES - 8)
-        return len(text).to_bytes(8, "little") + text
+
+def features_header(dtype: BankDtype, num_rows: int, dim: int) -> bytes:
+    """Return what stands before the data of ``bank.safetensors``: the scales of int8, then features."""
+    tensors: dict[str, object] = {}
+    start = 0
+    if dtype == "int8":
+        start = 4 * num_rows
+        tensors["scales"] = {"dtype": "F32", "shape": [num_rows], "data_offsets": [0, start]}
+    tensors["features"] = {
+        "dtype": _NAMES[dtype],
+        "shape": [num_rows, dim],
+        "data_offsets": [start, start + num_rows * dim * NUMPY_DTYPES[dtype].itemsize],
+    }
+    text = json.dumps(tensors, separators=(",", ":")).encode().ljust(_HEADER_BYTES - 8)
+    return len(text).to_bytes(8, "little") + text

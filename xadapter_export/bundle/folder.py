@@ -29,6 +29,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 CLIP_TOKENIZER_NAME = "clip_tokenizer.json"
 BANK_NAME = "bank.jsonl"
+FEATURES_NAME = "bank.safetensors"
 REFERENCE_NAME = "reference.npz"
 PARITY_NAME = "parity.json"
 
@@ -351,8 +352,10 @@ def verifying(bundle: Bundle, names: Iterable[str]) -> Iterator[None]:
 def _files_to_list(bundle: Bundle) -> set[str]:
     """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
     manifest = bundle.manifest
-    names = {path for variant in manifest.variants for path in (variant.file, *variant.weight_files)}
+    names = {path for variant in manifest.variants for path in variant.all_files}
     names.add(TOKENIZER_NAME)
+    if manifest.bank is not None and manifest.bank.features is not None:
+        names.add(manifest.bank.features)
     if manifest.clip is not None:
         names.add(CLIP_TOKENIZER_NAME)
     if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):

@@ -59,13 +59,40 @@ class TapSpec(_Strict):
     expert: Expert
 
 
+class GraphSpec(_Strict):
+    """Inputs and outputs of one of the two graphs of a set that is split."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class SplitSpec(_Strict):
+    """The two graphs of a set that is split at what a text asks CLIP and the bank.
+
+    The query graph reads ``clip_input_ids`` alone. Its outputs are inputs of the answer graph, but ``query``:
+    with it the app searches the bank and gives the answer graph the rows it found as ``memory_v``.
+    """
+
+    query: GraphSpec
+    answer: GraphSpec
+
+
 class ExpertSetSpec(_Strict):
-    """The IO contract of one expert set, and how many parameters each component of its graph has."""
+    """The IO contract of one expert set, and how many parameters each component of its graph has.
+
+    ``inputs`` and ``outputs`` are those of the whole, also where ``split`` says that it is two graphs.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     taps: tuple[TapSpec, ...]
     component_parameters: dict[Component, Count]
+    split: SplitSpec | None = None
+
+    @property
+    def searches_outside(self) -> bool:
+        """Whether the app searches the bank, and not a graph."""
+        return self.split is not None and any(t.name == "query" for t in self.split.query.outputs)
 
 
 class Candidate(_Strict):
@@ -110,13 +137,17 @@ class ClipSpec(_Strict):
 
 
 class BankSpec(_Strict):
-    """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes."""
+    """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes.
+
+    ``features`` is the file that holds its rows where they are in no graph and the bundle has them.
+    """
 
     num_pictures: Size
     dim: Size
     sha256: Sha256
     retrieval: Literal["topk", "static"]
     k: Size
+    features: InnerPath | None = None
 
 
 class VariantParity(_Strict):
@@ -181,13 +212,15 @@ class Optimisation(_Strict):
 
 
 class Variant(_Strict):
-    """One graph file.
+    """One graph file, or two where the set is split.
 
     Attributes:
         target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` onnxruntime's CPU
             provider, ``openvino`` OpenVINO.
+        file: The graph; of a set that is split, the answer graph.
+        query_file: The query graph of a set that is split.
         weight_files: Files with the weights that the graph refers to; shared between variants.
-        size_bytes: Size of the graph file plus the bytes of the weights that it refers to.
+        size_bytes: Size of the graph files plus the bytes of the weights that they refer to.
         optimisations: What was done to it, in order.
         parity: The proof of an fp32 variant; None of a lossy one, and while the bundle is being made.
         agreement: What a lossy variant was measured to say; None of an fp32 one.
@@ -197,6 +230,7 @@ class Variant(_Strict):
     precision: Precision
     target: Target
     file: InnerPath
+    query_file: InnerPath | None = None
     weight_files: tuple[InnerPath, ...]
     size_bytes: Size
     optimisations: tuple[Optimisation, ...] = ()
@@ -207,6 +241,12 @@ class Variant(_Strict):
     def name(self) -> str:
         """Name to choose it by: ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``."""
         return f"{self.target}-{self.precision}"
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Its graph or graphs, and their weights."""
+        query = () if self.query_file is None else (self.query_file,)
+        return (self.file, *query, *self.weight_files)
 
 
 class Deployment(_Strict):
@@ -278,7 +318,9 @@ class Manifest(_Strict):
         yield "default_expert_set is not among expert_sets", self.default_expert_set not in sets
         covered = {variant.expert_set for variant in self.variants}
         yield "variants and expert_sets do not name the same sets", covered != set(sets)
-        named = {path for variant in self.variants for path in (variant.file, *variant.weight_files)}
+        named = {path for variant in self.variants for path in variant.all_files}
+        if self.bank is not None and self.bank.features is not None:
+            named.add(self.bank.features)
         named |= {path for deployment in self.deployments for path in deployment.files}
         unlisted = sorted(named - set(self.files)) if self.files else []
         yield f"variants or deployments name a file that files lacks: {', '.join(unlisted)}", bool(unlisted)
@@ -286,6 +328,12 @@ class Manifest(_Strict):
         outputs = {spec.name for item in sets.values() for spec in item.outputs}
         yield "clip is null but a set takes clip_input_ids", self.clip is None and "clip_input_ids" in inputs
         yield "bank is null but a set gives retrieved", self.bank is None and "retrieved" in outputs
+        split = [
+            (v.query_file is not None) != (sets[v.expert_set].split is not None)
+            for v in self.variants
+            if v.expert_set in sets
+        ]
+        yield "a variant has a query graph and its set no split, or the other way round", any(split)
         has_mask = self.plm.mask_token is not None and self.plm.mask_token_id is not None
         yield "fill-mask needs plm.mask_token and its id", self.task == "fill-mask" and not has_mask
         needs_labels = self.task == "text-classification"

@@ -27,7 +27,9 @@ _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity: its warnings are about its own graph passes
 
 
-class _Value(Protocol):
+class Value(Protocol):
+    """An input or output of a graph."""
+
     name: str
     shape: list[int | str | None]
     type: str
@@ -44,11 +46,11 @@ class OnnxSession(Protocol):
         """Return the active execution providers."""
         ...
 
-    def get_inputs(self) -> Sequence[_Value]:
+    def get_inputs(self) -> Sequence[Value]:
         """Return the graph's inputs."""
         ...
 
-    def get_outputs(self) -> Sequence[_Value]:
+    def get_outputs(self) -> Sequence[Value]:
         """Return the graph's outputs."""
         ...
 
@@ -62,14 +64,14 @@ def open_variant(
     appended: bytes = b"",
     exact_int8: bool = False,
 ) -> OnnxSession:
-    """Open a variant of a bundle with the engine of its target.
+    """Open a variant of a bundle with the engine of its target; of two graphs, both, as one.
 
     Args:
         bundle: The bundle.
         variant: One of its variants.
         providers: As ``create_session``; the target ``openvino`` has none.
         num_threads: Threads inside one operator; the engine's choice if None.
-        appended: As ``create_session``; the target ``openvino`` takes none.
+        appended: As ``create_session``, for the answer graph; the target ``openvino`` takes none.
         exact_int8: As ``create_session``.
 
     Raises:
@@ -78,6 +80,24 @@ def open_variant(
         ConfigError: If ``num_threads`` is below 1.
         BundleError: If a file is missing, or the engine cannot load the graph.
     """
+    if variant.query_file is not None:
+        from xadapter_export.bundle.retrieval import open_retriever
+        from xadapter_export.bundle.split_session import open_split
+
+        def open_graph(graph: Variant) -> OnnxSession:
+            more = appended if graph.file == variant.file else b""
+            return open_variant(
+                bundle,
+                graph,
+                providers=providers,
+                num_threads=num_threads,
+                appended=more,
+                exact_int8=exact_int8,
+            )
+
+        spec = bundle.manifest.expert_sets[variant.expert_set]
+        retriever = open_retriever(bundle, None) if spec.searches_outside else None
+        return open_split(variant, spec, open_graph, retriever=retriever)
     file = bundle.file(variant.file)
     if variant.target != "openvino":
         return create_session(

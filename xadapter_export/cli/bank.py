@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from xadapter_export.bank.record import BankDtype, BankRecord
     from xadapter_export.bank_builder.build import BuildResult, OnNote, OnPictures
     from xadapter_export.bank_builder.image_tower import Precision
+    from xadapter_export.runtime.picture_index import IndexKind
 
 DTYPES = ("fp32", "fp16", "int8")
+INDEX_KINDS = ("flat", "ivf-pq", "lancedb")
 MIB = 1024 * 1024
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -392,6 +394,79 @@ def convert(
     click.echo(f"recall against {reader.dtype}, {len(features)} queries: {shown}")
     click.echo(f"features: {before:.2f} MiB in {reader.dtype}, {after:.2f} MiB in {record.dtype}")
     _report(output, record, as_json=False)
+
+
+@bank.command(
+    cls=XadCommand,
+    epilog=example(
+        "xad-export --experts v --retrieval external -o bundle",
+        "xad-bank index bundle --kind flat -o index",
+        'xad-run bundle "The color of a banana is [MASK]." --index index',
+    ),
+)
+@click.argument("folder", metavar="BANK")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the index.")
+@click.option("--force", is_flag=True, help="Replace an index that is already there.")
+@click.option(
+    "--kind",
+    type=click.Choice(INDEX_KINDS),
+    default="ivf-pq",
+    show_default=True,
+    help="flat: faiss, exact. ivf-pq: faiss, lists of rows of D / 8 bytes. lancedb: a database.",
+)
+@click.option("--lists", type=click.IntRange(min=1), help="Lists of rows. [default: 4 sqrt(N)]")
+@click.option("--probes", type=click.IntRange(min=1), help="Lists that a search looks into. [default: 32]")
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=1),
+    help="Rows that a search proposes; the best by exact cosine are taken. [default: 64]",
+)
+@click.option(
+    "--queries",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="How many queries, rows with noise, the recall is of; 0 to leave it out.",
+)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@json_option
+def index(
+    folder: str,
+    output: Path,
+    force: bool,
+    kind: "IndexKind",
+    lists: int | None,
+    probes: int | None,
+    candidates: int | None,
+    queries: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make an index of a bank, for bundles of --retrieval external, and say what its search misses.
+
+    BANK may be a bundle too. Recall@k is the share of the k nearest rows that the index finds, candidates
+    rescored by exact cosine.
+    """
+    from xadapter_export.bank.index import IndexOptions, build_index
+
+    options = IndexOptions(lists, probes, candidates, queries)
+    start = time.monotonic()
+
+    def say(note: str) -> None:
+        if not quiet:
+            click.echo(f"{time.monotonic() - start:6.1f} s  {note}", err=True)
+
+    record = build_index(_resolve(folder), output, kind, options, force=force, say=say)
+    if as_json:
+        print_json({"index": str(output), "record": record.model_dump(mode="json")})
+        return
+    shape = "" if record.num_lists is None else f", {record.num_probes} of {record.num_lists} lists searched"
+    click.echo(f"{kind}: {record.num_pictures} pictures, {record.dim} wide{shape}")
+    click.echo(f"size: {record.size_bytes / MIB:.2f} MiB")
+    if record.recall:
+        shown = ", ".join(f"@{k} {value:.4f}" for k, value in record.recall.items())
+        click.echo(f"recall against exact search, {queries} queries: {shown}")
+    click.echo(f"index: {output}")
 
 
 def _resolve(folder: str) -> Path:

@@ -22,12 +22,13 @@ from xadapter_export.errors import UnsupportedError, import_extra
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task, Variant
-    from xadapter_export.exporters.merge import Step
+    from xadapter_export.exporters.merge import Retrieval, Step
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TARGETS = ("onnx", "cpu", "openvino")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
+RETRIEVALS = ("in-graph", "external")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
 
 
@@ -173,6 +174,19 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     multiple=True,
     help="Leave out an exact optimisation of the merge; may be repeated.",
 )
+@click.option(
+    "--retrieval",
+    type=click.Choice(RETRIEVALS),
+    default="in-graph",
+    show_default=True,
+    help="Where the bank is searched: in the graph, or by the app, with an index (xad-bank index) or none.",
+)
+@click.option(
+    "--split",
+    is_flag=True,
+    help="Two graphs for each set that reads CLIP, so that what a text asks CLIP and the bank is kept for "
+    "texts that come again. [default: with --retrieval external]",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_option
@@ -191,6 +205,8 @@ def export(
     min_agreement: float | None,
     max_points_lost: float | None,
     without: "tuple[Step, ...]",
+    retrieval: "Retrieval",
+    split: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -220,6 +236,8 @@ def export(
             min_agreement=min_agreement,
             max_points_lost=max_points_lost,
             without=without,
+            retrieval=retrieval,
+            split=split,
             force=force,
             on_stage=on_stage,
         )

@@ -56,6 +56,12 @@ BAR_COLUMNS = 24
     metavar="NAME",
     help="Variant that answers: auto, the fastest on this machine; a name, such as cpu-int8; or a precision.",
 )
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    help="Index of the bank, as xad-bank index makes it, for a bundle of --retrieval external. [default: an "
+    "exact search]",
+)
 @session_options
 @json_option
 def run(
@@ -67,6 +73,7 @@ def run(
     candidates: str | None,
     pair: str | None,
     variant: str,
+    index: Path | None,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -82,7 +89,12 @@ def run(
     from xadapter_export.runtime.session import XAdapterSession
 
     session = XAdapterSession.load(
-        bundle, experts=experts, variant=variant, providers=providers or None, num_threads=threads
+        bundle,
+        experts=experts,
+        variant=variant,
+        providers=providers or None,
+        num_threads=threads,
+        index=index,
     )
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)

@@ -62,7 +62,7 @@ class Scorer(ABC):
     expert_sets: tuple[ExpertSet, ...]
     default_experts: ExpertSet
     candidates: tuple[Candidate, ...] | None
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
     encoder: TextEncoder
     batch_size: int = 32
     _has_warned: bool = False

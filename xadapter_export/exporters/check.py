@@ -8,7 +8,6 @@ import onnx_ir as ir
 from xadapter_export.bundle.manifest import Component
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.merge import MergedModel, tap_name
-from xadapter_export.exporters.trace import input_axes
 
 _CONSTANT_LIMIT = 4096  # elements; a constant larger than this is a weight whose name was lost
 
@@ -32,14 +31,12 @@ def check_graph(model: ir.Model, merged: MergedModel, opset: int) -> None:
     outputs = [*merged.output_names, *(tap_name(*tap) for tap in merged.taps)]
     _require([v.name for v in model.graph.outputs] == outputs, "outputs", outputs, model.graph.outputs)
     for value in model.graph.inputs:
-        axes = tuple(str(getattr(dim, "value", dim)) for dim in value.shape or ())
-        _require(
-            axes == input_axes(str(value.name)), f"axes of {value.name}", input_axes(str(value.name)), axes
-        )
-    allowed = {"plm", "head"}
-    allowed |= {f"adapter_{expert}" for expert in merged.active}
+        axes = tuple(getattr(dim, "value", dim) for dim in value.shape or ())
+        wanted = merged.input_axes[str(value.name)]
+        _require(axes == wanted, f"axes of {value.name}", wanted, axes)
+    allowed = {"plm", "head", *(f"adapter_{expert}" for expert in merged.active)} if merged.answers else set()
     allowed |= {"clip"} if merged.clip is not None else set()
-    allowed |= {"bank"} if "v" in merged.active else set()
+    allowed |= {"bank"} if merged.searches or ("v" in merged.active and not merged.retrieves) else set()
     found = set(component_parameters(model))
     _require(found <= allowed, "weights", sorted(allowed), sorted(found))
     lost = [v.name for v in _weights(model) if _component(str(v.name)) is None and _size(v) > _CONSTANT_LIMIT]

@@ -1,6 +1,6 @@
 """Every variant of an expert set, from its portable graph: which there are, their names, how one is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError, ParityError
 from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
-from xadapter_export.exporters.merge import MergedModel
+from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.qdq import quantise_qdq
 from xadapter_export.exporters.quantise import Recipe, quantise
 
@@ -79,9 +79,12 @@ def plan_variants(
     return planned
 
 
-def variant_file(expert_set: ExpertSet, default: ExpertSet, target: Target, precision: Precision) -> str:
+def variant_file(
+    expert_set: ExpertSet, default: ExpertSet, target: Target, precision: Precision, part: Part = "whole"
+) -> str:
     """Path of a variant's graph; the default set has the names that transformers.js and optimum look for."""
-    stem = "model" if expert_set == default else f"model_{expert_set}"
+    stem = "query" if part == "query" else "model"
+    stem = stem if expert_set == default else f"{stem}_{expert_set}"
     if target == "openvino":
         return f"openvino/{stem}_{precision}.xml"
     return f"onnx/{stem}{_SUFFIXES[target, precision]}.onnx"
@@ -121,7 +124,7 @@ def derive(
             return portable, []
         if precision == "int8":
             quantised = quantise_qdq(portable, feeds)
-            return quantised, [_bytes_saved("int8_qdq", portable, quantised)]
+            return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
         whole = ir.external_data.load_to_model(portable.clone())
         half = ir.from_proto(
             convert_float_to_float16(
@@ -129,7 +132,7 @@ def derive(
             )
         )
         half.graph.sort()
-        return half, [_bytes_saved("fp16_weights", portable, half)]
+        return half, [_bytes_saved("fp16_weights", portable, half, merged)]
     model = portable.clone()
     num_attentions, num_products = merged.projection_counts
     done = [
@@ -138,14 +141,25 @@ def derive(
         run_pass("fused_gelu", model, _count(model, "Erf")),
         run_pass("fused_quick_gelu", model, _count(model, "Sigmoid")),
     ]
-    if merged.retrieves:
+    if merged.searches:
         search_bank(model, "fp32" if recipe is None else "int8")
     if recipe is None:
         done.append(run_pass("fused_bias_gelu", model, _num_exact_gelus(model)))
     else:
         quantise(model, recipe)
-        done.append(_bytes_saved(recipe.name, portable, model))
+        done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
+
+
+def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:
+    """What was done to several graphs, by the name of the step."""
+    total: dict[str, Optimisation] = {}
+    for step in steps:
+        if (seen := total.get(step.name)) is not None:
+            counts = {"before": seen.before + step.before, "after": seen.after + step.after}
+            step = seen.model_copy(update=counts)
+        total[step.name] = step
+    return list(total.values())
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -153,11 +167,11 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _bytes_saved(name: str, before: ir.Model, after: ir.Model) -> Optimisation:
+def _bytes_saved(name: str, before: ir.Model, after: ir.Model, merged: MergedModel) -> Optimisation:
     saved = Optimisation(
         name=name, lossless=False, unit="bytes", before=weight_bytes(before), after=weight_bytes(after)
     )
-    if saved.after >= saved.before:
+    if saved.after >= saved.before and merged.answers:  # a query graph has CLIP alone, which may stay fp32
         raise ParityError(
             f"{name} saved nothing", expected=f"fewer than {saved.before} bytes", got=saved.after
         )

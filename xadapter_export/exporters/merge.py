@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
+from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import additive_mask
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool, take_positions, unit_length
 
 Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
 STEPS: tuple[Step, ...] = get_args(Step)
+
+Part = Literal["whole", "query", "answer"]
+Retrieval = Literal["in-graph", "external"]
 
 
 def tap_name(layer: int, expert: Expert) -> str:
@@ -37,6 +41,8 @@ class MergedModel(nn.Module):
         task: What the graph answers.
         candidate_ids: Token ids that the MLM head is sliced to, or None for the whole vocabulary.
         without: Steps to leave out.
+        part: What a text asks CLIP and the bank, the answer that is given with it, or both in one graph.
+        retrieval: Whether the bank is searched in the graph.
     """
 
     def __init__(
@@ -46,10 +52,39 @@ class MergedModel(nn.Module):
         task: Task,
         candidate_ids: Sequence[int] | None = None,
         without: Collection[Step] = (),
+        part: Part = "whole",
+        retrieval: Retrieval = "in-graph",
     ) -> None:
         super().__init__()
         self.task = task
+        self.part = part
         self.active = model.active_experts(expert_set)
+        self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
+        self.k = model.config.retrieval.k
+        self.searches = self.retrieves and part != "answer" and retrieval == "in-graph"
+        reads_clip = self.retrieves or "t" in self.active
+        self.answers = part != "query"
+        self.width_v = model.bank_features.shape[1] if "v" in self.active else 0
+        self.width_t = model.clip.config.width if model.clip is not None else 0
+        self.clip_context = model.clip.config.context_length if model.clip is not None else None
+        if self.answers:
+            self._add_answer(model, candidate_ids, without)
+        self.clip = model.clip if reads_clip and part != "answer" else None
+        self.clip_at_end = "t" not in self.active and "clip_last_block_at_end" not in without
+        packed = "packed_projections" not in without
+        self.clip_layers = (
+            ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
+        )
+        if self.searches:
+            self.register_buffer(
+                "bank", model.bank_features
+            )  # (N, D); rows have length 1, so a product is a cosine
+
+    def _add_answer(
+        self, model: XAdapterModel, candidate_ids: Sequence[int] | None, without: Collection[Step]
+    ) -> None:
+        """Takes PLM, experts and head, and a static bank."""
+        task = self.task
         self.plm = model.plm
         packed = "packed_projections" not in without
         last = len(model.plm.layers) - 1
@@ -66,21 +101,11 @@ class MergedModel(nn.Module):
                 if self.active
             }
         )
-        self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
-        self.k = model.config.retrieval.k
-        self.clip = model.clip if self.retrieves or "t" in self.active else None
-        self.clip_at_end = "t" not in self.active and "clip_last_block_at_end" not in without
-        self.clip_layers = (
-            ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
-        )
-        if self.retrieves:
-            self.register_buffer(
-                "bank", model.bank_features
-            )  # (N, D); rows have length 1, so a product is a cosine
-        elif "v" in self.active and "folded_bank" not in without:
-            self._fold_bank(model.bank_features)
-        elif "v" in self.active:
-            self.register_buffer("bank", model.bank_features)
+        if "v" in self.active and not self.retrieves:
+            if "folded_bank" not in without:
+                self._fold_bank(model.bank_features)
+            else:
+                self.register_buffer("bank", model.bank_features)
         self.head = model.head if task == "text-classification" else None
         self.candidate_decoder = self._slice_decoder(candidate_ids) if candidate_ids is not None else None
 
@@ -115,7 +140,7 @@ class MergedModel(nn.Module):
     @property
     def projection_counts(self) -> tuple[int, int]:
         """How many self-attentions there are, and how many products give their queries, keys and values."""
-        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers]
+        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers] if self.answers else []
         if self.clip_layers is not None:
             attentions += [cast(PackedAttention, attention) for attention in self.clip_layers.attentions]
         return len(attentions), sum(len(attention.projections) for attention in attentions)
@@ -123,22 +148,50 @@ class MergedModel(nn.Module):
     @property
     def input_names(self) -> list[str]:
         """Names of the graph inputs, in the order of ``forward``'s arguments."""
+        if self.part == "query":
+            return ["clip_input_ids"]
         names = ["input_ids", "attention_mask"]
         names += ["token_type_ids"] if self.plm.has_token_type_ids else []
         names += ["clip_input_ids"] if self.clip is not None else []
-        return names + (["mask_positions"] if self.task == "fill-mask" else [])
+        names += ["mask_positions"] if self.task == "fill-mask" else []
+        return names if self.part == "whole" else [*names, *self._memory_names]
+
+    @property
+    def input_axes(self) -> dict[str, tuple[str | int, ...]]:
+        """Axes of every input, named where they vary."""
+        axes: dict[str, tuple[str | int, ...]] = {
+            "clip_input_ids": ("batch", "clip_seq"),
+            "mask_positions": ("batch", "masks"),
+            "memory_v": ("batch", self.k, self.width_v),
+            "memory_t": ("batch", "clip_seq", self.width_t),
+            "memory_t_mask": ("batch", "clip_seq"),
+        }
+        return {name: axes.get(name, ("batch", "seq")) for name in self.input_names}
+
+    @property
+    def _memory_names(self) -> list[str]:
+        """What the answer graph of a split set is given of pictures and text."""
+        names = ["memory_v"] if self.retrieves else []
+        return names + (["memory_t", "memory_t_mask"] if "t" in self.active else [])
 
     @property
     def output_names(self) -> list[str]:
         """Names of the graph outputs, without the taps."""
+        found = ["retrieved", "retrieved_scores"] if self.searches else []
+        if self.part == "query":
+            outside = ["query"] if self.retrieves and not self.searches else []
+            memory = [name for name in self._memory_names if name != "memory_v" or self.searches]
+            return [*outside, *memory, *found]
         answers = (
             ["last_hidden_state", "sentence_embedding"] if self.task == "feature-extraction" else ["logits"]
         )
-        return answers + (["retrieved", "retrieved_scores"] if self.retrieves else [])
+        return [*answers, *found]
 
     @property
     def taps(self) -> list[tuple[int, Expert]]:
         """Layer and expert of every contribution, in the order in which ``forward`` returns them."""
+        if not self.answers:
+            return []
         return [(int(layer), expert) for layer in self.adapters for expert in self.active]
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -146,13 +199,28 @@ class MergedModel(nn.Module):
 
         Args:
             inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` ``(B, T)``, ``clip_input_ids``
-                ``(B, S)``, ``mask_positions`` ``(B, P)``, all int64; those of ``input_names``.
+                ``(B, S)``, ``mask_positions`` ``(B, P)``, all int64; of a set that is split ``memory_v``
+                ``(B, K, D) float32``, ``memory_t`` ``(B, S, W) float32`` and ``memory_t_mask`` ``(B, S)
+                int64``; those of ``input_names``.
 
         Returns:
             Tensors of ``output_names``, then ``(B, T, H) float32`` for each of ``taps``.
         """
+        if self.part == "query":
+            named = self._ask(inputs["clip_input_ids"])
+            return tuple(named[name] for name in self.output_names)
         mask = additive_mask(inputs["attention_mask"])
-        memory, memory_masks, retrieved = self._memory(inputs.get("clip_input_ids"))
+        asked = self._ask(inputs["clip_input_ids"]) if self.clip is not None else inputs
+        memory: dict[Expert, Tensor] = {}
+        memory_masks: dict[Expert, Tensor] = {}
+        if self.retrieves:
+            memory["v"] = asked["memory_v"]
+        elif "v" in self.active and not self.folds_bank:
+            memory["v"] = cast(Tensor, self.bank)[None]
+        if "t" in self.active:
+            token_mask = asked["memory_t_mask"]
+            memory["t"] = asked["memory_t"]
+            memory_masks["t"] = token_mask if self.part == "whole" else additive_mask(token_mask)
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
         positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
         contributions: list[Tensor] = []
@@ -175,30 +243,29 @@ class MergedModel(nn.Module):
             answers = (self.head(hidden),)
         else:
             answers = (hidden, mean_pool(hidden, inputs["attention_mask"]))
-        return (*answers, *retrieved, *contributions)
+        found = [asked[name] for name in ("retrieved", "retrieved_scores") if self.searches]
+        return (*answers, *found, *contributions)
 
-    def _memory(
-        self, clip_input_ids: Tensor | None
-    ) -> tuple[dict[Expert, Tensor], dict[Expert, Tensor], tuple[Tensor, ...]]:
-        memory: dict[Expert, Tensor] = {}
-        masks: dict[Expert, Tensor] = {}
-        retrieved: tuple[Tensor, ...] = ()
-        if self.clip is not None and self.clip_layers is not None and clip_input_ids is not None:
-            end = self.clip.end_position(clip_input_ids)[:, None]  # (B, 1)
-            token_mask = additive_mask(self.clip.token_mask(clip_input_ids))
-            x, causal_mask = self.clip.embed(clip_input_ids)
-            states = self.clip.ln_final(self.clip_layers(x, causal_mask, token_mask, end))  # (B, S or 1, W)
-            if self.retrieves:
-                end_states = states if self.clip_at_end else take_positions(states, end)
-                query = unit_length(self.clip.project(end_states.squeeze(1)))  # (B, D)
-                bank = cast(Tensor, self.bank)
-                scores, rows = (query @ bank.T).topk(self.k)  # (B, K)
-                memory["v"], retrieved = bank[rows], (rows, scores)
-            if "t" in self.active:
-                memory["t"], masks["t"] = states, token_mask
-        if "v" in self.active and not self.retrieves and not self.folds_bank:
-            memory["v"] = cast(Tensor, self.bank)[None]
-        return memory, masks, retrieved
+    def _ask(self, clip_input_ids: Tensor) -> dict[str, Tensor]:
+        """What CLIP says of the text, and what is found in the bank, by the names of the graph's values."""
+        clip, layers = cast(ClipTextTower, self.clip), cast(ClipLayers, self.clip_layers)
+        asked: dict[str, Tensor] = {}
+        end = clip.end_position(clip_input_ids)[:, None]  # (B, 1)
+        token_mask = clip.token_mask(clip_input_ids)
+        added_mask = additive_mask(token_mask)
+        x, causal_mask = clip.embed(clip_input_ids)
+        states = clip.ln_final(layers(x, causal_mask, added_mask, end))  # (B, S or 1, W)
+        if self.retrieves:
+            end_states = states if self.clip_at_end else take_positions(states, end)
+            asked["query"] = unit_length(clip.project(end_states.squeeze(1)))  # (B, D)
+        if self.searches:
+            bank = cast(Tensor, self.bank)
+            scores, rows = (asked["query"] @ bank.T).topk(self.k)  # (B, K)
+            asked |= {"memory_v": bank[rows], "retrieved": rows, "retrieved_scores": scores}
+        if "t" in self.active:
+            asked["memory_t"] = states
+            asked["memory_t_mask"] = added_mask if self.part == "whole" else token_mask.to(torch.int64)
+        return asked
 
     def _contribution(
         self,

@@ -2,29 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, TOKENIZER_NAME
+from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
     Candidate,
     CheckpointIdentity,
     ClipSpec,
+    Component,
     ExpertSet,
     ExpertSetSpec,
+    GraphSpec,
     Manifest,
     PlmSpec,
+    SplitSpec,
     TapSpec,
     Task,
     TensorSpec,
     Variant,
 )
 from xadapter_export.exporters.check import component_parameters
-from xadapter_export.exporters.merge import MergedModel, tap_name
+from xadapter_export.exporters.merge import MergedModel, Part, tap_name
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
@@ -99,15 +103,45 @@ def write_graph(model: ir.Model, path: Path) -> None:
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def expert_set_spec(model: ir.Model, merged: MergedModel) -> ExpertSetSpec:
-    """Describes the graph's contract from the graph itself."""
+def expert_set_spec(
+    graphs: Mapping[Part, ir.Model], parts: Mapping[Part, MergedModel], input_names: Sequence[str]
+) -> ExpertSetSpec:
+    """Describes the contract of a set from its graph, or from both where it is split.
+
+    Args:
+        graphs: The graphs.
+        parts: What they were traced from.
+        input_names: Inputs of the whole, in order.
+    """
+    of_part = {part: _graph_spec(graph) for part, graph in graphs.items()}
+    inputs = {tensor.name: tensor for spec in of_part.values() for tensor in spec.inputs}
+    outputs = {tensor.name: tensor for tensor in (of_part.get("whole") or of_part["answer"]).outputs}
+    split = None
+    if "query" in of_part:
+        split = SplitSpec(query=of_part["query"], answer=of_part["answer"])
+        retrieves, k = parts["answer"].retrieves, parts["answer"].k
+        for name, dtype in (("retrieved", "int64"), ("retrieved_scores", "float32")) if retrieves else ():
+            outputs[name] = TensorSpec.model_validate({"name": name, "dtype": dtype, "axes": ("batch", k)})
+    counts: Counter[Component] = Counter()
+    for graph in graphs.values():
+        counts.update(component_parameters(graph))
     return ExpertSetSpec(
-        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
-        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+        inputs=tuple(inputs[name] for name in input_names),
+        outputs=tuple(outputs.values()),
         taps=tuple(
-            TapSpec(name=tap_name(layer, expert), layer=layer, expert=expert) for layer, expert in merged.taps
+            TapSpec(name=tap_name(layer, expert), layer=layer, expert=expert)
+            for merged in parts.values()
+            for layer, expert in merged.taps
         ),
-        component_parameters=component_parameters(model),
+        component_parameters=dict(counts),
+        split=split,
+    )
+
+
+def _graph_spec(graph: ir.Model) -> GraphSpec:
+    return GraphSpec(
+        inputs=tuple(_tensor_spec(value) for value in graph.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in graph.graph.outputs),
     )
 
 
@@ -129,6 +163,23 @@ def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, wit
         model.bank.save_rows(folder / BANK_NAME)
 
 
+def bank_spec(model: XAdapterModel, specs: Mapping[ExpertSet, ExpertSetSpec]) -> BankSpec | None:
+    """Describes the bank; None where no set reads one."""
+    bank, retrieval = model.bank, model.config.retrieval
+    outside = any(spec.searches_outside for spec in specs.values())
+    if bank is None or not (outside or any("bank" in spec.component_parameters for spec in specs.values())):
+        return None
+    num_pictures, dim = bank.features.shape
+    return BankSpec(
+        num_pictures=num_pictures,
+        dim=dim,
+        sha256=bank.sha256,
+        retrieval=retrieval.mode,
+        k=retrieval.k if retrieval.mode == "topk" else num_pictures,
+        features=FEATURES_NAME if outside else None,
+    )
+
+
 def make_manifest(
     model: XAdapterModel,
     source: str,
@@ -140,17 +191,11 @@ def make_manifest(
     variants: tuple[Variant, ...],
 ) -> Manifest:
     """Describes the bundle, its files not yet listed."""
-    plm, clip, bank = model.frozen_parts()
-    special, tokenizer, tower, retrieval = (
-        model.plm.special,
-        model.plm.tokenizer,
-        model.clip,
-        model.config.retrieval,
-    )
+    plm, clip, _ = model.frozen_parts()
+    special, tokenizer, tower = model.plm.special, model.plm.tokenizer, model.clip
     mask_id = special.get("mask")
     uses_clip = any("clip" in spec.component_parameters for spec in specs.values())
-    uses_bank = any("bank" in spec.component_parameters for spec in specs.values())
-    clip_spec = bank_spec = None
+    clip_spec = None
     if uses_clip and tower is not None and clip is not None:
         clip_spec = ClipSpec(
             source=public_name(clip.source),
@@ -160,11 +205,6 @@ def make_manifest(
             end_token_id=tower.end_token_id,
             embed_dim=tower.config.feature_dim,
             text_width=tower.config.width,
-        )
-    if uses_bank and bank is not None:
-        k = retrieval.k if retrieval.mode == "topk" else bank.num_pictures
-        bank_spec = BankSpec(
-            num_pictures=bank.num_pictures, dim=bank.dim, sha256=bank.sha256, retrieval=retrieval.mode, k=k
         )
     packages = (
         "xadapter-export",
@@ -202,7 +242,7 @@ def make_manifest(
             has_token_type_ids=model.plm.has_token_type_ids,
         ),
         clip=clip_spec,
-        bank=bank_spec,
+        bank=bank_spec(model, specs),
         variants=variants,
         files={},
     )
@@ -245,9 +285,16 @@ def model_card(manifest: Manifest, name: str) -> str:
         measured = "-" if proof is None else f"{proof.max_abs:.1e}"
         rule = "-" if proof is None else f"{proof.atol:.0e} + {proof.rtol:.0e} x reference"
         size = f"{variant.size_bytes / 1e6:.1f}"
+        files = [f"`{file}`" for file in (variant.query_file, variant.file) if file is not None]
         lines.append(
-            f"| {variant.expert_set} | `{variant.file}` | {size} | {total:,} | {measured} | {rule} |"
+            f"| {variant.expert_set} | {' + '.join(files)} | {size} | {total:,} | {measured} | {rule} |"
         )
+    if manifest.bank is not None and manifest.bank.features is not None:
+        lines += [
+            "",
+            f"The {manifest.bank.num_pictures:,} pictures are searched outside the graphs: exactly, or with "
+            "an index, which `xad-bank index . -o index` makes and `xad-run . TEXT --index index` uses.",
+        ]
     lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
 import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import (
+    FEATURES_NAME,
     MANIFEST_NAME,
     PARITY_NAME,
     REFERENCE_NAME,
@@ -36,13 +38,15 @@ from xadapter_export.bundle.manifest import (
 )
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.bundle.opsets import check_opset
+from xadapter_export.bundle.retrieval import Retriever
+from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.calibration import CalibrationTexts, calibration_feeds, calibration_texts
 from xadapter_export.exporters.check import check_graph
 from xadapter_export.exporters.deploy import DeployOptions, deploy, sources
-from xadapter_export.exporters.derive import derive, plan_variants, variant_file, weights_file
-from xadapter_export.exporters.merge import MergedModel, Step
+from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
+from xadapter_export.exporters.merge import MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.quantise import RECIPES
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.savings import count_savings
@@ -57,6 +61,7 @@ from xadapter_export.runtime.choose import int8_overflows, read_machine
 
 Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
+Graphs = dict[Part, ir.Model]
 
 _TASKS: dict[Task, tuple[Task, ...]] = {
     "fill-mask": ("fill-mask", "feature-extraction"),
@@ -68,6 +73,14 @@ OPENVINO_RECIPES: dict[Precision, tuple[str, ...]] = {
     "int8": ("int8_calibrated", "int8_weights_only"),
     "int4": ("int4_weights",),
 }
+# What is made from two graphs as well as from one: nothing here is calibrated on a graph's inputs.
+_SPLIT: tuple[tuple[Target, Precision], ...] = (
+    ("onnx", "fp32"),
+    ("onnx", "fp16"),
+    ("cpu", "fp32"),
+    ("cpu", "int8"),
+    ("cpu", "int4"),
+)
 _NUM_TEXTS = 600  # half to calibrate with, half to compare on
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
@@ -102,6 +115,8 @@ def export(
     max_points_lost: float | None = None,
     without: Collection[Step] = (),
     deploy_options: DeployOptions | None = None,
+    retrieval: Retrieval = "in-graph",
+    split: bool = False,
     force: bool = False,
     on_stage: OnStage = _say_nothing,
 ) -> ExportResult:
@@ -125,6 +140,10 @@ def export(
         max_points_lost: Gate for the accuracy; the default of the precision if None.
         without: Exact optimisations to leave out.
         deploy_options: What deployments must fit.
+        retrieval: Where the bank is searched: ``in-graph``, or ``external``, by the app, with an index of its
+            choice; every set that reads CLIP is then split.
+        split: Make two graphs of every set that reads CLIP: what a text asks CLIP and the bank, and the
+            answer, so that a session can keep the first for texts that come again.
         force: Replace a bundle that is already there.
         on_stage: Called as each stage begins, with its name and what it works on.
 
@@ -141,6 +160,13 @@ def export(
     agreement.check_gate_options(min_agreement, max_points_lost)
     deployed = [cast(DeploymentTarget, target) for target in targets if target in get_args(DeploymentTarget)]
     run_by = [cast(Target, target) for target in targets if target in get_args(Target)]
+    split = split or retrieval == "external"
+    if split and deployed:
+        raise ConfigError(
+            "deployments are made from whole graphs",
+            got=", ".join(deployed),
+            mend="export twice: once for them, and once with split graphs",
+        )
     wanted = sources(deployed, precisions)
     if run_by or not deployed:
         wanted = list(dict.fromkeys([*plan_variants(precisions, run_by), *wanted]))
@@ -153,7 +179,8 @@ def export(
             source, model = str(model), XAdapterModel.from_pretrained(model)
         else:
             source = type(model).__name__
-        plan = _plan(model, experts, task, candidates, max_seq)
+        plan = _plan(model, experts, task, candidates, max_seq, retrieval, split=split)
+        _check_split(model, plan, wanted)
         gates = _Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
         was_training = model.training
         try:
@@ -180,6 +207,8 @@ class _Plan:
     task: Task
     candidates: tuple[Candidate, ...] | None
     max_seq: int
+    retrieval: Retrieval
+    split: bool
 
     @property
     def candidate_ids(self) -> list[int] | None:
@@ -192,6 +221,9 @@ def _plan(
     task: Task | None,
     candidates: Sequence[str] | None,
     max_seq: int | None,
+    retrieval: Retrieval,
+    *,
+    split: bool,
 ) -> _Plan:
     wanted: Sequence[ExpertSet] = (
         (experts,) if isinstance(experts, str) else experts or (model.config.experts,)
@@ -211,7 +243,45 @@ def _plan(
     if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
         raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")
     found = None if candidates is None else tuple(find_candidates(model.plm.tokenizer, candidates))
-    return _Plan(expert_sets, task, found, max_seq or longest)
+    return _Plan(expert_sets, task, found, max_seq or longest, retrieval, split)
+
+
+def _check_split(model: XAdapterModel, plan: _Plan, wanted: Sequence[tuple[Target, Precision]]) -> None:
+    """Refuses what cannot be split.
+
+    Raises:
+        ConfigError: If nothing can be, or a variant that was asked for is made from a whole graph.
+    """
+    if not plan.split:
+        return
+    searched = "v" in model.config.experts and model.config.retrieval.mode == "topk"
+    if plan.retrieval == "external" and not (searched and any("v" in name for name in plan.expert_sets)):
+        raise ConfigError(
+            "there is no search of a bank to be moved out of the graph",
+            where=f"experts {', '.join(plan.expert_sets)}",
+            got="a static bank, all of which is read"
+            if "v" in model.config.experts and not searched
+            else None,
+            mend="leave --retrieval external out; --split alone splits what reads CLIP",
+        )
+    if not any(_reads_clip(model, name) for name in plan.expert_sets):
+        raise ConfigError(
+            "no graph reads CLIP, so there is nothing to split",
+            where=f"experts {', '.join(plan.expert_sets)}",
+            mend="leave --split out",
+        )
+    whole = [f"{target}-{precision}" for target, precision in wanted if (target, precision) not in _SPLIT]
+    if whole:
+        raise ConfigError(
+            "this is not made from split graphs",
+            got=", ".join(whole),
+            expected=f"some of {', '.join('-'.join(pair) for pair in _SPLIT)}",
+            mend="choose one of those, or leave --split and --retrieval external out",
+        )
+
+
+def _reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
+    return "t" in expert_set or ("v" in expert_set and model.config.retrieval.mode == "topk")
 
 
 @dataclass(frozen=True)
@@ -280,6 +350,8 @@ class _Builder:
         """Writes and proves every variant of every expert set, and what is made from them."""
         plan, folder = self.plan, self.folder
         (folder / "onnx").mkdir()
+        if plan.retrieval == "external" and self.model.bank is not None:
+            self.model.bank.save_features(folder / FEATURES_NAME)
         cases = reference_inputs(
             self.model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask"
         )
@@ -338,17 +410,25 @@ class _Builder:
         """Writes the portable graph of a set, wanted or not, and what is derived from it for onnxruntime."""
         model, plan = self.model, self.plan
         self.on_stage("merge", expert_set)
-        merged = MergedModel(model, expert_set, plan.task, plan.candidate_ids, self.without).eval()
-        saved = count_savings(model, merged, expert_set, plan.task, plan.candidate_ids, self.without)
-        self.on_stage("trace", expert_set)
-        portable = trace(merged, _example(model), self.opset, plan.max_seq)
-        self.on_stage("check", expert_set)
-        check_graph(portable, merged, self.opset)
-        self.reference |= reference_outputs(model, merged, expert_set, plan.task, plan.candidate_ids, cases)
-        self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in merged.input_names}
-        pack.hide_taps(portable, merged)
-        self.specs[expert_set] = pack.expert_set_spec(portable, merged)
-        self._write_graph(expert_set, "onnx", "fp32", portable, saved)
+        merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, self.without)
+        whole = merge().eval()
+        saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, self.without)
+        self.reference |= reference_outputs(model, whole, expert_set, plan.task, plan.candidate_ids, cases)
+        self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
+        input_names = whole.input_names
+        parts: dict[Part, MergedModel] = {"whole": whole}
+        if plan.split and _reads_clip(model, expert_set):
+            parts = {part: merge(part, plan.retrieval).eval() for part in ("query", "answer")}
+        del whole
+        portable: Graphs = {}
+        for part, merged in parts.items():
+            self.on_stage("trace", expert_set if part == "whole" else f"{expert_set}, {part}")
+            portable[part] = trace(merged, _example(model), self.opset, plan.max_seq)
+            self.on_stage("check", expert_set)
+            check_graph(portable[part], merged, self.opset)
+            pack.hide_taps(portable[part], merged)
+        self.specs[expert_set] = pack.expert_set_spec(portable, parts, input_names)
+        self._write_graphs(expert_set, "onnx", "fp32", portable, saved)
         self._answer_in_fp32(expert_set, gates)
         for target, precision in wanted:
             if target == "openvino" or (target, precision) == ("onnx", "fp32"):
@@ -356,32 +436,42 @@ class _Builder:
             feeds = self._calibration(expert_set, gates) if target == "onnx" else []
             for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
                 self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
-                graph, done = derive(portable, merged, target, precision, recipe, feeds)
+                graphs: Graphs = {}
+                done: list[Optimisation] = []
+                for part, merged in parts.items():
+                    graphs[part], steps = derive(portable[part], merged, target, precision, recipe, feeds)
+                    done += steps
                 measured = None
                 if precision != "fp32":
-                    measured = self._try(expert_set, graph, target, precision, gates)
+                    measured = self._try(expert_set, graphs, target, precision, gates)
                 if measured is None or agreement.passes(measured):
                     break
-            self._write_graph(expert_set, target, precision, graph, [*saved, *done], measured)
+            self._write_graphs(expert_set, target, precision, graphs, [*saved, *add_up(done)], measured)
 
-    def _write_graph(
+    def _write_graphs(
         self,
         expert_set: ExpertSet,
         target: Target,
         precision: Precision,
-        graph: ir.Model,
+        graphs: Graphs,
         optimisations: list[Optimisation],
         measured: Agreement | None = None,
     ) -> None:
-        """Writes a graph beside the others; their weights are in one file."""
+        """Writes a variant's graphs beside the others; the weights of all are in one file."""
         path, weights = weights_file(target, precision), self.weights
         if path not in weights:
             weights[path] = pack.SharedWeights(self.folder / path)
-        weight_bytes = weights[path].take(graph)
-        file = variant_file(expert_set, self.plan.expert_sets[0], target, precision)
-        pack.write_graph(graph.clone(), self.folder / file)
-        size = (self.folder / file).stat().st_size + weight_bytes
-        self._add(expert_set, target, precision, file, (path,), size, optimisations, measured)
+        files: dict[Part, str] = {}
+        size = 0
+        for part, graph in graphs.items():
+            size += weights[path].take(graph)
+            files[part] = variant_file(expert_set, self.plan.expert_sets[0], target, precision, part)
+            pack.write_graph(graph.clone(), self.folder / files[part])
+            size += (self.folder / files[part]).stat().st_size
+        file = files.get("answer") or files["whole"]
+        self._add(
+            expert_set, target, precision, file, (path,), size, optimisations, measured, files.get("query")
+        )
 
     def _answer_in_fp32(self, expert_set: ExpertSet, gates: _Gates) -> None:
         """Asks the portable graph what lossy ones will be asked."""
@@ -391,23 +481,44 @@ class _Builder:
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         spec, task = self.specs[expert_set], self.plan.task
         probe = agreement.make_probe(encoder, spec, task, gates.compared_on, gates.questions)
-        session = create_session(self.folder / self._portable(expert_set).file)
+        variant = self._portable(expert_set)
+        files: dict[Part, Path] = {"whole": self.folder / variant.file}
+        if variant.query_file is not None:
+            files = {"query": self.folder / variant.query_file, "answer": self.folder / variant.file}
+        session = self._open(expert_set, files)
         self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+
+    def _open(
+        self, expert_set: ExpertSet, files: Mapping[Part, Path], *, exact_int8: bool = False
+    ) -> OnnxSession:
+        """Opens a graph, or two as one, while the bundle is being made."""
+        sessions = {part: create_session(file, exact_int8=exact_int8) for part, file in files.items()}
+        if "whole" in sessions:
+            return sessions["whole"]
+        spec, retriever = self.specs[expert_set], None
+        if spec.searches_outside:
+            bank = pack.bank_spec(self.model, self.specs)
+            assert bank is not None  # a set searches it
+            retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
+        return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
 
     def _try(
         self,
         expert_set: ExpertSet,
-        graph: ir.Model,
+        graphs: Graphs,
         target: Target,
         precision: Precision,
         gates: _Gates,
     ) -> Agreement:
-        """How a graph that is not written yet agrees with fp32."""
+        """How graphs that are not written yet agree with fp32."""
         self.on_stage("compare", f"{expert_set}, {precision}")
         with TemporaryDirectory(dir=self.folder) as folder:
-            file = Path(folder) / "trial.onnx"
-            ir.save(graph, file, external_data="trial.onnx_data")
-            session = create_session(file, exact_int8=target == "cpu" and int8_overflows(read_machine()))
+            files: dict[Part, Path] = {}
+            for part, graph in graphs.items():
+                files[part] = Path(folder) / f"{part}.onnx"
+                ir.save(graph, files[part], external_data=f"{part}.onnx_data")
+            exact = target == "cpu" and int8_overflows(read_machine())
+            session = self._open(expert_set, files, exact_int8=exact)
             return self._compare(expert_set, session, precision, gates)
 
     def _compare(
@@ -474,12 +585,14 @@ class _Builder:
         size_bytes: int,
         optimisations: list[Optimisation],
         measured: Agreement | None,
+        query_file: str | None = None,
     ) -> None:
         variant = Variant(
             expert_set=expert_set,
             precision=precision,
             target=target,
             file=file,
+            query_file=query_file,
             weight_files=weight_files,
             size_bytes=size_bytes,
             optimisations=tuple(optimisations),
@@ -492,8 +605,8 @@ class _Builder:
 
 def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Variant]) -> None:
     """Removes the files that no kept variant names: those of a portable graph that was not asked for."""
-    named = {path for variant in kept for path in (variant.file, *variant.weight_files)}
-    for path in {path for variant in variants for path in (variant.file, *variant.weight_files)} - named:
+    named = {path for variant in kept for path in variant.all_files}
+    for path in {path for variant in variants for path in variant.all_files} - named:
         (folder / path).unlink()
     if not any((folder / "onnx").iterdir()):
         (folder / "onnx").rmdir()
@@ -520,4 +633,8 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
     }
     if model.clip is not None:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
+        example["memory_t"] = torch.zeros(2, 5, model.clip.config.width)
+        example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
+    if "v" in model.config.experts:
+        example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])
     return example

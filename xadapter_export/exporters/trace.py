@@ -24,14 +24,6 @@ from xadapter_export.exporters.merge import MergedModel, tap_name
 
 _LOWEST_TRACED = 18  # torch.onnx writes from here on; 17 is converted from it
 
-_AXES = {"clip_input_ids": ("batch", "clip_seq"), "mask_positions": ("batch", "masks")}
-_TOKEN_AXES = ("batch", "seq")
-
-
-def input_axes(name: str) -> tuple[str, str]:
-    """Names of the two axes of a graph input."""
-    return _AXES.get(name, _TOKEN_AXES)
-
 
 def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq: int) -> ir.Model:
     """Traces with named dynamic axes.
@@ -49,11 +41,14 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
         UnsupportedError: If the graph cannot be written in this opset.
     """
     check_opset(opset)
-    limits = {"seq": max_seq, "clip_seq": merged.clip.config.context_length if merged.clip else None}
+    limits = {"seq": max_seq, "clip_seq": merged.clip_context}
     dims = {
         axis: torch.export.Dim(axis, max=limits.get(axis)) for axis in ("batch", "seq", "clip_seq", "masks")
     }
-    shapes = {name: dict(enumerate(dims[axis] for axis in input_axes(name))) for name in merged.input_names}
+    shapes = {
+        name: {number: dims[axis] for number, axis in enumerate(axes) if isinstance(axis, str)}
+        for name, axes in merged.input_axes.items()
+    }
     example = {name: inputs[name] for name in merged.input_names}
     with _quiet(), torch.no_grad():
         exported = torch.export.export(merged, (example,), dynamic_shapes=(shapes,), strict=False)
@@ -83,7 +78,7 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
         if value not in final:
             value.const_value = None
     ClearMetadataAndDocStringPass()(model)
-    _name_axes(model)
+    _name_axes(model, merged)
     _name_weights(model, merged)
     return model
 
@@ -125,12 +120,12 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
     return converted
 
 
-def _name_axes(model: ir.Model) -> None:
+def _name_axes(model: ir.Model, merged: MergedModel) -> None:
     """Replaces the tracer's symbols (``s66``) by the names of the axes, everywhere in the graph."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
-        for axis, dim in zip(input_axes(str(value.name)), value.shape or (), strict=True):
-            names[str(dim)] = axis
+        for axis, dim in zip(merged.input_axes[str(value.name)], value.shape or (), strict=True):
+            names[str(dim)] = str(axis)
     values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
     for value in values:
         if value.shape is not None:

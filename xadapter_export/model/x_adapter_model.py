@@ -121,8 +121,7 @@ class XAdapterModel(nn.Module):
         widths: dict[Expert, int] = {}
         if "v" in config.experts and bank is not None:
             widths["v"] = bank.features.shape[1]
-            rows = unit_length(torch.from_numpy(bank.rows()))  # (N, D)
-            self.register_buffer("bank_features", rows, persistent=False)
+            self.register_buffer("bank_features", torch.from_numpy(bank.unit_rows()), persistent=False)
         if "t" in config.experts and clip is not None:
             widths["t"] = clip.config.width
         self.adapters = nn.ModuleDict(

@@ -30,6 +30,8 @@ def open_shared(
     It is the same one where the files, the providers and the number of threads are the same, and it goes when
     nobody holds it any more. A file that was replaced or written anew is another file.
 
+    A variant of two graphs is opened by ``open_split``, each of them by this.
+
     Raises:
         As ``open_variant``.
     """

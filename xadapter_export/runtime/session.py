@@ -18,7 +18,8 @@ from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verify
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.errors import BundleError, ConfigError, UnsupportedError
+from xadapter_export.bundle.retrieval import PictureIndex
+from xadapter_export.errors import BundleError, ConfigError, UnsupportedError, XAdapterError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
@@ -26,6 +27,7 @@ from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, int8_ov
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
 from xadapter_export.runtime.loaded import open_shared
+from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
 
 Float32Array = NDArray[np.float32]
@@ -49,17 +51,22 @@ class XAdapterSession:
         num_threads: int | None = None,
         batch_size: int = 32,
         share_weights: bool = True,
+        index: PictureIndex | Path | str | None = None,
+        cache_size: int = CACHE_SIZE,
         verify: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError("batch_size must be at least 1", got=batch_size)
+        for name, value, least in (("batch_size", batch_size, 1), ("cache_size", cache_size, 0)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}", got=value)
         manifest = bundle.manifest
         self.bundle = bundle
         self._verify = verify
         self.experts = experts or manifest.default_expert_set
         # Graphs and weights are verified when they are opened: those of other variants can be large.
-        of_variants = {path for v in manifest.variants for path in (v.file, *v.weight_files)}
-        with self._verifying(manifest.files.keys() - of_variants):
+        opened_later = {path for variant in manifest.variants for path in variant.all_files}
+        if manifest.bank is not None and manifest.bank.features is not None:
+            opened_later.add(manifest.bank.features)
+        with self._verifying(manifest.files.keys() - opened_later):
             self._encoder, self._clip_encoder = load_encoders(bundle)
             self.pictures = self._read_pictures()
         self._tokenizer = self._encoder.tokenizer
@@ -67,6 +74,7 @@ class XAdapterSession:
         self._providers = providers
         self._num_threads = num_threads
         self._share_weights = share_weights
+        self._pairs = SplitPairs(bundle, index, cache_size, verify=verify)
         names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
         self._choose_variant = partial(choose, providers=names, machine=read_machine())
         first = self._choose_variant(manifest.variants_of(self.experts), variant)
@@ -87,6 +95,8 @@ class XAdapterSession:
         num_threads: int | None = None,
         batch_size: int = 32,
         share_weights: bool = True,
+        index: PictureIndex | Path | str | None = None,
+        cache_size: int = CACHE_SIZE,
         verify: bool = True,
     ) -> Self:
         """Load a bundle.
@@ -107,6 +117,13 @@ class XAdapterSession:
             share_weights: Whether sessions of this process that ask for the same graph, providers and number
                 of threads share one loaded copy, its weights and its threads, which takes the memory of one.
                 False gives this session a copy and threads of its own.
+            index: Where the bank is searched outside the graph (``--retrieval external``): what
+                ``xad-bank index`` wrote, an index of faiss, or any object with ``search(queries, k)``; see
+                ``PictureIndex``. None for an exact search of the bundle's own bank, which reads all of it.
+            cache_size: Of how many texts a bundle whose graphs are split (``--split``, ``--retrieval
+                external``) keeps what CLIP said and what was retrieved, so that a text that comes again runs
+                the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
+                a few hundred.
             verify: Whether to compare every file that is used with its hash first.
 
         Raises:
@@ -114,8 +131,9 @@ class XAdapterSession:
             HashMismatchError: If a file was changed.
             ProviderError: If a provider is not there or does not start.
             MissingExtraError: If onnxruntime, or OpenVINO for a variant of it, is not installed.
-            ConfigError: If ``num_threads`` or ``batch_size`` is below 1, or the variant cannot go with the
-                providers: fp16 runs on no CPU.
+            ConfigError: If ``num_threads`` or ``batch_size`` is below 1 or ``cache_size`` below 0, the
+                variant cannot go with the providers: fp16 runs on no CPU; or there is an index and nothing
+                to use it, or it is not one of the bundle's bank.
         """
         return cls(
             read_bundle(bundle, verify=False),
@@ -125,6 +143,8 @@ class XAdapterSession:
             num_threads=num_threads,
             batch_size=batch_size,
             share_weights=share_weights,
+            index=index,
+            cache_size=cache_size,
             verify=verify,
         )
 
@@ -369,6 +389,8 @@ class XAdapterSession:
         session = self._session(experts or self.experts)
         try:
             values = session.run(names, feed)
+        except XAdapterError:  # of an index
+            raise
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
             variant = self._choice(experts or self.experts).variant
             engine = "OpenVINO" if variant.target == "openvino" else "onnxruntime"
@@ -388,22 +410,23 @@ class XAdapterSession:
         with self._lock:
             if experts not in self._sessions:
                 variant = self._choice(experts).variant
-                open_graph = open_shared if self._share_weights else open_variant
-                with self._verifying((variant.file, *variant.weight_files)):
-                    session = open_graph(
-                        self.bundle,
-                        variant,
-                        providers=self._providers,
-                        num_threads=self._num_threads,
-                        exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
-                    )
+                open_graph = partial(
+                    open_shared if self._share_weights else open_variant,
+                    self.bundle,
+                    providers=self._providers,
+                    num_threads=self._num_threads,
+                    exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
+                )
+                with self._verifying(variant.all_files):
+                    is_split = variant.query_file is not None
+                    session = self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
                 self._sessions[experts] = session
             return self._sessions[experts]
 
     def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return verifying(self.bundle, names) if self._verify else nullcontext()
 
-    def _read_pictures(self) -> tuple[Picture, ...]:
+    def _read_pictures(self) -> Sequence[Picture]:
         """Return the pictures of the bank, where a graph says which ones it looked at."""
         bank = self.manifest.bank
         if bank is None or not any(_retrieves(spec) for spec in self.manifest.expert_sets.values()):
