@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from xadapter_export.bundle.engine_session import LIBRARIES
 from xadapter_export.bundle.manifest import DeploymentTarget
 from xadapter_export.errors import ConfigError, UnsupportedError, import_extra
 from xadapter_export.exporters.deploy import Say
-
-LIBRARIES: dict[DeploymentTarget, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 # What the builders say, and what a reader can do about it.
 _REASONS = {
