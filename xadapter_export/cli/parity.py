@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--engine",
     type=click.Choice(("tensorrt-rtx", "tensorrt")),
-    help="Prove the engines of this runtime instead of the graphs, on the GPU of this machine; --variant then "
+    help="Prove the engines of this runtime instead of the graphs, on the GPU here; --variant then "
     "names the graphs that they were built from, lossy ones too.",
 )
 @click.option("--every-cell", is_flag=True, help="Show every case, not only the worst of each output.")

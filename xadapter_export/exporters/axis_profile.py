@@ -125,3 +125,9 @@ def profile_shapes(
         )
         for tensor in inputs
     }
+
+
+def profile_facts(inputs: Iterable[TensorSpec], axes: Mapping[str, AxisRange]) -> dict[str, str]:
+    """What a deployment says of the ranges of the axes that its graph has."""
+    names = {axis for tensor in inputs for axis in tensor.axes}
+    return {f"profile {axis}": str(ranged) for axis, ranged in axes.items() if axis in names}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision, Target
-from xadapter_export.errors import ConfigError
+from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.axis_profile import check_axes, parse_profile
 
 __all__ = ["DeployOptions", "Say", "deploy", "parse_profile", "sources"]
@@ -19,9 +19,15 @@ Say = Callable[[str], None]
 
 # The graph that a deployment is made from, for each precision that it takes.
 _ENGINES: dict[Precision, Target] = {"fp32": "onnx", "fp16": "onnx", "int8": "onnx"}
-SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {"tensorrt-rtx": _ENGINES}
+SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {"tensorrt-rtx": _ENGINES, "tensorrt": _ENGINES}
 _MODULES: dict[DeploymentTarget, str] = {
     "tensorrt-rtx": "xadapter_export.exporters.deploy_tensorrt_rtx",
+    "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
+}
+# What must be installed, and the extra that brings it.
+_NEEDS: dict[DeploymentTarget, tuple[str, str]] = {
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt"),
+    "tensorrt": ("polygraphy.json", "tensorrt"),
 }
 
 
@@ -52,9 +58,12 @@ def sources(
 
     Raises:
         ConfigError: If a deployment does not take any of the precisions.
+        MissingExtraError: If what one needs is not installed.
     """
     found: list[tuple[Target, Precision]] = []
     for target in targets:
+        if target in _NEEDS:
+            import_extra(*_NEEDS[target])
         of_target = [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
         if not of_target:
             raise ConfigError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
 from xadapter_export.errors import UnsupportedError
-from xadapter_export.exporters.axis_profile import plan_axes, profile_shapes
+from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.deploy import DeployOptions, Say
 from xadapter_export.exporters.engines import EngineJob, build_engine, import_library, split_capabilities
 
@@ -24,9 +24,7 @@ def deploy(
     library = import_library(_TARGET)
     spec = manifest.expert_sets[variant.expert_set]
     axes = plan_axes(manifest, options.profile)
-    names = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}
-    facts = {"library": f"{library.__name__} {library.__version__}"}
-    facts |= {f"profile {axis}": str(ranged) for axis, ranged in axes.items() if axis in names}
+    facts = {"library": f"{library.__name__} {library.__version__}", **profile_facts(spec.inputs, axes)}
     files: list[str] = []
     refused: list[str] = []
     seconds = 0.0
