@@ -7,7 +7,6 @@ GPU are here, the engine for that GPU is built too. (The package ``tensorrt`` of
 
 import importlib
 import json
-import os
 import shlex
 import shutil
 import time
@@ -64,7 +63,9 @@ def deploy(
     place = folder / _TARGET
     place.mkdir(exist_ok=True)
     for source in (variant.file, *variant.weight_files):
-        _copy(bundle.file(source), place / Path(source).name)
+        copy = place / Path(source).name  # no hard link: onnx refuses weights that have two names
+        if not copy.exists():  # graphs of several expert sets share their weights
+            shutil.copyfile(bundle.file(source), copy)
     (place / f"{stem}.shapes.json").write_text(json.dumps(dict(shapes), indent=1) + "\n", encoding="utf-8")
     save_json = import_extra("polygraphy.json", "tensorrt").save_json
     save_json(list(feeds.values()), str(place / f"{stem}.inputs.json"))
@@ -121,16 +122,6 @@ def _within(feed: Mapping[str, Array], shapes: Shapes) -> bool:
         for name, array in feed.items()
         for least, length, largest in zip(shapes[name][0], array.shape, shapes[name][2], strict=True)
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Puts a file beside: the same bytes on disk where the file system can, else a copy."""
-    if target.exists():  # the weights of another expert set's graph are in the same file
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _script(stem: str, shapes: Shapes, held: Mapping[str, Tolerance]) -> str:
