@@ -56,6 +56,11 @@ BAR_COLUMNS = 24
     metavar="NAME",
     help="Variant that answers: auto, the fastest on this machine; a name, such as cpu-int8; or a precision.",
 )
+@click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Let the CPU answer, with a warning, where --provider does not start.",
+)
 @session_options
 @json_option
 def run(
@@ -67,6 +72,7 @@ def run(
     candidates: str | None,
     pair: str | None,
     variant: str,
+    allow_fallback: bool,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -82,7 +88,12 @@ def run(
     from xadapter_export.runtime.session import XAdapterSession
 
     session = XAdapterSession.load(
-        bundle, experts=experts, variant=variant, providers=providers or None, num_threads=threads
+        bundle,
+        experts=experts,
+        variant=variant,
+        providers=providers or None,
+        num_threads=threads,
+        allow_fallback=allow_fallback,
     )
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)

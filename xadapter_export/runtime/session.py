@@ -5,6 +5,7 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verify
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.errors import BundleError, ConfigError, UnsupportedError
+from xadapter_export.errors import BundleError, ConfigError, ProviderError, UnsupportedError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
@@ -88,6 +89,7 @@ class XAdapterSession:
         batch_size: int = 32,
         share_weights: bool = True,
         verify: bool = True,
+        allow_fallback: bool = False,
     ) -> Self:
         """Load a bundle.
 
@@ -108,6 +110,7 @@ class XAdapterSession:
                 of threads share one loaded copy, its weights and its threads, which takes the memory of one.
                 False gives this session a copy and threads of its own.
             verify: Whether to compare every file that is used with its hash first.
+            allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
@@ -117,16 +120,23 @@ class XAdapterSession:
             ConfigError: If ``num_threads`` or ``batch_size`` is below 1, or the variant cannot go with the
                 providers: fp16 runs on no CPU.
         """
-        return cls(
+        make = partial(
+            cls,
             read_bundle(bundle, verify=False),
             experts=experts,
             variant=variant,
-            providers=providers,
             num_threads=num_threads,
             batch_size=batch_size,
             share_weights=share_weights,
             verify=verify,
         )
+        try:
+            return make(providers=providers)
+        except ProviderError as error:
+            if not allow_fallback:
+                raise
+            warnings.warn(f"{error}; the CPU answers instead", UserWarning, stacklevel=2)
+            return make(providers=[CPU_PROVIDER])
 
     @property
     def manifest(self) -> Manifest:
