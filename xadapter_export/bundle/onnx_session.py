@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing, preload
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
@@ -24,7 +25,8 @@ _EXACT_INT8_KEY = "session.x64quantprecision"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
-_ERRORS_ONLY = 3  # onnxruntime's log severity: its warnings are about its own graph passes
+# onnxruntime's log severities; the warnings of a session are about its own graph passes
+_WARNINGS, _ERRORS_ONLY, _FATAL_ONLY = 2, 3, 4
 
 
 class Value(Protocol):
@@ -141,9 +143,14 @@ def create_session(
     if num_threads is not None and num_threads < 1:
         raise ConfigError("num_threads must be at least 1", got=num_threads)
     ort = _import_onnxruntime()
-    wanted = list(providers or ["CPUExecutionProvider"])
+    available = ort.get_available_providers()
+    if not providers and CUDA_PROVIDER in available:
+        _warn_that_the_cpu_answers(ort)
+    wanted = [exact_options(provider) for provider in providers or ["CPUExecutionProvider"]]
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
-    _check_active(names, ort.get_available_providers(), "is not in this onnxruntime")
+    _check_active(names, available, "is not in this onnxruntime")
+    if CUDA_PROVIDER in names:
+        preload(ort)
 
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -157,13 +164,53 @@ def create_session(
         model = model_file.read_bytes() + appended
     try:
         slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
+        if CUDA_PROVIDER in names:
+            ort.set_default_logger_severity(_FATAL_ONLY)  # what is missing is said below, in one line
         session: OnnxSession = ort.InferenceSession(
-            model, options, providers=wanted, disabled_optimizers=list(slow)
+            model,
+            options,
+            providers=wanted,
+            disabled_optimizers=list(slow),
+            enable_fallback=0,  # or a provider that fails while it runs would become the CPU unseen
         )
     except Exception as error:  # onnxruntime's own errors have no common base below Exception
+        if CUDA_PROVIDER in names and (missing := find_missing(ort)):
+            raise _did_not_start(missing, names, error) from error
         raise BundleError("onnxruntime cannot load the graph", where=model_file, got=error) from error
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
+    if CUDA_PROVIDER in names and CUDA_PROVIDER not in session.get_providers():
+        raise _did_not_start(find_missing(ort), names, ", ".join(session.get_providers()))
     _check_active(names, session.get_providers(), "did not start")
-    return session
+    return session if session.get_providers() == ["CPUExecutionProvider"] else BoundSession(session)
+
+
+def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
+    """Return the error that says what CUDA lacks here."""
+    lacking = f": missing are {', '.join(missing)}" if missing else ""
+    return ProviderError(
+        f"the execution provider {CUDA_PROVIDER} did not start{lacking}",
+        expected=", ".join(names),
+        got=got,
+        mend=_clash()
+        or 'install an NVIDIA driver, and CUDA and cuDNN with: pip install "onnxruntime-gpu[cuda,cudnn]"; or '
+        "accept the CPU with allow_fallback=True (xad-run --allow-fallback)",
+    )
+
+
+def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
+    missing = find_missing(ort)
+    why = (
+        f"CUDA cannot start here: missing are {', '.join(missing)}"
+        if missing
+        else "no provider was asked for"
+    )
+    warnings.warn(
+        f"onnxruntime-gpu is installed, but {why}; the CPU answers. Ask for the GPU with "
+        f'providers=["{CUDA_PROVIDER}"] (--provider {CUDA_PROVIDER})',
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _import_onnxruntime() -> ModuleType:

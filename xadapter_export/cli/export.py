@@ -21,12 +21,19 @@ from xadapter_export.cli.command import (
 from xadapter_export.errors import UnsupportedError, import_extra
 
 if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task, Variant
+    from xadapter_export.bundle.manifest import (
+        DeploymentTarget,
+        ExpertSet,
+        Precision,
+        Target,
+        Task,
+        Variant,
+    )
     from xadapter_export.exporters.merge import Retrieval, Step
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-TARGETS = ("onnx", "cpu", "openvino")
+TARGETS = ("onnx", "cpu", "openvino", "tensorrt-rtx", "tensorrt")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
@@ -139,7 +146,23 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     type=click.Choice(TARGETS),
     multiple=True,
     help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
-    "on x86. [default: onnx, and cpu for int8 and int4]",
+    "on x86, tensorrt-rtx and tensorrt NVIDIA GPUs. [default: onnx, and cpu for int8 and int4]",
+)
+@click.option(
+    "--profile",
+    "profile",
+    multiple=True,
+    metavar="RANGES",
+    help='Lengths that engines are planned for, as "batch=1..8 seq=8..128"; also of masks and clip_seq. '
+    "[default: what suits the task, up to the longest text]",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="SM",
+    help="NVIDIA GPUs that an engine is built for, as sm89; may be repeated, for an engine each; sm86+sm89 "
+    "is one engine for both. [default: one for all after sm75]",
 )
 @click.option(
     "--calibration",
@@ -199,7 +222,9 @@ def export(
     candidates: list[str] | None,
     max_seq: int | None,
     precisions: "tuple[Precision, ...]",
-    targets: "tuple[Target, ...]",
+    targets: "tuple[Target | DeploymentTarget, ...]",
+    profile: tuple[str, ...],
+    compute_capabilities: tuple[str, ...],
     calibration: Path | None,
     evaluate: Path | None,
     min_agreement: float | None,
@@ -221,6 +246,7 @@ def export(
     with _progress(quiet=quiet) as on_stage:
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters", "export")
+        options = import_extra("xadapter_export.exporters.deploy", "export")
         result: ExportResult = module.export(
             checkpoint,
             output,
@@ -238,6 +264,7 @@ def export(
             without=without,
             retrieval=retrieval,
             split=split,
+            deploy_options=options.DeployOptions(options.parse_profile(profile), compute_capabilities),
             force=force,
             on_stage=on_stage,
         )
@@ -255,6 +282,14 @@ def _report(result: "ExportResult") -> None:
             f"experts {variant.expert_set}, {variant.name}: {result.folder.name}/{variant.file}, "
             f"{variant.size_bytes / 1e6:.1f} MB; {_proof(variant)}"
         )
+    for made in manifest.deployments:
+        console.print(
+            f"experts {made.expert_set}, {made.target}-{made.precision}: {len(made.files)} files, "
+            f"{made.size_bytes / 1e6:.1f} MB in {made.seconds:.1f} s"
+            + (f"; to prove, run there: {made.prove_with}" if made.prove_with else "")
+        )
+        for line in made.refused:
+            console.print(f"refused: {line}")
     console.print(f"bundle: {result.folder}")
     if manifest.task == "fill-mask":
         console.print(f'try: xad-run {result.folder} "The color of a banana is {manifest.plm.mask_token}."')

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     multiple=True,
     help="fp32 variant to prove, such as onnx-fp32; may be repeated. [default: all]",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(("tensorrt-rtx", "tensorrt")),
+    help="Prove the engines of this runtime instead of the graphs, on the GPU here; --variant then "
+    "names the graphs that they were built from, lossy ones too.",
+)
 @click.option("--every-cell", is_flag=True, help="Show every case, not only the worst of each output.")
 @session_options
 @json_option
@@ -50,6 +56,7 @@ def parity(
     bundles: tuple[Path, ...],
     experts: "tuple[ExpertSet, ...]",
     variants: tuple[str, ...],
+    engine: "Literal['tensorrt-rtx', 'tensorrt'] | None",
     every_cell: bool,
     providers: tuple[str, ...],
     threads: int | None,
@@ -60,14 +67,19 @@ def parity(
     Runs every fp32 graph on the inputs that the bundle carries, compares outputs and each expert's
     contribution with PyTorch's, prints the table, and exits 1 if an element is too far off. Of a lossy
     variant it prints what it was measured to say when it was made, and exits 1 if it was not measured.
+    A lossy engine is compared with its own graph in onnxruntime.
     """
     from xadapter_export.bundle.folder import read_bundle
-    from xadapter_export.parity import TOLERANCES, prove_bundle
+    from xadapter_export.parity import TOLERANCES, prove_bundle, prove_engines
     from xadapter_export.parity.table import parity_table
 
     reports: dict[str, ParityReport] = {}
     lossy: dict[str, list[Variant]] = {}
     for bundle in bundles:
+        if engine is not None:
+            lossy[str(bundle)] = []
+            reports[str(bundle)] = prove_engines(bundle, engine, experts or None, variants=variants or None)
+            continue
         manifest = read_bundle(bundle).manifest
         held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
         lossy[str(bundle)] = [v for v in held if v.precision not in TOLERANCES and not variants]

@@ -62,6 +62,11 @@ BAR_COLUMNS = 24
     help="Index of the bank, as xad-bank index makes it, for a bundle of --retrieval external. [default: an "
     "exact search]",
 )
+@click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Let the CPU answer, with a warning, where --provider does not start.",
+)
 @session_options
 @json_option
 def run(
@@ -74,6 +79,7 @@ def run(
     pair: str | None,
     variant: str,
     index: Path | None,
+    allow_fallback: bool,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -95,6 +101,7 @@ def run(
         providers=providers or None,
         num_threads=threads,
         index=index,
+        allow_fallback=allow_fallback,
     )
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)

@@ -10,13 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision, Target
-from xadapter_export.errors import ConfigError
+from xadapter_export.errors import ConfigError, import_extra
+from xadapter_export.exporters.axis_profile import check_axes, parse_profile
+
+__all__ = ["DeployOptions", "Say", "deploy", "parse_profile", "sources"]
 
 Say = Callable[[str], None]
 
 # The graph that a deployment is made from, for each precision that it takes.
-SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {}
-_MODULES: dict[DeploymentTarget, str] = {}
+_ENGINES: dict[Precision, Target] = {"fp32": "onnx", "fp16": "onnx", "int8": "onnx"}
+SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {"tensorrt-rtx": _ENGINES, "tensorrt": _ENGINES}
+_MODULES: dict[DeploymentTarget, str] = {
+    "tensorrt-rtx": "xadapter_export.exporters.deploy_tensorrt_rtx",
+    "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
+}
+# What must be installed, and the extra that brings it.
+_NEEDS: dict[DeploymentTarget, tuple[str, str]] = {
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt"),
+    "tensorrt": ("polygraphy.json", "tensorrt"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,12 +36,19 @@ class DeployOptions:
     """What deployments were asked to fit.
 
     Attributes:
-        profile: Least and largest length of an axis, by its name in the graph: ``batch``, ``seq``, ``masks``.
-        compute_capabilities: NVIDIA architectures that engines are built for, as ``sm89``.
+        profile: Least and largest length of an axis, by its name in the graph: ``batch``, ``seq``, ``masks``,
+            ``clip_seq``.
+        compute_capabilities: NVIDIA architectures, an entry for each engine: ``sm89``, or ``sm86+sm89``.
+
+    Raises:
+        ConfigError: If an axis, or its range, is not one.
     """
 
     profile: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_axes(self.profile)
 
 
 def sources(
@@ -39,9 +58,12 @@ def sources(
 
     Raises:
         ConfigError: If a deployment does not take any of the precisions.
+        MissingExtraError: If what one needs is not installed.
     """
     found: list[tuple[Target, Precision]] = []
     for target in targets:
+        if target in _NEEDS:
+            import_extra(*_NEEDS[target])
         of_target = [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
         if not of_target:
             raise ConfigError(

@@ -42,6 +42,7 @@ from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters import agreement, pack
+from xadapter_export.exporters.axis_profile import check_limits
 from xadapter_export.exporters.calibration import CalibrationTexts, calibration_feeds, calibration_texts
 from xadapter_export.exporters.check import check_graph
 from xadapter_export.exporters.deploy import DeployOptions, deploy, sources
@@ -170,9 +171,8 @@ def export(
     wanted = sources(deployed, precisions)
     if run_by or not deployed:
         wanted = list(dict.fromkeys([*plan_variants(precisions, run_by), *wanted]))
-    deployments = partial(
-        deploy, targets=deployed, precisions=precisions, options=deploy_options or DeployOptions()
-    )
+    deploy_options = deploy_options or DeployOptions()
+    deployments = partial(deploy, targets=deployed, precisions=precisions, options=deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -181,6 +181,8 @@ def export(
             source = type(model).__name__
         plan = _plan(model, experts, task, candidates, max_seq, retrieval, split=split)
         _check_split(model, plan, wanted)
+        context = model.clip.config.context_length if model.clip is not None else None
+        check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
         gates = _Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
         was_training = model.training
         try:
@@ -394,8 +396,9 @@ class _Builder:
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
-        made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
-        manifest = manifest.model_copy(update={"deployments": made})
+        if report.passed and all(v.agreement is None or agreement.passes(v.agreement) for v in kept):
+            made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
+            manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
         (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
         return _write_manifest(folder, manifest), report

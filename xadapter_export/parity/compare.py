@@ -116,10 +116,12 @@ def compare_retrieved(
     got_scores: NDArray[np.float32],
     ref_scores: NDArray[np.float32],
     place: Place,
+    *,
+    tie: float = TIE,
 ) -> Cell:
     """Compare retrieved bank rows, ``(B, K) int64``, with the cosines ``(B, K) float32`` they were chosen by.
 
-    A place agrees when it holds the same row, or one that ties with it: the scores there are within ``TIE``,
+    A place agrees when it holds the same row, or one that ties with it: the scores there are within ``tie``,
     and so are the reference's own scores here and where it holds that row; a row that it does not hold must
     tie with its last place, below which it fell. No row may come twice.
 
@@ -137,7 +139,7 @@ def compare_retrieved(
         places = np.flatnonzero(ref[b] == got[b, k])
         place_of_row = int(places[0]) if places.size else -1
         rivals = np.array([got_scores[b, k], ref_scores[b, place_of_row]], np.float64)
-        is_tie = bool(np.all(np.abs(rivals - np.float64(ref_scores[b, k])) <= TIE))
+        is_tie = bool(np.all(np.abs(rivals - np.float64(ref_scores[b, k])) <= tie))
         num_ties += is_tie
         passed &= is_tie
     return Cell(**vars(place), num_elements=ref.size, num_ties=num_ties, passed=passed)

@@ -23,7 +23,7 @@ from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
-from xadapter_export.parity.compare import TOLERANCES, Cell, Place, compare, compare_retrieved
+from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
@@ -74,7 +74,7 @@ def prove_bundle(
         for variant in _choose(bundle, expert_sets, variants)
         if variant.target == "onnx" or set(names) <= {CPU_PROVIDER}
     ]
-    reference = _read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle.file(REFERENCE_NAME))
     cells: list[Cell] = []
     active: dict[str, None] = {}
     for variant in chosen:
@@ -160,30 +160,72 @@ def _prove_values(
     holds the weights.
     """
     session = open_graph()
+    tolerances = dict.fromkeys(keys, TOLERANCES[variant.precision])
     cells: list[Cell] = []
-    for case in sorted({key.split("/")[0] for key in reference if "/in/" in key}):
-        feed = {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
-        refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
-        try:
-            got = dict(zip(keys, session.run(list(keys), feed), strict=True))
-        except Exception as error:  # the engines' own errors have no common base below Exception
-            where = f"{variant.file}, case {case}"
-            raise ParityError(
-                "the graph cannot compute the reference inputs", where=where, got=error
-            ) from error
-        for name in keys:
-            got[name] = take_columns(got[name], reference, f"{case}/{variant.expert_set}/{keys[name]}")
-            place = Place(variant.expert_set, variant.name, case, name)
-            if name == "retrieved":
-                rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
-                scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
-                cells.append(compare_retrieved(*rows, *scores, place))
-            else:
-                cells.append(compare(got[name], refs[name], TOLERANCES[variant.precision], place))
+    for case, feed in reference_feeds(reference, spec).items():
+        cells += compare_case(session, variant, case, feed, reference, keys, tolerances)
     return cells, session.get_providers()
 
 
-def _read_reference(path: Path) -> dict[str, Array]:
+def reference_feeds(reference: Mapping[str, Array], spec: ExpertSetSpec) -> dict[str, dict[str, Array]]:
+    """Return the inputs of an expert set, by name, in every case of the reference.
+
+    Raises:
+        ParityError: If one lacks.
+    """
+    cases = sorted({key.split("/")[0] for key in reference if "/in/" in key})
+    return {
+        case: {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
+        for case in cases
+    }
+
+
+def compare_case(
+    session: OnnxSession,
+    variant: Variant,
+    case: str,
+    feed: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    keys: Mapping[str, str],
+    tolerances: Mapping[str, Tolerance],
+    *,
+    tie: float = TIE,
+) -> list[Cell]:
+    """Run one case and compare every named value.
+
+    Args:
+        session: What computes it.
+        variant: The variant that it was made from.
+        case: Name of the case.
+        feed: Its inputs.
+        reference: What is compared with.
+        keys: The reference's name, ``out/logits``, by the graph's.
+        tolerances: How far a value may be, by the graph's name.
+        tie: Retrieved rows whose scores are as near as this may swap places.
+
+    Raises:
+        ParityError: If the reference lacks a value, or the inputs cannot be computed.
+    """
+    cells: list[Cell] = []
+    refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
+    try:
+        got = dict(zip(keys, session.run(list(keys), feed), strict=True))
+    except Exception as error:  # the engines' own errors have no common base below Exception
+        where = f"{variant.file}, case {case}"
+        raise ParityError("the graph cannot compute the reference inputs", where=where, got=error) from error
+    for name in keys:
+        got[name] = take_columns(got[name], reference, f"{case}/{variant.expert_set}/{keys[name]}")
+        place = Place(variant.expert_set, variant.name, case, name)
+        if name == "retrieved":
+            rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
+            scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
+            cells.append(compare_retrieved(*rows, *scores, place, tie=tie))
+        else:
+            cells.append(compare(got[name], refs[name], tolerances[name], place))
+    return cells
+
+
+def read_reference(path: Path) -> dict[str, Array]:
     """Read ``reference.npz``, by key.
 
     Raises:

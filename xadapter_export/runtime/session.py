@@ -5,6 +5,7 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec,
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.bundle.retrieval import PictureIndex
-from xadapter_export.errors import BundleError, ConfigError, UnsupportedError, XAdapterError
+from xadapter_export.errors import BundleError, ConfigError, ProviderError, UnsupportedError, XAdapterError
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
@@ -98,6 +99,7 @@ class XAdapterSession:
         index: PictureIndex | Path | str | None = None,
         cache_size: int = CACHE_SIZE,
         verify: bool = True,
+        allow_fallback: bool = False,
     ) -> Self:
         """Load a bundle.
 
@@ -125,6 +127,7 @@ class XAdapterSession:
                 the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
                 a few hundred.
             verify: Whether to compare every file that is used with its hash first.
+            allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
@@ -135,11 +138,11 @@ class XAdapterSession:
                 variant cannot go with the providers: fp16 runs on no CPU; or there is an index and nothing
                 to use it, or it is not one of the bundle's bank.
         """
-        return cls(
+        make = partial(
+            cls,
             read_bundle(bundle, verify=False),
             experts=experts,
             variant=variant,
-            providers=providers,
             num_threads=num_threads,
             batch_size=batch_size,
             share_weights=share_weights,
@@ -147,6 +150,13 @@ class XAdapterSession:
             cache_size=cache_size,
             verify=verify,
         )
+        try:
+            return make(providers=providers)
+        except ProviderError as error:
+            if not allow_fallback:
+                raise
+            warnings.warn(f"{error}; the CPU answers instead", UserWarning, stacklevel=2)
+            return make(providers=[CPU_PROVIDER])
 
     @property
     def manifest(self) -> Manifest:

@@ -1,0 +1,186 @@
+"""The one place where a TensorRT engine is opened and run: on the NVIDIA GPU of this machine."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from xadapter_export.bundle.manifest import DeploymentTarget
+from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.errors import BundleError, ProviderError, import_extra
+
+LIBRARIES: Final[dict[DeploymentTarget, str]] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_TYPES: Final = {"INT64": "tensor(int64)", "FLOAT": "tensor(float)"}
+
+
+@dataclass
+class _Value:
+    """Name, shape and type of an input or output, as onnxruntime writes them; None is an axis that varies."""
+
+    name: str
+    shape: list[int | str | None]
+    type: str
+
+
+def find_gpu() -> str:
+    """Return the compute capability of the first GPU, as ``sm89``.
+
+    Raises:
+        MissingExtraError: If CUDA's Python bindings are not installed.
+        ProviderError: If there is no GPU, or no driver for it.
+    """
+    cuda = import_extra("cuda.bindings.runtime", "tensorrt")
+    error, count = cuda.cudaGetDeviceCount()
+    if int(error) or not count:
+        raise ProviderError(
+            "an engine runs on an NVIDIA GPU, and this machine has none that CUDA can use",
+            got=error.name if int(error) else "no device",
+            mend="run the same command on a machine with a GPU and its driver",
+        )
+    attribute = cuda.cudaDeviceAttr
+    major, minor = (
+        _check(cuda.cudaDeviceGetAttribute(kind, 0))
+        for kind in (
+            attribute.cudaDevAttrComputeCapabilityMajor,
+            attribute.cudaDevAttrComputeCapabilityMinor,
+        )
+    )
+    return f"sm{major}{minor}"
+
+
+class EngineSession:
+    """An engine with memory of its own on the GPU; one call at a time."""
+
+    def __init__(self, engine: Any, library: ModuleType, cuda: ModuleType, kept: tuple[object, ...]) -> None:
+        self._kept = kept  # what the engine refers to: it must outlive it
+        self._engine, self._library, self._cuda = engine, library, cuda
+        self._context = engine.create_execution_context()
+        self._stream = _check(cuda.cudaStreamCreate())
+        self._lock = threading.Lock()
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        is_input = [engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in names]
+        self._inputs = [name for name, chosen in zip(names, is_input, strict=True) if chosen]
+        self._outputs = [name for name, chosen in zip(names, is_input, strict=True) if not chosen]
+
+    def fits(self, feed: Mapping[str, Array]) -> bool:
+        """Whether the engine was planned for inputs of these shapes."""
+        for name in self._inputs:
+            least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+            shape = feed[name].shape
+            if not all(a <= n <= b for a, n, b in zip(least, shape, largest, strict=True)):
+                return False
+        return True
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
+        """Compute the named outputs.
+
+        Raises:
+            BundleError: If the engine was not planned for these shapes, or the GPU fails.
+        """
+        cuda, context = self._cuda, self._context
+        copy_in = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        copy_out = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        taken: list[int] = []
+
+        def bind(name: str, size_bytes: int) -> int:
+            taken.append(int(_check(cuda.cudaMalloc(max(size_bytes, 1)))))
+            context.set_tensor_address(name, taken[-1])
+            return taken[-1]
+
+        with self._lock:
+            try:
+                for name in self._inputs:
+                    array = np.ascontiguousarray(input_feed[name])
+                    if not context.set_input_shape(name, array.shape):
+                        raise BundleError(
+                            "the engine was not planned for this shape", where=name, got=array.shape
+                        )
+                    _check(
+                        cuda.cudaMemcpy(bind(name, array.nbytes), array.ctypes.data, array.nbytes, copy_in)
+                    )
+                answers, places = {}, {}
+                for name in self._outputs:
+                    dtype = self._library.nptype(self._engine.get_tensor_dtype(name))
+                    answers[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
+                    places[name] = bind(name, answers[name].nbytes)
+                if not context.execute_async_v3(int(self._stream)):
+                    raise BundleError("the engine cannot compute these inputs")
+                _check(cuda.cudaStreamSynchronize(self._stream))
+                names = self._outputs if output_names is None else output_names
+                for name in names:
+                    array = answers[name]
+                    _check(cuda.cudaMemcpy(array.ctypes.data, places[name], array.nbytes, copy_out))
+                return [answers[name] for name in names]
+            finally:
+                for address in taken:
+                    cuda.cudaFree(address)
+
+    def get_providers(self) -> list[str]:
+        """Return the library's name and version."""
+        return [f"{self._library.__name__} {self._library.__version__}"]
+
+    def get_inputs(self) -> Sequence[_Value]:
+        """Return the engine's inputs."""
+        return [self._describe(name) for name in self._inputs]
+
+    def get_outputs(self) -> Sequence[_Value]:
+        """Return the engine's outputs."""
+        return [self._describe(name) for name in self._outputs]
+
+    def _describe(self, name: str) -> _Value:
+        shape = [None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name)]
+        return _Value(name, list(shape), _TYPES[self._engine.get_tensor_dtype(name).name])
+
+
+def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
+    """Load an engine onto the GPU of this machine.
+
+    Args:
+        file: The engine.
+        target: Whose it is.
+
+    Raises:
+        MissingExtraError: If the library, or CUDA's Python bindings, are not installed.
+        ProviderError: If there is no GPU.
+        BundleError: If the library cannot load the engine here.
+    """
+    library = import_extra(LIBRARIES[target], "tensorrt")
+    gpu = find_gpu()
+    complaints: list[str] = []
+
+    class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # a module that is known only here
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= library.ILogger.Severity.ERROR:
+                complaints.append(message)
+
+    logger = Logger()
+    runtime = library.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(file.read_bytes())
+    if engine is None:
+        raise BundleError(
+            f"{library.__name__} {library.__version__} cannot load the engine on this GPU ({gpu})",
+            where=file,
+            got=complaints[0] if complaints else "no reason given",
+            mend="an engine belongs to the version that built it: export again with this one",
+        )
+    cuda = import_extra("cuda.bindings.runtime", "tensorrt")
+    return EngineSession(engine, library, cuda, (runtime, logger))
+
+
+def _check(answer: tuple[Any, ...]) -> Any:
+    """Return what a call of CUDA gave.
+
+    Raises:
+        BundleError: If it failed: there is no memory left on the GPU, say.
+    """
+    error, *values = answer
+    if int(error):
+        raise BundleError("CUDA failed", got=error.name)
+    return values[0] if values else None

@@ -1,0 +1,146 @@
+"""The target ``tensorrt``: what it takes to build and prove an engine with the full TensorRT, elsewhere.
+
+The folder ``tensorrt/`` stands on its own: graphs, weights, shapes, real inputs, and a script of one command
+of NVIDIA's Polygraphy that builds an engine and compares it with onnxruntime. Where the full TensorRT and a
+GPU are here, the engine for that GPU is built too. (The package ``tensorrt`` of PyPI only fetches it.)
+"""
+
+import importlib
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from xadapter_export.bundle.engine_session import find_gpu
+from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle
+from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
+from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.errors import MissingExtraError, ParityError, ProviderError, import_extra
+from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
+from xadapter_export.exporters.deploy import DeployOptions, Say
+from xadapter_export.exporters.engines import EngineJob, build_engine
+from xadapter_export.parity.compare import TOLERANCES, Tolerance
+from xadapter_export.parity.engines import measure_graph
+from xadapter_export.parity.prove import read_reference, reference_feeds
+
+_TARGET: DeploymentTarget = "tensorrt"
+Shapes = Mapping[str, tuple[list[int], list[int], list[int]]]
+
+
+def deploy(
+    folder: Path, manifest: Manifest, variant: Variant, options: DeployOptions, say: Say
+) -> Deployment:
+    """Writes the files of a variant, and builds its engine where that can be done here.
+
+    Raises:
+        MissingExtraError: If Polygraphy is not installed.
+        ConfigError: If a range goes beyond what the models read.
+        ParityError: If no reference input has lengths within the profile.
+    """
+    start = time.monotonic()
+    stem = Path(variant.file).stem
+    say(f"{_TARGET}/{stem}.onnx")
+    spec = manifest.expert_sets[variant.expert_set]
+    axes = plan_axes(manifest, options.profile)
+    shapes = profile_shapes(spec.inputs, axes)
+    bundle, reference = Bundle(folder, manifest), read_reference(folder / REFERENCE_NAME)
+    feeds = {case: feed for case, feed in reference_feeds(reference, spec).items() if _within(feed, shapes)}
+    if not feeds:
+        raise ParityError(
+            "no reference input has lengths within the profile",
+            where=f"target {_TARGET}, experts {variant.expert_set}",
+            mend="give --profile wider ranges",
+        )
+    # Rows retrieved are left out: of two that tie either may come first, and their scores tell.
+    held = {output.name: TOLERANCES["fp32"] for output in spec.outputs if output.name != "retrieved"}
+    if variant.precision not in TOLERANCES:
+        measured, _ = measure_graph(bundle, variant, feeds, reference)
+        held = {name: measured[name] for name in held}
+
+    place = folder / _TARGET
+    place.mkdir(exist_ok=True)
+    for source in (variant.file, *variant.weight_files):
+        copy = place / Path(source).name  # no hard link: onnx refuses weights that have two names
+        if not copy.exists():  # graphs of several expert sets share their weights
+            shutil.copyfile(bundle.file(source), copy)
+    (place / f"{stem}.shapes.json").write_text(json.dumps(dict(shapes), indent=1) + "\n", encoding="utf-8")
+    save_json = import_extra("polygraphy.json", "tensorrt").save_json
+    save_json(list(feeds.values()), str(place / f"{stem}.inputs.json"))
+    script = place / f"{stem}.parity.sh"
+    script.write_text(_script(stem, shapes, held), encoding="utf-8")
+    names = [Path(variant.file).name, *(Path(path).name for path in variant.weight_files)]
+    names += [f"{stem}.shapes.json", f"{stem}.inputs.json", script.name]
+
+    facts = profile_facts(spec.inputs, axes)
+    facts["cases"] = ", ".join(feeds)
+    facts |= {f"tolerance {name}": f"{one.atol:.1e} + {one.rtol:.0e} |ref|" for name, one in held.items()}
+    refused: list[str] = []
+    library = find_library()
+    if library is not None:
+        file = f"{stem}.engine"
+        job = EngineJob(library.__name__, place / Path(variant.file).name, place / file, shapes, ())
+        try:
+            gpu = find_gpu()
+            built = build_engine(job, say)
+            reason = built.refused
+        except (ProviderError, MissingExtraError) as error:
+            reason = str(error)
+        if reason is None:
+            facts |= {"library": f"tensorrt {library.__version__}", f"engine {gpu}": f"{_TARGET}/{file}"}
+            names.append(file)
+        else:
+            refused.append(f"engine, {variant.name}, experts {variant.expert_set}: {reason}")
+    return Deployment(
+        target=_TARGET,
+        expert_set=variant.expert_set,
+        precision=variant.precision,
+        source=variant.name,
+        files=tuple(f"{_TARGET}/{name}" for name in names),
+        size_bytes=sum((place / name).stat().st_size for name in names),
+        seconds=time.monotonic() - start,
+        facts=facts,
+        refused=tuple(refused),
+        prove_with=f"sh {_TARGET}/{script.name}",
+    )
+
+
+def find_library() -> ModuleType | None:
+    """The full TensorRT, or None where it is not installed, or only a package of its name."""
+    try:
+        library = importlib.import_module("tensorrt")
+    except ImportError:
+        return None
+    return library if hasattr(library, "Builder") else None
+
+
+def _within(feed: Mapping[str, Array], shapes: Shapes) -> bool:
+    return all(
+        least <= length <= largest
+        for name, array in feed.items()
+        for least, length, largest in zip(shapes[name][0], array.shape, shapes[name][2], strict=True)
+    )
+
+
+def _script(stem: str, shapes: Shapes, held: Mapping[str, Tolerance]) -> str:
+    """The command that builds an engine on a GPU and compares it with onnxruntime, output by output."""
+    by_size = zip(("min", "opt", "max"), zip(*shapes.values(), strict=True), strict=True)
+    words = ["polygraphy", "run", f"{stem}.onnx", "--onnxrt", "--trt", "--strongly-typed"]
+    words += ["--load-inputs", f"{stem}.inputs.json"]
+    for size, lengths in by_size:
+        words.append(f"--trt-{size}-shapes")
+        words += [
+            f"{name}:[{','.join(map(str, shape))}]" for name, shape in zip(shapes, lengths, strict=True)
+        ]
+    for kind in ("onnx", "trt"):
+        words += [f"--{kind}-outputs", *held]
+    words += ["--atol", *(f"{name}:{tolerance.atol:.3g}" for name, tolerance in held.items())]
+    words += ["--rtol", *(f"{name}:{tolerance.rtol:.3g}" for name, tolerance in held.items())]
+    return (
+        "#!/bin/sh\n"
+        "# Needs a GPU, the full TensorRT, polygraphy and onnxruntime. Arguments are added to the command.\n"
+        'cd "$(dirname "$0")" || exit 1\n'
+        f'exec {shlex.join(words)} "$@"\n'
+    )
