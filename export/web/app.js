@@ -112,7 +112,7 @@ function prepareControls() {
   });
   for (const id of ["text", "words"]) at(id).addEventListener("input", answer);
   at("experts").addEventListener("change", answer);
-  at("credits").textContent = sheets.credits;
+  at("credit").textContent = sheets.credit;
   if (navigator.gpu) {
     at("engine-row").hidden = false;
     at("engine").value = engine;

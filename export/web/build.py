@@ -4,10 +4,20 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from xadapter_export.bundle.folder import MANIFEST_NAME, PARITY_NAME, REFERENCE_NAME, read_bundle
+from PIL import Image
+
+from export.web.pictures import BUILTIN_CREDIT, bank_pictures, builtin_pictures, write_sheets
+from xadapter_export.bundle.folder import (
+    BANK_NAME,
+    MANIFEST_NAME,
+    PARITY_NAME,
+    REFERENCE_NAME,
+    read_bundle,
+)
+from xadapter_export.bundle.pictures import read_pictures
 from xadapter_export.errors import ConfigError, MissingExtraError
 
 HERE = Path(__file__).parent
@@ -66,19 +76,29 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
     return folder / "node_modules"
 
 
-def write_page(output: Path, bundle: Path, packages: Path) -> None:
+def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none") -> None:
     """Write page, libraries and bundle into a folder, which is replaced.
 
     Args:
         output: The folder; what is there must be an earlier page.
         bundle: The bundle that the page loads.
         packages: ``node_modules`` with the libraries.
+        pictures: ``builtin`` to draw those of the built-in bank, the folder of a bank with thumbnails, or
+            ``none`` for captions alone.
 
     Raises:
-        BundleError: If the bundle is not whole, or another was changed.
+        BundleError: If the bundle is not whole.
+        HashMismatchError: If a file of it was changed.
         ConfigError: If something that is no page is in the way.
     """
     manifest = read_bundle(bundle).manifest
+    thumbnails: Mapping[int, Image.Image] = {}
+    num_rows = manifest.bank.num_pictures if manifest.bank else 0
+    if pictures == "builtin":
+        known = read_pictures(bundle / BANK_NAME, num_pictures=num_rows)
+        thumbnails = builtin_pictures(Path("build/pictures"), known)
+    elif pictures != "none":
+        thumbnails = bank_pictures(Path(pictures))
     if output.exists() and not (output / "app.js").is_file():
         raise ConfigError("what is at the output path is not ours to replace", where=output)
     shutil.rmtree(output, ignore_errors=True)
@@ -89,9 +109,16 @@ def write_page(output: Path, bundle: Path, packages: Path) -> None:
             _copy(packages / folder / name, output / "vendor" / name)
     for package, names in LICENCES.items():
         for name in names:
-            _copy(packages / package / name, output / "vendor" / "licences" / package.replace("/", "-") / name)
+            _copy(
+                packages / package / name, output / "vendor" / "licences" / package.replace("/", "-") / name
+            )
     for name in (MANIFEST_NAME, *(name for name in manifest.files if name not in _PROOF)):
         _copy(bundle / name, output / "bundle" / name)
+    credit = BUILTIN_CREDIT if pictures == "builtin" else ""
+    write_sheets(output / "pictures", thumbnails, num_rows, credit)
+    if pictures == "builtin":
+        _copy(HERE / "PICTURES.md", output / "pictures" / "PICTURES.md")
+        _copy(HERE.parents[1] / "LICENSE", output / "pictures" / "LICENSE")
 
 
 def size_bytes(paths: Iterable[Path]) -> int:

@@ -37,7 +37,7 @@ export function showPictures(place, pictures, sheets) {
 
 /** Thumbnails of the bank in sheets of many each; none where the page was built without them. */
 export class PictureSheets {
-  credits = "";
+  credit = "";
   #folder;
   #index = null;
   #missing = new Set();
@@ -49,7 +49,7 @@ export class PictureSheets {
       sheets.#index = await response.json();
       sheets.#folder = folder;
       sheets.#missing = new Set(sheets.#index.missing);
-      sheets.credits = sheets.#index.credits;
+      sheets.credit = sheets.#index.credit;
     }
     return sheets;
   }
