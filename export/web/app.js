@@ -42,6 +42,7 @@ async function start() {
   session = await XAdapterSession.load({ ort, tokenizers, read, providers });
   await session.open();
   prepareControls();
+  await answer(); // the first runs are slow: the browser still compiles
   at("loading").hidden = true;
   at("app").hidden = false;
   await answer();
@@ -151,6 +152,7 @@ async function answer() {
   if (number !== asked) return;
   showHint(null);
   showAnswers(at("answers"), result.answers);
+  at("answers").dataset.text = text;
   showPictures(at("pictures"), result.pictures, sheets);
   at("no-pictures").hidden = result.pictures.length > 0;
   at("no-pictures").textContent = `With “${TITLES[experts][0]}”, it looks at no pictures.`;
@@ -172,6 +174,7 @@ async function compare(number, text, candidates, experts, result) {
     if (number !== asked) return;
     show(other, answers);
   }
+  at("experts").dataset.text = text;
 }
 
 function showHint(error) {

@@ -14,7 +14,9 @@ export function showAnswers(place, answers) {
       bar.setAttribute("aria-hidden", "true");
       bar.append(element("span", "fill"));
       bar.firstChild.style.width = `${100 * Math.min(1, Math.max(0, score))}%`;
-      item.append(element("span", "word", word), bar, element("span", "share", `${(100 * score).toFixed(1)} %`));
+      const share = element("data", "share", `${(100 * score).toFixed(1)} %`);
+      share.value = score;
+      item.append(element("span", "word", word), bar, share);
       list.append(item);
     }
     return answers.length > 1 ? [element("h3", "", `Blank ${mask + 1}`), list] : [list];
