@@ -12,9 +12,9 @@ const RUNTIMES = {
   webgpu: { module: "./vendor/ort.webgpu.min.mjs", core: "ort-wasm-simd-threaded.asyncify" },
 };
 const TITLES = {
-  none: ["Text only", "the plain language model"],
-  v: ["Pictures", "V-expert: nearest pictures"],
-  t: ["CLIP's text", "T-expert: CLIP's reading"],
+  none: ["Text only", "no expert"],
+  v: ["Pictures", "V-expert"],
+  t: ["CLIP's text", "T-expert"],
   vt: ["Both", "V- and T-expert"],
 };
 const COLORS = "black, blue, brown, green, grey, orange, pink, purple, red, white, yellow";

@@ -35,6 +35,7 @@ export class XAdapterSession {
   #weights = new Map();
   #plm;
   #clip = null;
+  #running = Promise.resolve();
 
   /**
    * Load manifest and tokenizers; `open` or the first question loads a graph.
@@ -132,7 +133,7 @@ export class XAdapterSession {
    */
   encode(text, experts = this.manifest.default_expert_set) {
     if (typeof text !== "string" || !text.trim()) throw new XAdapterError("write a sentence");
-    if (!text.isWellFormed?.() && text.isWellFormed) throw new XAdapterError("the text is not valid Unicode");
+    if (text.isWellFormed && !text.isWellFormed()) throw new XAdapterError("the text is not valid Unicode");
     const { plm, task } = this.manifest;
     const ids = this.#window(this.#plm.encode(text).ids, text);
     const inputs = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) };
@@ -197,16 +198,15 @@ export class XAdapterSession {
     if (task === "feature-extraction") throw new XAdapterError("this bundle gives embeddings, not answers");
     const chosen = candidates?.length ? this.#choose(candidates) : null;
     const session = await this.open(experts);
-    const start = performance.now();
-    const inputs = this.encode(text, experts);
-    const feeds = Object.fromEntries(
-      Object.entries(inputs).map(([name, ids]) => [
-        name,
-        new this.#ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]),
-      ]),
-    );
-    const outputs = await session.run(feeds);
-    const milliseconds = performance.now() - start;
+    const { outputs, milliseconds } = await this.#inTurn(async () => {
+      const start = performance.now();
+      const feeds = {};
+      for (const [name, ids] of Object.entries(this.encode(text, experts))) {
+        feeds[name] = new this.#ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+      }
+      const outputs = await session.run(feeds);
+      return { outputs, milliseconds: performance.now() - start };
+    });
     const logits = outputs.logits.data;
     const width = outputs.logits.dims.at(-1);
     const answers = [];
@@ -219,6 +219,13 @@ export class XAdapterSession {
     const rows = outputs.retrieved ? Array.from(outputs.retrieved.data, Number) : [];
     const pictures = rows.map((row, i) => ({ row, ...this.pictures[row], score: outputs.retrieved_scores.data[i] }));
     return { answers, pictures, milliseconds };
+  }
+
+  /** One run at a time: a session of WebGPU takes no second one while it works. */
+  #inTurn(work) {
+    const result = this.#running.then(work);
+    this.#running = result.catch(() => {});
+    return result;
   }
 
   /** The columns of the logits that words stand for. */
