@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity check lint types imports docs bench bench-full bench-training clean
+.PHONY: help install demo test parity check lint types imports docs bench bench-full bench-training web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -28,6 +28,10 @@ demo: $(STAMP) ## Export the built-in checkpoint and let it answer from pictures
 test: $(STAMP) ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_openvino.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_openvino.py  # alone: its worker crashed after the last test
+
+web: $(STAMP) ## Build the browser page around the built-in checkpoint and serve it; needs npm. PORT=8000
+	$(BIN)/xad-export --config export/web.toml -o $(BUNDLES)/web --force
+	$(BIN)/python -m export.web --bundle $(BUNDLES)/web --pictures builtin --port $(or $(PORT),8000)
 
 parity: $(STAMP) ## Prove every expert set of the built-in checkpoint and of three larger cases.
 	$(BIN)/python -m export.parity --output $(BUNDLES)/parity

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-TARGETS = ("onnx", "cpu", "openvino", "tensorrt-rtx", "tensorrt")
+TARGETS = ("onnx", "cpu", "openvino", "tensorrt-rtx", "tensorrt", "mobile")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
@@ -146,7 +146,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     type=click.Choice(TARGETS),
     multiple=True,
     help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
-    "on x86, tensorrt-rtx and tensorrt NVIDIA GPUs. [default: onnx, and cpu for int8 and int4]",
+    "on x86, tensorrt-rtx and tensorrt NVIDIA GPUs, mobile onnxruntime on phones (.ort). [default: onnx, and "
+    "cpu for int8 and int4]",
 )
 @click.option(
     "--profile",
@@ -284,7 +285,7 @@ def _report(result: "ExportResult") -> None:
         )
     for made in manifest.deployments:
         console.print(
-            f"experts {made.expert_set}, {made.target}-{made.precision}: {len(made.files)} files, "
+            f"experts {made.expert_set}, {made.target} from {made.source}: {len(made.files)} files, "
             f"{made.size_bytes / 1e6:.1f} MB in {made.seconds:.1f} s"
             + (f"; to prove, run there: {made.prove_with}" if made.prove_with else "")
         )

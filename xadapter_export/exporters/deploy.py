@@ -19,10 +19,15 @@ Say = Callable[[str], None]
 
 # The graph that a deployment is made from, for each precision that it takes.
 _ENGINES: dict[Precision, Target] = {"fp32": "onnx", "fp16": "onnx", "int8": "onnx"}
-SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {"tensorrt-rtx": _ENGINES, "tensorrt": _ENGINES}
+SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {
+    "tensorrt-rtx": _ENGINES,
+    "tensorrt": _ENGINES,
+    "mobile": {"fp32": "onnx", "int8": "cpu"},
+}
 _MODULES: dict[DeploymentTarget, str] = {
     "tensorrt-rtx": "xadapter_export.exporters.deploy_tensorrt_rtx",
     "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
+    "mobile": "xadapter_export.exporters.mobile",
 }
 # What must be installed, and the extra that brings it.
 _NEEDS: dict[DeploymentTarget, tuple[str, str]] = {

@@ -1,0 +1,140 @@
+"""The files of the page, put together in one folder that any static server can serve."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from export.web.pictures import BUILTIN_CREDIT, bank_pictures, builtin_pictures, write_sheets
+from xadapter_export.bundle.folder import (
+    BANK_NAME,
+    MANIFEST_NAME,
+    PARITY_NAME,
+    REFERENCE_NAME,
+    read_bundle,
+)
+from xadapter_export.bundle.pictures import read_pictures
+from xadapter_export.errors import ConfigError, MissingExtraError
+
+HERE = Path(__file__).parent
+PAGE = ("index.html", "style.css", "app.js", "download.js", "show.js", "xadapter.js", "offline.js", "old.js")
+# Of npm's packages, what the page loads: the WebAssembly of the processor, that of WebGPU, the tokenizers.
+VENDOR = {
+    "onnxruntime-web/dist": (
+        "ort.wasm.min.mjs",
+        "ort-wasm-simd-threaded.mjs",
+        "ort-wasm-simd-threaded.wasm",
+        "ort.webgpu.min.mjs",
+        "ort-wasm-simd-threaded.asyncify.mjs",
+        "ort-wasm-simd-threaded.asyncify.wasm",
+    ),
+    "@huggingface/tokenizers/dist": ("tokenizers.min.mjs",),
+}
+LICENCES = {
+    "onnxruntime-web": ("package.json", "README.md"),
+    "@huggingface/tokenizers": ("package.json", "LICENSE"),
+}
+_PROOF = frozenset((REFERENCE_NAME, PARITY_NAME))  # repeats the proof; the page does not read it
+
+
+def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
+    """Install the pinned npm packages into a folder, unless they are there, and return ``node_modules``.
+
+    Args:
+        folder: Kept between builds.
+        lock_from: Where ``package.json`` and ``package-lock.json`` are.
+
+    Raises:
+        MissingExtraError: If npm is not installed or fails.
+    """
+    names = ("package.json", "package-lock.json")
+    wanted = hashlib.sha256(b"".join((lock_from / name).read_bytes() for name in names)).hexdigest()
+    marker = folder / "installed"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
+        return folder / "node_modules"
+    npm = shutil.which("npm")
+    if npm is None:
+        raise MissingExtraError("npm is not installed", mend="install Node.js 20 or later, which has it")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)
+    for name in names:
+        shutil.copyfile(lock_from / name, folder / name)
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MissingExtraError(
+            "npm cannot install the page's packages",
+            where=folder,
+            got=" ".join(done.stderr.split()) or f"exit status {done.returncode}",
+            mend="look at the network, and run it again",
+        )
+    marker.write_text(wanted, encoding="utf-8")
+    return folder / "node_modules"
+
+
+def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none") -> None:
+    """Write page, libraries and bundle into a folder, which is replaced.
+
+    Args:
+        output: The folder; what is there must be an earlier page.
+        bundle: The bundle that the page loads.
+        packages: ``node_modules`` with the libraries.
+        pictures: ``builtin`` to draw those of the built-in bank, the folder of a bank with thumbnails, or
+            ``none`` for captions alone.
+
+    Raises:
+        BundleError: If the bundle is not whole.
+        HashMismatchError: If a file of it was changed.
+        ConfigError: If something that is no page is in the way.
+    """
+    manifest = read_bundle(bundle).manifest
+    thumbnails: Mapping[int, Image.Image] = {}
+    num_rows = manifest.bank.num_pictures if manifest.bank else 0
+    if pictures == "builtin":
+        known = read_pictures(bundle / BANK_NAME, num_pictures=num_rows)
+        thumbnails = builtin_pictures(Path("build/pictures"), known)
+    elif pictures != "none":
+        thumbnails = bank_pictures(Path(pictures))
+    if output.exists() and not (output / "app.js").is_file():
+        raise ConfigError("what is at the output path is not ours to replace", where=output)
+    shutil.rmtree(output, ignore_errors=True)
+    for name in PAGE:
+        _copy(HERE / name, output / name)
+    for folder, names in VENDOR.items():
+        for name in names:
+            _copy(packages / folder / name, output / "vendor" / name)
+    for package, names in LICENCES.items():
+        for name in names:
+            _copy(
+                packages / package / name, output / "vendor" / "licences" / package.replace("/", "-") / name
+            )
+    for name in (MANIFEST_NAME, *(name for name in manifest.files if name not in _PROOF)):
+        _copy(bundle / name, output / "bundle" / name)
+    credit = BUILTIN_CREDIT if pictures == "builtin" else ""
+    write_sheets(output / "pictures", thumbnails, num_rows, credit)
+    if pictures == "builtin":
+        _copy(HERE / "PICTURES.md", output / "pictures" / "PICTURES.md")
+        _copy(HERE.parents[1] / "LICENSE", output / "pictures" / "LICENSE")
+
+
+def size_bytes(paths: Iterable[Path]) -> int:
+    """The bytes of files, and of all files in folders."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def bundle_bytes(output: Path) -> int:
+    """What of the bundle the page downloads in all: every graph with its weights, tokenizers, captions."""
+    manifest = json.loads((output / "bundle" / MANIFEST_NAME).read_text(encoding="utf-8"))
+    listed = {name for v in manifest["variants"] for name in (v["file"], *v["weight_files"])}
+    listed |= {"tokenizer.json", "clip_tokenizer.json", "bank.jsonl", MANIFEST_NAME}
+    return size_bytes(path for name in listed if (path := output / "bundle" / name).is_file())
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,83 @@
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from xadapter_export import XAdapterSession
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.onnx_session import create_session
+from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
+
+if TYPE_CHECKING:
+    from xadapter_export.exporters.pipeline import ExportResult
+
+TEXTS = ["The color of a banana is [MASK].", "[MASK] and a long sentence about a frog that is [MASK]."]
+
+
+@pytest.fixture(scope="module")
+def phone(tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
+    from xadapter_export import export
+
+    folder = tmp_path_factory.mktemp("phone") / "bundle"
+    return export("builtin", folder, "t", precisions=("fp32", "int8"), targets=("mobile",))
+
+
+def test_ort_file_answers_as_the_graph_that_it_was_made_from(phone: "ExportResult") -> None:
+    session = XAdapterSession.load(phone.folder, variant="onnx-fp32")
+    for deployment in phone.manifest.deployments:
+        variant = phone.manifest.variant("t", deployment.source)
+        graph = create_session(phone.folder / variant.file)
+        ort_file = create_session(phone.folder / deployment.files[0])
+        for texts in (TEXTS[:1], TEXTS):
+            arrays = session._clip_encoder.encode(texts)
+            feed = {value.name: arrays[value.name] for value in graph.get_inputs()}
+            wanted, got = graph.run(["logits"], feed)[0], ort_file.run(["logits"], feed)[0]
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+            assert np.isfinite(got).all()
+
+
+def test_manifest_names_the_files_and_what_they_need(phone: "ExportResult") -> None:
+    made = phone.manifest.deployments
+    assert [(d.target, d.source) for d in made] == [("mobile", "onnx-fp32"), ("mobile", "cpu-int8")]
+    assert made[0].files == ("mobile/model.ort", "mobile/model.required_operators.config")
+    read_bundle(phone.folder)  # sizes and hashes of all of them
+    ort_bytes = (phone.folder / made[0].files[0]).stat().st_size
+    assert ort_bytes < 1.05 * phone.manifest.variant("t").size_bytes  # the tied table stands once
+    text = (phone.folder / made[0].files[1]).read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert {line.split(";")[0] for line in lines} == {"ai.onnx", "com.microsoft"}
+    assert "LayerNormalization" in text
+    assert str(phone.folder) not in text
+    assert "/" not in text
+    assert made[0].facts["operators"] == str(sum(len(line.split(",")) for line in lines))
+
+
+def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: Path) -> None:
+    from xadapter_export.exporters import mobile
+
+    folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
+    other = folder / phone.manifest.deployments[1].files[0]
+    with pytest.raises(ParityError, match=r"onnx-fp32: the \.ort file does not say what the graph says in "):
+        mobile._prove(folder, phone.manifest.variant("t"), other)
+
+
+def test_operators_that_stock_packages_lack_are_refused(
+    phone: "ExportResult", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xadapter_export.exporters import mobile
+    from xadapter_export.exporters.deploy import DeployOptions
+
+    monkeypatch.setattr(mobile, "STOCK_DOMAINS", ("ai.onnx",))
+    folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
+    variant = phone.manifest.variant("t")
+    with pytest.raises(UnsupportedError, match=r"do not have com\.microsoft:FusedMatMul"):
+        mobile.deploy(folder, phone.manifest, variant, DeployOptions(), lambda _: None)
+
+
+def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
+    from xadapter_export import export
+
+    with pytest.raises(ConfigError, match="target mobile does not take precision fp16"):
+        export("builtin", tmp_path / "bundle", "t", precisions=("fp16",), targets=("mobile",))
