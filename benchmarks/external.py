@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -98,6 +98,44 @@ def ask(bundle: Path, index: Path | None, threads: int) -> dict[str, Any]:
     }
 
 
+def compare_builtin(folder: Path) -> list[str]:
+    """Asks the built-in checkpoint its questions, each index beside the search in the graph: a table's lines."""
+    from xadapter_export import XAdapterSession
+    from xadapter_export.bank.index import IndexOptions, build_index
+    from xadapter_export.exporters import export
+    from xadapter_export.model.builtin import builtin_folder
+
+    export("builtin", folder / "in-graph", "v")
+    export("builtin", folder / "bundle", "v", retrieval="external")
+    questions = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [text for line in questions for text in json.loads(line)["sentences"]]
+
+    def answers(bundle: str, index: Path | None) -> tuple[list[str], list[set[int]]]:
+        session = XAdapterSession.load(folder / bundle, index=index)
+        tokens = [found[0].token for found in session.fill_mask(texts)]
+        return tokens, [{picture.row for picture in found} for found in session.retrieve(texts)]
+
+    right, right_rows = answers("in-graph", None)
+    lines = [
+        "| index | size KiB | recall@1 | @5 | @10 | same pictures | same answer |",
+        "|---|" + "---:|" * 6,
+    ]
+    plans = {"exact": None, **{kind: IndexOptions() for kind in KINDS}}
+    plans["lancedb, 60 lists"] = IndexOptions(num_lists=60, num_probes=16)
+    for name, options in plans.items():
+        place, cells = None, ["-"] * 4
+        if options is not None:
+            place = folder / name
+            kind = cast(IndexKind, name.split(",")[0])
+            record = build_index(folder / "bundle", place, kind, options)
+            cells = [f"{record.size_bytes / 1024:.0f}", *(f"{r:.4f}" for r in record.recall.values())]
+        tokens, rows = answers("bundle", place)
+        same_rows = statistics.mean(len(a & b) / len(a) for a, b in zip(right_rows, rows, strict=True))
+        same = statistics.mean(a == b for a, b in zip(right, tokens, strict=True))
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{same_rows:.4f}", f"{same:.4f}"]) + " |")
+    return [f"{len(texts)} questions of the built-in checkpoint, beside the search in the graph:", "", *lines]
+
+
 def _watched(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float, int]:
     """Runs in a process of its own: the result, seconds, and the most anonymous bytes at a time."""
     peak, done = 0, threading.Event()
@@ -132,11 +170,15 @@ def run_alone(work: Callable[..., Any], *arguments: object) -> tuple[Any, float,
 )
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/external"), show_default=True)
+@click.option("--builtin", is_flag=True, help="Compare answers of the built-in checkpoint, and nothing else.")
 @click.option("--keep", is_flag=True, help="Leave bank, bundle and indices there.")
-def main(pictures: int, kind: Rows, threads: int, folder: Path, keep: bool) -> None:
+def main(pictures: int, kind: Rows, threads: int, folder: Path, builtin: bool, keep: bool) -> None:
     """Build bank, bundle and indices, ask through each, and print a table."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if builtin:
+        click.echo("\n".join(compare_builtin(folder)))
+        return
     bank, bundle = folder / "bank", folder / "bundle"
     found: dict[str, Any] = {"pictures": pictures, "rows": kind, "threads": threads}
 

@@ -86,7 +86,8 @@ class FeatureBank:
         if shape[0] * shape[1] <= _MOST_VALUES_IN_MEMORY:
             found = np.empty(shape, np.float32)
         else:
-            found = np.memmap(TemporaryFile(), np.float32, "w+", shape=shape)  # noqa: SIM115  # the map holds it
+            with TemporaryFile() as stream:  # the map holds it open
+                found = np.memmap(stream, np.float32, "w+", shape=shape)
         for start, block in self._blocks():
             found[start : start + len(block)] = unit_rows(block)
         return found
