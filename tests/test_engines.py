@@ -102,7 +102,7 @@ def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) ->
 
 def graph_with(node: onnx.NodeProto, opset: int, folder: Path) -> EngineJob:
     """A job for a product and one node after it; ``(batch, 4, seq, 64)``."""
-    axes = ["batch", 4, "seq", 64]
+    axes: list[str | int | None] = ["batch", 4, "seq", 64]
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["q"]), node],
@@ -145,12 +145,12 @@ def test_phases_are_told_and_a_plain_graph_is_built(tmp_path: Path) -> None:
 def compare(
     result: ExportResult, precision: str, session: OnnxSession, longest: int = 512
 ) -> tuple[list[str], bool]:
-    """What an engine is held to, with a session of onnxruntime in its place: cases, and whether all passed."""
+    """Compare a session of onnxruntime as if it were the engine: the cases, and whether all passed."""
     bundle = read_bundle(result.folder)
     reference = read_reference(bundle.file(REFERENCE_NAME))
 
     def fits(feed: Mapping[str, Array]) -> bool:
-        return feed["input_ids"].shape[1] <= longest
+        return int(feed["input_ids"].shape[1]) <= longest
 
     cells, _ = compare_engine(bundle, made(result, "tensorrt-rtx", precision), session, fits, reference)
     assert {cell.variant for cell in cells} == {f"tensorrt-rtx-{precision}"}
