@@ -123,21 +123,21 @@ def build_engine(job: EngineJob, say: Say) -> BuiltEngine:
         raise UnsupportedError("the process that builds engines does not start", got=error) from error
     events: dict[str, object] = {}
     complaint = ""
-    try:
-        assert process.stdout is not None  # asked for above
-        for line in process.stdout:
-            try:
-                event = json.loads(line)
-            except ValueError:  # something that Python or the library printed
-                complaint = line.strip() or complaint
-                continue
-            events.update(event)
-            if phase := event.get("phase"):
-                say(f"{job.engine.name}: {str(phase).lower()}")
-        process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    with process:  # closes its output, and waits for its end
+        try:
+            assert process.stdout is not None  # asked for above
+            for line in process.stdout:
+                try:
+                    event = json.loads(line)
+                except ValueError:  # something that Python or the library printed
+                    complaint = line.strip() or complaint
+                    continue
+                events.update(event)
+                if phase := event.get("phase"):
+                    say(f"{job.engine.name}: {str(phase).lower()}")
+            process.wait()
+        finally:
+            process.kill()  # of a process that has ended this does nothing
     seconds = time.monotonic() - start
     layers = dict(events.get("layers", {}))  # type: ignore[call-overload]  # the program's own event
     if "peak_bytes" in events and process.returncode == 0:

@@ -1,0 +1,85 @@
+"""What can be said of CUDA without a GPU: what is missing, the CPU in its place, options, bound outputs."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.test_cli import call
+from xadapter_export import XAdapterSession
+from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing
+from xadapter_export.bundle.folder import REFERENCE_NAME, read_bundle
+from xadapter_export.bundle.onnx_session import open_variant
+from xadapter_export.errors import ProviderError
+from xadapter_export.parity.prove import read_reference, reference_feeds
+
+without_cuda = pytest.mark.skipif(
+    CUDA_PROVIDER in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
+)
+TEXT = "a cherry is [MASK]"
+
+
+def test_tf32_is_off_unless_it_was_asked_for() -> None:
+    assert exact_options(CUDA_PROVIDER) == (CUDA_PROVIDER, {"use_tf32": "0"})
+    assert exact_options((CUDA_PROVIDER, {"device_id": "1"})) == (
+        CUDA_PROVIDER,
+        {"use_tf32": "0", "device_id": "1"},
+    )
+    assert exact_options((CUDA_PROVIDER, {"use_tf32": "1"})) == (CUDA_PROVIDER, {"use_tf32": "1"})
+    assert exact_options("CPUExecutionProvider") == "CPUExecutionProvider"
+
+
+@without_cuda
+def test_what_is_missing_is_named() -> None:
+    assert any("onnxruntime_providers" in library for library in find_missing(onnxruntime))
+
+
+@without_cuda
+def test_the_cpu_answers_only_where_it_was_allowed_to(tiny: Path) -> None:
+    with pytest.raises(ProviderError, match="CUDAExecutionProvider is not in this onnxruntime"):
+        XAdapterSession.load(tiny, providers=[CUDA_PROVIDER])
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider is not in .*; the CPU answers instead"):
+        session = XAdapterSession.load(tiny, experts="v", providers=[CUDA_PROVIDER], allow_fallback=True)
+    assert session.fill_mask(TEXT)[0].token == "red"
+
+
+def test_nothing_falls_back_where_nothing_fails(tiny: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        XAdapterSession.load(tiny, providers=["CPUExecutionProvider"], allow_fallback=True)
+
+
+@without_cuda
+@pytest.mark.filterwarnings("default:.*the CPU answers instead")  # it is shown, as the command shows it
+def test_the_command_falls_back_with_a_warning_when_told_to(tiny: Path) -> None:
+    refused = call("run", tiny, TEXT, "--experts", "v", "--provider", CUDA_PROVIDER)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: the execution provider CUDAExecutionProvider is not in")
+    assert len(refused.stderr.splitlines()) == 1
+    allowed = call("run", tiny, TEXT, "--experts", "v", "--provider", CUDA_PROVIDER, "--allow-fallback")
+    assert allowed.exit_code == 0
+    assert allowed.stderr.startswith("Warning: ")
+    assert "red" in allowed.stdout
+
+
+def test_bound_outputs_are_those_of_a_plain_run_and_only_those_asked_for(tiny: Path) -> None:
+    bundle = read_bundle(tiny)
+    plain = open_variant(bundle, bundle.manifest.variant("vt"))
+    bound = BoundSession(plain)
+    reference = read_reference(bundle.file(REFERENCE_NAME))
+    names = [value.name for value in plain.get_outputs()]
+    assert len(names) > 1
+    for feed in reference_feeds(reference, bundle.manifest.expert_sets["vt"]).values():
+        for asked in (None, names[-1:]):
+            for got, expected in zip(bound.run(asked, feed), plain.run(asked, feed), strict=True):
+                np.testing.assert_array_equal(got, expected)
+    assert bound.get_providers() == plain.get_providers()
+
+
+def test_a_provider_that_fails_while_it_runs_does_not_become_the_cpu_unseen(tiny: Path) -> None:
+    bundle = read_bundle(tiny)
+    session = open_variant(bundle, bundle.manifest.variant("vt"))
+    assert isinstance(session, onnxruntime.InferenceSession)
+    assert not session._enable_fallback

@@ -1,0 +1,260 @@
+"""Engines for NVIDIA GPUs: built for real, with no GPU; what runs them is compared through onnxruntime."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.tiny_checkpoint import make_model
+from xadapter_export import export
+from xadapter_export.bundle.engine_session import find_gpu
+from xadapter_export.bundle.folder import REFERENCE_NAME, read_bundle
+from xadapter_export.bundle.manifest import Deployment
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    ParityError,
+    ProviderError,
+    UnsupportedError,
+    XAdapterError,
+)
+from xadapter_export.exporters import deploy_tensorrt_rtx
+from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
+from xadapter_export.exporters.deploy import DeployOptions
+from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.parity import prove_engines
+from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
+from xadapter_export.parity.prove import read_reference
+
+trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
+pytest.importorskip("polygraphy", reason="the extra tensorrt is not installed")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """A bundle with engines and the folder for TensorRT, of one fp32 and one fp16 graph."""
+    return export(
+        make_model(tmp_path_factory.mktemp("model")),
+        tmp_path_factory.mktemp("engines") / "bundle",
+        "vt",
+        precisions=("fp32", "fp16"),
+        targets=("tensorrt-rtx", "tensorrt"),
+        min_agreement=0.0,
+        deploy_options=DeployOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
+    )
+
+
+def made(result: ExportResult, target: str, precision: str) -> Deployment:
+    [found] = [d for d in result.manifest.deployments if (d.target, d.precision) == (target, precision)]
+    return found
+
+
+def has_gpu() -> bool:
+    try:
+        find_gpu()
+    except XAdapterError:
+        return False
+    return True
+
+
+def test_engines_are_built_without_a_gpu_and_refusals_are_a_line(result: ExportResult) -> None:
+    fp32 = made(result, "tensorrt-rtx", "fp32")
+    assert fp32.files == ("tensorrt-rtx/model_fp32_sm86-sm89.engine",)
+    assert fp32.size_bytes == (result.folder / fp32.files[0]).stat().st_size > 1e5
+    assert fp32.refused == (
+        "sm75, onnx-fp32, experts vt: TensorRT-RTX has no fp32 matrix products for Turing (sm75); "
+        "leave sm75 out, or choose --precision fp16",
+    )
+    assert fp32.facts["profile batch"] == "1..4"
+    assert float(fp32.facts["seconds sm86+sm89"]) > 0
+    assert fp32.facts["library"] == f"tensorrt_rtx {trt.__version__}"
+    fp16 = made(result, "tensorrt-rtx", "fp16")
+    assert set(fp16.facts) >= {"engine sm75", "engine sm86+sm89"}
+    assert not fp16.refused
+    assert set(fp16.files) <= set(result.manifest.files)  # hashed like everything else
+
+
+def test_a_machine_without_a_gpu_says_so_in_one_line(result: ExportResult) -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ProviderError, match=r"this machine has none that CUDA can use \(got cudaError"):
+        prove_engines(result.folder, "tensorrt-rtx")
+    with pytest.raises(BundleError, match="holds no such engine: tensorrt-rtx, experts none"):
+        prove_engines(result.folder, "tensorrt-rtx", ["none"])
+
+
+def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:
+    variant = result.manifest.variant("vt")
+    options = DeployOptions(compute_capabilities=("sm75",))
+    with pytest.raises(UnsupportedError, match=r"refuses every engine \(got sm75, onnx-fp32, experts vt"):
+        deploy_tensorrt_rtx.deploy(result.folder, result.manifest, variant, options, lambda _: None)
+    assert not (result.folder / "tensorrt-rtx" / "model_fp32_sm75.engine").exists()
+
+
+def graph_with(node: onnx.NodeProto, opset: int, folder: Path) -> EngineJob:
+    """A job for a product and one node after it; ``(batch, 4, seq, 64)``."""
+    axes: list[str | int | None] = ["batch", 4, "seq", 64]
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["q"]), node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, axes)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("ours", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), folder / "g.onnx")
+    shapes = {"x": ([1, 4, 8, 64], [1, 4, 32, 64], [8, 4, 64, 64])}
+    return EngineJob("tensorrt_rtx", folder / "g.onnx", folder / "g.engine", shapes, ("sm89",))
+
+
+def test_attention_of_opset_23_is_refused_whatever_it_does_to_the_builder(tmp_path: Path) -> None:
+    job = graph_with(helper.make_node("Attention", ["q", "q", "q"], ["y"]), 23, tmp_path)
+    built = build_engine(job, lambda _: None)
+    assert built.refused is not None
+    assert "Attention of opset 23; export with opset 17 to 21" in built.refused
+    assert not job.engine.exists()
+
+
+def test_an_operator_that_the_parser_does_not_know_is_named(tmp_path: Path) -> None:
+    job = graph_with(helper.make_node("Nonsense", ["q"], ["y"], domain="ours", name="n1"), 17, tmp_path)
+    built = build_engine(job, lambda _: None)
+    assert built.refused is not None
+    assert re.match(r"\d parser errors? at Nonsense n1", built.refused)
+
+
+def test_phases_are_told_and_a_plain_graph_is_built(tmp_path: Path) -> None:
+    job = graph_with(helper.make_node("Relu", ["q"], ["y"]), 17, tmp_path)
+    phases: list[str] = []
+    built = build_engine(job, phases.append)
+    assert built.refused is None
+    assert built.size_bytes == job.engine.stat().st_size
+    assert "g.engine: building engine" in phases
+    assert sum(built.layers.values()) >= 2
+
+
+def compare(
+    result: ExportResult, precision: str, session: OnnxSession, longest: int = 512
+) -> tuple[list[str], bool]:
+    """Compare a session of onnxruntime as if it were the engine: the cases, and whether all passed."""
+    bundle = read_bundle(result.folder)
+    reference = read_reference(bundle.file(REFERENCE_NAME))
+
+    def fits(feed: Mapping[str, Array]) -> bool:
+        return int(feed["input_ids"].shape[1]) <= longest
+
+    cells, _ = compare_engine(bundle, made(result, "tensorrt-rtx", precision), session, fits, reference)
+    assert {cell.variant for cell in cells} == {f"tensorrt-rtx-{precision}"}
+    return sorted({cell.case for cell in cells}), all(cell.passed for cell in cells)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_comparison_passes_the_graph_itself_and_fails_one_with_a_weight_off(
+    result: ExportResult, precision: str, tmp_path: Path
+) -> None:
+    bundle = read_bundle(result.folder)
+    variant = bundle.manifest.variant("vt", f"onnx-{precision}")
+    cases, passed = compare(result, precision, open_variant(bundle, variant))
+    assert passed
+    assert len(cases) == 5
+
+    graph = onnx.load(result.folder / variant.file)
+    largest = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = numpy_helper.to_array(largest)
+    largest.CopyFrom(numpy_helper.from_array((values * 1.1).astype(values.dtype), largest.name))
+    onnx.save(graph, tmp_path / "off.onnx")
+    assert not compare(result, precision, create_session(tmp_path / "off.onnx"))[1]
+
+
+def test_only_cases_that_the_engine_was_planned_for_are_compared(result: ExportResult) -> None:
+    bundle = read_bundle(result.folder)
+    session = open_variant(bundle, bundle.manifest.variant("vt"))
+    cases, passed = compare(result, "fp32", session, longest=3)
+    assert passed
+    assert 0 < len(cases) < 5
+    with pytest.raises(ParityError, match="no reference input has lengths that the engine was planned for"):
+        compare(result, "fp32", session, longest=0)
+
+
+def test_the_folder_for_tensorrt_is_whole_and_polygraphy_reads_it(
+    result: ExportResult, tmp_path: Path
+) -> None:
+    fp16 = made(result, "tensorrt", "fp16")
+    assert fp16.prove_with == "sh tensorrt/model_fp16.parity.sh"
+    for file in fp16.files:  # alone: what is left behind is not needed
+        (tmp_path / Path(file).name).write_bytes((result.folder / file).read_bytes())
+    shapes = json.loads((tmp_path / "model_fp16.shapes.json").read_text(encoding="utf-8"))
+    assert [shape[0] for shape in shapes["input_ids"]] == [1, 1, 4]
+    script = (tmp_path / "model_fp16.parity.sh").read_text(encoding="utf-8")
+    assert float(re.findall(r"--atol logits:(\S+)", script)[0]) >= 1e-4
+    polygraphy = str(Path(sys.executable).with_name("polygraphy"))
+    here = script.replace("exec polygraphy", polygraphy).replace(" --trt ", " --onnxrt ")
+    (tmp_path / "here.sh").write_text(here)  # onnxruntime twice: there is no TensorRT here
+    done = subprocess.run(
+        ["sh", str(tmp_path / "here.sh")], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stdout[-800:] + done.stderr[-800:]
+    assert f"Passed: {len(fp16.facts['cases'].split(', '))}/5 iterations" in done.stdout
+
+
+def test_a_lossy_engine_may_be_twice_as_far_from_its_graph_as_that_is_from_pytorch(
+    result: ExportResult,
+) -> None:
+    bundle = read_bundle(result.folder)
+    variant = bundle.manifest.variant("vt", "onnx-fp16")
+    reference = read_reference(bundle.file(REFERENCE_NAME))
+    session = open_variant(bundle, variant)
+    deployment = made(result, "tensorrt-rtx", "fp16")
+    _, held = compare_engine(bundle, deployment, session, lambda _: True, reference)
+    atol = held["tensorrt-rtx-fp16/logits"].atol
+    assert LOSSY_FACTOR == 2
+    assert 1e-4 < atol < 0.5
+
+
+def test_profiles_are_read_and_what_is_wrong_is_named() -> None:
+    assert parse_profile(["batch=1..8 seq=8..128", "masks=2"]) == {
+        "batch": (1, 8),
+        "seq": (8, 128),
+        "masks": (2, 2),
+    }
+    for text, said in {
+        "batch": r"a profile is ranges of axes \(expected .*, got 'batch'\)",
+        "batch=1..x": "a profile is ranges of axes",
+        "width=1..2": "no graph has this axis: profile width",
+        "seq=9..8": "holds no length: profile seq",
+        "seq=0..8": "holds no length: profile seq",
+        "seq=1..8 seq=2": "two ranges in the profile: seq",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            parse_profile([text])
+
+
+def test_ranges_suit_the_task_and_go_no_further_than_the_models_read(result: ExportResult) -> None:
+    manifest = result.manifest
+    axes = plan_axes(manifest, {})
+    assert manifest.clip is not None
+    assert axes["seq"].largest == manifest.plm.max_seq
+    assert axes["clip_seq"].largest == manifest.clip.context_length
+    assert axes["batch"] == AxisRange(1, 1, 8)
+    shapes = profile_shapes(manifest.expert_sets["vt"].inputs, plan_axes(manifest, {"seq": (4, 6)}))
+    assert shapes["input_ids"] == ([1, 4], [1, 6], [8, 6])
+    with pytest.raises(ConfigError, match=r"longer than the model reads: profile seq \(expected at most"):
+        plan_axes(manifest, {"seq": (1, 10_000)})
+
+
+def test_compute_capabilities_are_those_that_the_library_knows() -> None:
+    assert split_capabilities(["SM80", "sm86+sm89"], trt) == [("sm80",), ("sm86", "sm89")]
+    [everything] = split_capabilities([], trt)
+    assert "sm75" not in everything
+    assert set(everything) >= {"sm80", "sm86", "sm89", "sm120"}
+    with pytest.raises(ConfigError, match=r"builds no engines for this compute capability: sm90 \(expected"):
+        split_capabilities(["sm86+sm90"], trt)
