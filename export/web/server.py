@@ -1,5 +1,6 @@
 """A server for the page, with the headers that let WebAssembly use threads."""
 
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +35,13 @@ class _PlainHandler(_PageHandler):
     isolated = False
 
 
+class _PageServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that closed its connection."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(folder: Path, port: int = 0, *, isolated: bool = True) -> ThreadingHTTPServer:
     """Return a server of a folder on this machine only; ``serve_forever`` runs it.
 
@@ -43,4 +51,4 @@ def make_server(folder: Path, port: int = 0, *, isolated: bool = True) -> Thread
         isolated: Whether to send the headers that threads need.
     """
     handler = _PageHandler if isolated else _PlainHandler
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
+    return _PageServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
