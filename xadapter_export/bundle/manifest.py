@@ -109,14 +109,29 @@ class ClipSpec(_Strict):
     text_width: Size
 
 
+class ProvenBank(_Strict):
+    """The bank that a bundle was exported and proven with, where it now has another."""
+
+    num_pictures: Size
+    sha256: Sha256
+
+
 class BankSpec(_Strict):
-    """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes."""
+    """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes.
+
+    Attributes:
+        clip_sha256: The CLIP of its features, of which another bank must be too; None where nobody said.
+        swapped_from: The bank that the bundle was proven with; None where it is this one. What was proven,
+            measured or counted of sets with the V-expert was so with that bank.
+    """
 
     num_pictures: Size
     dim: Size
     sha256: Sha256
     retrieval: Literal["topk", "static"]
     k: Size
+    clip_sha256: Sha256 | None = None
+    swapped_from: ProvenBank | None = None
 
 
 class VariantParity(_Strict):

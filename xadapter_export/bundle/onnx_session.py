@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
 
@@ -60,6 +61,7 @@ def open_variant(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    weights: Mapping[str, Array] | None = None,
     exact_int8: bool = False,
 ) -> OnnxSession:
     """Open a variant of a bundle with the engine of its target.
@@ -70,6 +72,7 @@ def open_variant(
         providers: As ``create_session``; the target ``openvino`` has none.
         num_threads: Threads inside one operator; the engine's choice if None.
         appended: As ``create_session``; the target ``openvino`` takes none.
+        weights: As ``create_session``; likewise.
         exact_int8: As ``create_session``.
 
     Raises:
@@ -85,6 +88,7 @@ def open_variant(
             providers=providers,
             num_threads=num_threads,
             appended=appended,
+            weights=weights,
             exact_int8=exact_int8,
         )
     from xadapter_export.bundle.openvino_session import create_openvino_session
@@ -100,6 +104,7 @@ def create_session(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    weights: Mapping[str, Array] | None = None,
     exact_int8: bool = False,
 ) -> OnnxSession:
     """Load a graph into onnxruntime.
@@ -109,6 +114,7 @@ def create_session(
         providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
         num_threads: Threads inside one operator; onnxruntime's choice if None.
         appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        weights: Arrays to put in the place of weights of these names, whatever their shape.
         exact_int8: Whether to keep int8 products from overflowing on x86 without VNNI; a graph of Q/DQ cannot
             be loaded so.
 
@@ -132,9 +138,10 @@ def create_session(
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     model: str | bytes = str(model_file)
-    if appended:
+    if appended or weights:
         options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
-        model = model_file.read_bytes() + appended
+        model = model_file.read_bytes()
+        model = (with_weights(model, model_file, weights) if weights else model) + appended
     try:
         slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
         session: OnnxSession = ort.InferenceSession(

@@ -13,6 +13,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.plm import additive_mask
@@ -90,12 +91,25 @@ class MergedModel(nn.Module):
         With top-k retrieval the bank is searched and must stay, and projecting K rows costs less than keeping
         2 R numbers per picture and layer; so it is folded in static mode only.
         """
-        for layer, experts in self.adapters.items():
-            adapter = cast(XAdapterLayer, cast(nn.ModuleDict, experts)["v"])
-            with torch.no_grad():
-                keys, values = adapter.project_memory(bank[None])
-            self.register_buffer(f"bank_keys_{layer}", keys)
-            self.register_buffer(f"bank_values_{layer}", values)
+        for layer, projection in self.bank_projections().items():
+            keys, values = projection.fold(bank.numpy())
+            adapter = self._v_adapter(layer)
+            if isinstance(adapter, SentenceXAdapterLayer):
+                keys = keys + adapter.prototype_keys.detach().numpy()
+            self.register_buffer(f"bank_keys_{layer}", torch.from_numpy(keys))
+            self.register_buffer(f"bank_values_{layer}", torch.from_numpy(values))
+
+    def bank_projections(self) -> dict[str, MemoryProjection]:
+        """What makes keys and values of the bank, by PLM layer."""
+        return {
+            layer: MemoryProjection.from_state(
+                {name: tensor.numpy() for name, tensor in self._v_adapter(layer).state_dict().items()}
+            )
+            for layer in self.adapters
+        }
+
+    def _v_adapter(self, layer: str) -> XAdapterLayer:
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])["v"])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
         decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))

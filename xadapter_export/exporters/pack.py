@@ -1,4 +1,4 @@
-"""Writes the files of a bundle: graphs that share one weight file, tokenizers, rows, manifest, model card."""
+"""Writes the files of a bundle: graphs that share one weight file, tokenizers, rows, manifest."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from xadapter_export.bank.graph_rows import save_projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
@@ -117,6 +118,12 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec.model_validate({"name": str(value.name), "dtype": dtype, "axes": axes})
 
 
+def write_projections(model: XAdapterModel, folder: Path, merged: MergedModel) -> None:
+    """Writes what another static bank is folded with; nothing where its keys were learned for this one."""
+    if merged.folds_bank and model.config.retrieval.query != "sentence":
+        save_projections(folder, merged.bank_projections())
+
+
 def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, with_rows: bool) -> None:
     """Writes what the runtime needs beside the graphs: PLM configuration, tokenizers, captions."""
     config = model.plm.model.config.to_dict()
@@ -163,8 +170,14 @@ def make_manifest(
         )
     if uses_bank and bank is not None:
         k = retrieval.k if retrieval.mode == "topk" else bank.num_pictures
+        of_bank = None if model.bank is None or model.bank.clip is None else model.bank.clip.sha256
         bank_spec = BankSpec(
-            num_pictures=bank.num_pictures, dim=bank.dim, sha256=bank.sha256, retrieval=retrieval.mode, k=k
+            num_pictures=bank.num_pictures,
+            dim=bank.dim,
+            sha256=bank.sha256,
+            retrieval=retrieval.mode,
+            k=k,
+            clip_sha256=clip.sha256 if retrieval.mode == "topk" and clip is not None else of_bank,
         )
     packages = (
         "xadapter-export",
@@ -213,46 +226,3 @@ def _version(package: str) -> str:
         return version(package)
     except ImportError:  # PackageNotFoundError; onnxruntime-gpu stands in for onnxruntime
         return version("onnxruntime-gpu") if package == "onnxruntime" else "unknown"
-
-
-def model_card(manifest: Manifest, name: str) -> str:
-    """Writes the bundle's README: what it is, how to run it, what was proven."""
-    sets = " | ".join(manifest.expert_sets)
-    lines = [
-        f"# {name}",
-        "",
-        f"An X-adapter bundle for {manifest.task}: "
-        f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
-        "through a trained plug-in, as ONNX graphs of standard operators, "
-        f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
-        "",
-        "## Run",
-        "",
-        "```console",
-        'pip install "xadapter-export[cpu]"',
-        f'xad-run . "{_example(manifest)}"',
-        "xad-parity .",
-        "```",
-        "",
-        "## Graphs",
-        "",
-        "| experts | file | size (MB) | parameters | largest difference to PyTorch | tolerance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for variant in manifest.variants:
-        total = sum(manifest.expert_sets[variant.expert_set].component_parameters.values())
-        proof = variant.parity
-        measured = "-" if proof is None else f"{proof.max_abs:.1e}"
-        rule = "-" if proof is None else f"{proof.atol:.0e} + {proof.rtol:.0e} x reference"
-        size = f"{variant.size_bytes / 1e6:.1f}"
-        lines.append(
-            f"| {variant.expert_set} | `{variant.file}` | {size} | {total:,} | {measured} | {rule} |"
-        )
-    lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
-    return "\n".join(lines)
-
-
-def _example(manifest: Manifest) -> str:
-    if manifest.task == "fill-mask":
-        return f"The color of a banana is {manifest.plm.mask_token}."
-    return "A banana is lying on the table."

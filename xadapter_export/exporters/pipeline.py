@@ -34,6 +34,7 @@ from xadapter_export.bundle.manifest import (
     Task,
     Variant,
 )
+from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
@@ -325,7 +326,7 @@ class _Builder:
         made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
         manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
-        (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
         return _write_manifest(folder, manifest), report
 
     def _write_set(
@@ -340,6 +341,7 @@ class _Builder:
         self.on_stage("merge", expert_set)
         merged = MergedModel(model, expert_set, plan.task, plan.candidate_ids, self.without).eval()
         saved = count_savings(model, merged, expert_set, plan.task, plan.candidate_ids, self.without)
+        pack.write_projections(model, self.folder, merged)
         self.on_stage("trace", expert_set)
         portable = trace(merged, _example(model), self.opset, plan.max_seq)
         self.on_stage("check", expert_set)

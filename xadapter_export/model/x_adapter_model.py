@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
+from xadapter_export.bank.graph_rows import unit_rows
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
@@ -121,7 +122,7 @@ class XAdapterModel(nn.Module):
         widths: dict[Expert, int] = {}
         if "v" in config.experts and bank is not None:
             widths["v"] = bank.features.shape[1]
-            rows = unit_length(torch.from_numpy(bank.rows()))  # (N, D)
+            rows = torch.from_numpy(unit_rows(bank.rows()))  # (N, D)
             self.register_buffer("bank_features", rows, persistent=False)
         if "t" in config.experts and clip is not None:
             widths["t"] = clip.config.width
