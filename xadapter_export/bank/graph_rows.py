@@ -1,7 +1,6 @@
 """A bank as the weights of a graph: what the exporter writes into one, and what a swap puts in its place.
 
-Both take it from here, so that a bundle with a swapped bank holds the numbers that an export would have
-written.
+A bundle with a swapped bank holds the numbers that an export would have written.
 
 Dimensions: N bank size, D CLIP embedding size, G groups of numbers of a row that share a scale, S numbers of
 a group, R adapter width.
@@ -103,7 +102,7 @@ class MemoryProjection:
     def fold(self, rows: Float32) -> tuple[Float32, Float32]:
         """Return keys and values ``(1, N, R) float32`` of a bank ``(N, D) float32``.
 
-        They are computed in float64, so that they are the same numbers on every machine.
+        They are computed in float64, as the exporter does with PyTorch: rounded to float32 they are the same.
         """
         memory = rows.astype(np.float64)
         memory -= memory.mean(-1, keepdims=True)

@@ -107,6 +107,18 @@ class GraphFile:
         """Return every node of the graph, in order."""
         return [_read_node(parse(field.data)) for field in self._graph if field.number == _GRAPH_NODE]
 
+    def array(self, name: str) -> Array:
+        """Return a weight whose bytes are in the graph.
+
+        Raises:
+            BundleError: If they are elsewhere, or written in another way.
+        """
+        weight = self.weights[name]
+        for field in self._fields(name):
+            if field.number == _TENSOR_RAW and weight.dtype:
+                return np.frombuffer(field.data, weight.dtype).reshape(weight.shape)
+        raise BundleError("the graph does not hold a weight as raw bytes", where=f"{self._where}, {name}")
+
     def query_of_bank(self) -> str:
         """Return the name of the value ``(B, D)`` that the bank is searched with.
 

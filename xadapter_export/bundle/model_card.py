@@ -40,8 +40,8 @@ def model_card(manifest: Manifest, name: str) -> str:
         lines += [
             "",
             f"The bank was swapped: it has {manifest.bank.num_pictures:,} pictures, and had "
-            f"{proven.num_pictures:,} others when the bundle was exported. What is proven or measured of sets "
-            "with the V-expert was so with those.",
+            f"{proven.num_pictures:,} others when the bundle was exported. What is proven or measured of "
+            "sets with the V-expert was so with those.",
         ]
     lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xadapter_export.bank.graph_rows import MemoryProjection
@@ -91,13 +92,11 @@ class MergedModel(nn.Module):
         With top-k retrieval the bank is searched and must stay, and projecting K rows costs less than keeping
         2 R numbers per picture and layer; so it is folded in static mode only.
         """
-        for layer, projection in self.bank_projections().items():
-            keys, values = projection.fold(bank.numpy())
-            adapter = self._v_adapter(layer)
-            if isinstance(adapter, SentenceXAdapterLayer):
-                keys = keys + adapter.prototype_keys.detach().numpy()
-            self.register_buffer(f"bank_keys_{layer}", torch.from_numpy(keys))
-            self.register_buffer(f"bank_values_{layer}", torch.from_numpy(values))
+        for layer in self.adapters:
+            with torch.no_grad():
+                keys, values = _fold(self._v_adapter(layer), bank)
+            self.register_buffer(f"bank_keys_{layer}", keys)
+            self.register_buffer(f"bank_values_{layer}", values)
 
     def bank_projections(self) -> dict[str, MemoryProjection]:
         """What makes keys and values of the bank, by PLM layer."""
@@ -238,3 +237,17 @@ class MergedModel(nn.Module):
         if self.candidate_decoder is None:
             return self.plm.mlm_logits(hidden)
         return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``, so that the bits are the same."""
+    norm = adapter.memory_norm
+    wide = F.layer_norm(
+        bank[None].double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    keys, values = (
+        F.linear(wide, part.weight.double(), part.bias.double()) for part in (adapter.key, adapter.value)
+    )
+    if isinstance(adapter, SentenceXAdapterLayer):
+        keys = keys + adapter.prototype_keys
+    return keys.float(), values.float()

@@ -169,8 +169,8 @@ def _free_bank_size(model: ir.Model) -> None:
     for name, value in shapes.items():
         constant = value.const_value
         assert constant is not None  # an initializer has a value
-        heads = constant.numpy()[2:]  # of (1, N, heads, width); 0 keeps what the input has
-        value.const_value = ir.tensor(np.array([0, 0, *heads], np.int64), name=name)
+        heads = constant.numpy()[2:]  # of (1, N, heads, width)
+        value.const_value = ir.tensor(np.array([1, -1, *heads], np.int64), name=name)
 
 
 def _content(array: np.ndarray) -> bytes:
