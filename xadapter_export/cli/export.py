@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-TARGETS = ("onnx", "cpu", "openvino")
+TARGETS = ("onnx", "cpu", "openvino", "triton")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
 
@@ -138,7 +138,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     type=click.Choice(TARGETS),
     multiple=True,
     help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
-    "on x86. [default: onnx, and cpu for int8 and int4]",
+    "on x86, triton a model repository for Triton Inference Server. [default: onnx, and cpu for int8 and "
+    "int4]",
 )
 @click.option(
     "--calibration",

@@ -15,8 +15,12 @@ from xadapter_export.errors import ConfigError
 Say = Callable[[str], None]
 
 # The graph that a deployment is made from, for each precision that it takes.
-SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {}
-_MODULES: dict[DeploymentTarget, str] = {}
+SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {
+    "triton": {"fp32": "onnx", "fp16": "onnx", "int8": "cpu"},
+}
+_MODULES: dict[DeploymentTarget, str] = {
+    "triton": "xadapter_export.exporters.triton",
+}
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ class MergedModel(nn.Module):
 
 
 def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
-    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``, so that the bits are the same."""
+    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``: the same bits."""
     norm = adapter.memory_norm
     wide = F.layer_norm(
         bank[None].double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
