@@ -92,7 +92,7 @@ def answer(client: InferenceServerClient, bundle: Bundle, deployment: Deployment
                 elif manifest.candidates is not None:
                     word = manifest.candidates[i].word
                 else:
-                    word = encoder.tokenizer.id_to_token(i)
+                    word = encoder.tokenizer.decode([i], skip_special_tokens=False).strip()
                 print(f"  {word:<12} {scores[i]:6.1%}")
         if "retrieved" in outputs and manifest.bank is not None:
             pictures = read_pictures(bundle.file(BANK_NAME), num_pictures=manifest.bank.num_pictures)

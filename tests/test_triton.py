@@ -119,7 +119,7 @@ def test_the_repository_is_that_of_the_protobuf_and_the_graph(bundle: Path) -> N
         ]
         assert config.dynamic_batching.max_queue_delay_microseconds > 0
         assert len(config.model_warmup) == 1
-        assert {path for path in deployment.files} == {
+        assert set(deployment.files) == {
             path.relative_to(bundle).as_posix() for path in home.rglob("*") if path.is_file()
         }
 
