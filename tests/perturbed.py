@@ -6,16 +6,17 @@ import numpy as np
 import onnx
 
 from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.parity import prove_bundle
 
 
-def prove_with_each_matrix_off(folder: Path) -> dict[str, bool]:
+def prove_with_each_matrix_off(folder: Path, expert_set: ExpertSet = "vt") -> dict[str, bool]:
     """Scales each matrix of the experts by 1.05 in the bundle's weights, proves, and puts it back.
 
     Returns:
         Whether the proof passed, by the name of the matrix that was off.
     """
-    variant = read_bundle(folder).manifest.variant("vt")
+    variant = read_bundle(folder).manifest.variant(expert_set)
     graph = onnx.load(folder / variant.file, load_external_data=False).graph
     outcomes: dict[str, bool] = {}
     with (folder / variant.weight_files[0]).open("r+b") as weights:
@@ -31,5 +32,5 @@ def prove_with_each_matrix_off(folder: Path) -> dict[str, bool]:
                 weights.write(data)
                 weights.flush()
                 if data is not original:
-                    outcomes[tensor.name] = prove_bundle(folder, ["vt"], verify=False).passed
+                    outcomes[tensor.name] = prove_bundle(folder, [expert_set], verify=False).passed
     return outcomes

@@ -10,7 +10,7 @@ import pytest
 from tests.test_cli import call
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing
-from xadapter_export.bundle.folder import REFERENCE_NAME, read_bundle
+from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.onnx_session import open_variant
 from xadapter_export.errors import ProviderError
 from xadapter_export.parity.prove import read_reference, reference_feeds
@@ -68,7 +68,7 @@ def test_bound_outputs_are_those_of_a_plain_run_and_only_those_asked_for(tiny: P
     bundle = read_bundle(tiny)
     plain = open_variant(bundle, bundle.manifest.variant("vt"))
     bound = BoundSession(plain)
-    reference = read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle)
     names = [value.name for value in plain.get_outputs()]
     assert len(names) > 1
     for feed in reference_feeds(reference, bundle.manifest.expert_sets["vt"]).values():

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.tiny_checkpoint import make_model
 from xadapter_export import export
 from xadapter_export.bundle.engine_session import find_gpu
-from xadapter_export.bundle.folder import REFERENCE_NAME, read_bundle
+from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Deployment
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.errors import (
@@ -147,7 +147,7 @@ def compare(
 ) -> tuple[list[str], bool]:
     """Compare a session of onnxruntime as if it were the engine: the cases, and whether all passed."""
     bundle = read_bundle(result.folder)
-    reference = read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle)
 
     def fits(feed: Mapping[str, Array]) -> bool:
         return int(feed["input_ids"].shape[1]) <= longest
@@ -211,7 +211,7 @@ def test_a_lossy_engine_may_be_twice_as_far_from_its_graph_as_that_is_from_pytor
 ) -> None:
     bundle = read_bundle(result.folder)
     variant = bundle.manifest.variant("vt", "onnx-fp16")
-    reference = read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle)
     session = open_variant(bundle, variant)
     deployment = made(result, "tensorrt-rtx", "fp16")
     _, held = compare_engine(bundle, deployment, session, lambda _: True, reference)

@@ -30,7 +30,9 @@ TOKENIZER_NAME = "tokenizer.json"
 CLIP_TOKENIZER_NAME = "clip_tokenizer.json"
 BANK_NAME = "bank.jsonl"
 FEATURES_NAME = "bank.safetensors"
+PROJECTIONS_NAME = "bank_projections.safetensors"
 REFERENCE_NAME = "reference.npz"
+PROVEN_BANK_NAME = "reference_bank.npz"
 PARITY_NAME = "parity.json"
 
 # What an error raised inside the block must be to be about the output; see ``_concerns`` too.
@@ -360,4 +362,5 @@ def _files_to_list(bundle: Bundle) -> set[str]:
         names.add(CLIP_TOKENIZER_NAME)
     if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):
         names.add(BANK_NAME)
-    return names | {name for name in (REFERENCE_NAME, PARITY_NAME) if (bundle.folder / name).exists()}
+    optional = (PROJECTIONS_NAME, REFERENCE_NAME, PROVEN_BANK_NAME, PARITY_NAME)
+    return names | {name for name in optional if (bundle.folder / name).exists()}

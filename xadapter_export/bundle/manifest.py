@@ -136,10 +136,21 @@ class ClipSpec(_Strict):
     text_width: Size
 
 
+class ProvenBank(_Strict):
+    """The bank that a bundle was exported and proven with, where it now has another."""
+
+    num_pictures: Size
+    sha256: Sha256
+
+
 class BankSpec(_Strict):
     """The feature bank; in ``static`` retrieval ``k`` is the number of prototypes.
 
-    ``features`` is the file that holds its rows where they are in no graph and the bundle has them.
+    Attributes:
+        features: The file that holds its rows where they are in no graph and the bundle has them.
+        clip_sha256: The CLIP of its features, of which another bank must be too; None where nobody said.
+        swapped_from: The bank that the bundle was proven with; None where it is this one. What was proven,
+            measured or counted of sets with the V-expert was so with that bank.
     """
 
     num_pictures: Size
@@ -148,6 +159,8 @@ class BankSpec(_Strict):
     retrieval: Literal["topk", "static"]
     k: Size
     features: InnerPath | None = None
+    clip_sha256: Sha256 | None = None
+    swapped_from: ProvenBank | None = None
 
 
 class VariantParity(_Strict):
@@ -243,10 +256,14 @@ class Variant(_Strict):
         return f"{self.target}-{self.precision}"
 
     @property
+    def graph_files(self) -> tuple[str, ...]:
+        """Its graph, or both in the order in which they run."""
+        return (self.file,) if self.query_file is None else (self.query_file, self.file)
+
+    @property
     def all_files(self) -> tuple[str, ...]:
         """Its graph or graphs, and their weights."""
-        query = () if self.query_file is None else (self.query_file,)
-        return (self.file, *query, *self.weight_files)
+        return (*self.graph_files, *self.weight_files)
 
 
 class Deployment(_Strict):

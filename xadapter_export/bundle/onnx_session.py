@@ -5,15 +5,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing, preload
 from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
+
+if TYPE_CHECKING:
+    from xadapter_export.bundle.retrieval import Retriever
 
 Array = NDArray[np.int64] | NDArray[np.float32]
 Provider = str | tuple[str, dict[str, str]]
@@ -64,7 +68,9 @@ def open_variant(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    weights: Mapping[str, Array] | None = None,
     exact_int8: bool = False,
+    retriever: "Retriever | None" = None,
 ) -> OnnxSession:
     """Open a variant of a bundle with the engine of its target; of two graphs, both, as one.
 
@@ -74,7 +80,9 @@ def open_variant(
         providers: As ``create_session``; the target ``openvino`` has none.
         num_threads: Threads inside one operator; the engine's choice if None.
         appended: As ``create_session``, for the answer graph; the target ``openvino`` takes none.
+        weights: As ``create_session``, for whichever graph has them; the target ``openvino`` takes none.
         exact_int8: As ``create_session``.
+        retriever: What searches the bank where no graph does; the bundle's own features if None.
 
     Raises:
         MissingExtraError: If the engine is not installed.
@@ -94,11 +102,13 @@ def open_variant(
                 providers=providers,
                 num_threads=num_threads,
                 appended=more,
+                weights=weights,
                 exact_int8=exact_int8,
             )
 
         spec = bundle.manifest.expert_sets[variant.expert_set]
-        retriever = open_retriever(bundle, None) if spec.searches_outside else None
+        if spec.searches_outside and retriever is None:
+            retriever = open_retriever(bundle, None)
         return open_split(variant, spec, open_graph, retriever=retriever)
     file = bundle.file(variant.file)
     if variant.target != "openvino":
@@ -107,6 +117,7 @@ def open_variant(
             providers=providers,
             num_threads=num_threads,
             appended=appended,
+            weights=weights,
             exact_int8=exact_int8,
         )
     from xadapter_export.bundle.openvino_session import create_openvino_session
@@ -122,6 +133,7 @@ def create_session(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     appended: bytes = b"",
+    weights: Mapping[str, Array] | None = None,
     exact_int8: bool = False,
 ) -> OnnxSession:
     """Load a graph into onnxruntime.
@@ -131,6 +143,7 @@ def create_session(
         providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
         num_threads: Threads inside one operator; onnxruntime's choice if None.
         appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        weights: Arrays to put in the place of weights of these names, whatever their shape.
         exact_int8: Whether to keep int8 products from overflowing on x86 without VNNI; a graph of Q/DQ cannot
             be loaded so.
 
@@ -159,9 +172,10 @@ def create_session(
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     model: str | bytes = str(model_file)
-    if appended:
+    if appended or weights:
         options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
-        model = model_file.read_bytes() + appended
+        model = model_file.read_bytes()
+        model = (with_weights(model, model_file, weights) if weights else model) + appended
     try:
         slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
         if CUDA_PROVIDER in names:

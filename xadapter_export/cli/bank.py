@@ -469,6 +469,65 @@ def index(
     click.echo(f"index: {output}")
 
 
+@bank.command(
+    cls=XadCommand,
+    epilog=example("xad-export --experts v -o bundle", "xad-bank swap bundle bank -o bundle-with-my-bank"),
+)
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="BANK")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the new bundle. [default: BUNDLE]"
+)
+@click.option("--force", is_flag=True, help="Replace a bundle that is already at --output.")
+@click.option(
+    "--leave-out",
+    metavar="NAME",
+    multiple=True,
+    help="Variant or deployment that cannot be swapped, such as openvino-int8 or triton; may be repeated.",
+)
+@click.option("--assume-clip", is_flag=True, help="Take a bank that does not say which CLIP it is of.")
+@json_option
+def swap(
+    bundle: Path,
+    folder: str,
+    output: Path | None,
+    force: bool,
+    leave_out: tuple[str, ...],
+    assume_clip: bool,
+    as_json: bool,
+) -> None:
+    """Put another bank into a finished bundle: no PyTorch, no export.
+
+    The bank must be of the same CLIP and width; it may have any number of pictures. The proof is repeated,
+    and what each graph retrieves is compared with a search of the bank. A bundle that cannot take the bank
+    stays as it is; the old bank, swapped in again, gives the old bundle.
+    """
+    from xadapter_export.bank.swap import swap_bank
+
+    result = swap_bank(
+        bundle, _resolve(folder), output, leave_out=leave_out, assume_clip=assume_clip, force=force
+    )
+    held = result.manifest.bank
+    assert held is not None  # it was just put there
+    if as_json:
+        print_json(
+            {
+                "bundle": str(result.folder),
+                "bank": held.model_dump(mode="json"),
+                "num_cells": result.num_cells,
+                "num_searched": result.num_searched,
+                "left_out": list(result.left_out),
+            }
+        )
+        return
+    proven = f"{result.num_cells} cells" if result.num_cells else "no fp32 variant to prove"
+    click.echo(f"{held.num_pictures} pictures, {held.retrieval} retrieval, k = {held.k}")
+    click.echo(
+        f"proof repeated: {proven}; retrievals compared with a search of the bank: {result.num_searched}"
+    )
+    click.echo(f"bundle: {result.folder}")
+
+
 def _resolve(folder: str) -> Path:
     from xadapter_export.model.builtin import BUILTIN, builtin_folder
 

@@ -60,6 +60,8 @@ def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
         )
     if bank is not None:
         facts["bank"] = f"{bank.num_pictures} pictures, {bank.retrieval} retrieval, k = {bank.k}"
+        if bank.swapped_from is not None:
+            facts["bank"] += f"; swapped in for the {bank.swapped_from.num_pictures} that it was proven with"
     if manifest.labels is not None:
         facts["labels"] = ", ".join(manifest.labels)
     if manifest.candidates is not None:

@@ -26,16 +26,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
+from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantise_rows
 from xadapter_export.errors import ParityError
 
 BankPrecision = Literal["fp32", "fp16", "int8"]
 
 _BANK = "bank"
-_CANDIDATES = 16  # at least: of 1,000,000 rows, random or clustered, they held the best 4 of all 400 queries
 _BLOCK_ROWS = (1024, 2048)  # x 512 numbers: 2 to 4 MiB as float32, which the cache holds
-_GROUP_SIZES = (256, 128, 64, 32, 16)  # what MatMulNBits takes
-_CHUNK_ROWS = 16384  # rows that are quantised at a time
-_REST_STEPS = 254  # of a code: what rounding leaves over is at most half of one, and int8 has 127 steps
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ def _search_fp16(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
 
 def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Sequence[ir.Value]:
     n, d = rows.shape
-    codes, rest, scales = _quantise(rows)
+    codes, rest, scales = quantise_rows(rows)
     g, s = codes.shape[1:]
     scale = tape.weight("bank_scales", scales)
     scores = tape.op(  # (B, N)
@@ -233,8 +230,8 @@ def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
         {"K": d, "N": n, "bits": 8, "block_size": s, "accuracy_level": 4},  # 4: int8 products
         domain="com.microsoft",
     )
-    num_candidates = min(n, max(_CANDIDATES, 4 * search.k))
-    _, candidates = tape.top(scores, tape.ints("bank_candidates", num_candidates))  # (B, R)
+    count = tape.ints("bank_candidates", num_candidates(n, search.k))
+    _, candidates = tape.top(scores, count)  # (B, R)
 
     last = tape.ints("bank_last_axis", -1)
     parts = [
@@ -242,7 +239,7 @@ def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
         for part in (tape.weight("bank_codes", codes), tape.weight("bank_rest", rest), scale)
     ]
     high, low = (tape.op("Cast", [part], {"to": ir.DataType.FLOAT}) for part in parts[:2])  # (B, R, G, S)
-    low = tape.op("Mul", [low, tape.weight("bank_step", np.array(1 / _REST_STEPS, np.float32))])
+    low = tape.op("Mul", [low, tape.weight("bank_step", np.array(1 / REST_STEPS, np.float32))])
     high = tape.op("Sub", [high, tape.weight("bank_zero", np.array(128, np.float32))])
     fine = tape.op("Mul", [tape.op("Add", [high, low]), tape.op("Unsqueeze", [parts[2], last])])
     fine = tape.op("Reshape", [fine, tape.ints("bank_flat", 0, 0, g * s)])  # (B, R, D), or a little wider
@@ -264,37 +261,3 @@ def _block_rows(num_rows: int) -> int:
     if num_rows <= high:
         return num_rows
     return min(range(low, high + 1), key=lambda size: (-num_rows % size, -size))
-
-
-def _quantise(
-    rows: NDArray[np.float32],
-) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
-    """Splits rows into codes, what they leave over, and scales.
-
-    A number is ``scale * (code - 128 + rest / 254)``; a group of numbers of a row shares a scale.
-
-    Args:
-        rows: ``(N, D) float32``.
-
-    Returns:
-        ``(N, G, S) uint8``, ``(N, G, S) int8`` and ``(N, G) float32``; where D is not G x S, what fills the
-        last group stands for 0.
-    """
-    n, d = rows.shape
-    s = min(_GROUP_SIZES, key=lambda size: -(-d // size) * (2 * size + 4))  # fewest bytes
-    g = -(-d // s)
-    codes = np.empty((n, g, s), np.uint8)
-    rest = np.empty((n, g, s), np.int8)
-    scales = np.empty((n, g), np.float32)
-    for start in range(0, n, _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
-        numbers = np.zeros((len(rows[chunk]), g * s), np.float32)
-        numbers[:, :d] = rows[chunk]
-        numbers = numbers.reshape(-1, g, s)
-        largest = np.abs(numbers).max(2)
-        scales[chunk] = np.where(largest > 0, largest, 1) / 127
-        numbers /= scales[chunk, :, None]
-        whole = np.rint(numbers)
-        codes[chunk] = whole + 128
-        rest[chunk] = np.rint((numbers - whole) * _REST_STEPS)
-    return codes, rest, scales

@@ -23,16 +23,19 @@ SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {
     "tensorrt-rtx": _ENGINES,
     "tensorrt": _ENGINES,
     "mobile": {"fp32": "onnx", "int8": "cpu"},
+    "triton": {"fp32": "onnx", "fp16": "onnx", "int8": "cpu"},
 }
 _MODULES: dict[DeploymentTarget, str] = {
     "tensorrt-rtx": "xadapter_export.exporters.deploy_tensorrt_rtx",
     "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
     "mobile": "xadapter_export.exporters.mobile",
+    "triton": "xadapter_export.exporters.triton",
 }
 # What must be installed, and the extra that brings it.
 _NEEDS: dict[DeploymentTarget, tuple[str, str]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt"),
     "tensorrt": ("polygraphy.json", "tensorrt"),
+    "triton": ("tritonclient.grpc.model_config_pb2", "triton"),
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from xadapter_export.bundle.engine_session import find_gpu
-from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle
+from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import MissingExtraError, ParityError, ProviderError, import_extra
@@ -46,7 +46,8 @@ def deploy(
     spec = manifest.expert_sets[variant.expert_set]
     axes = plan_axes(manifest, options.profile)
     shapes = profile_shapes(spec.inputs, axes)
-    bundle, reference = Bundle(folder, manifest), read_reference(folder / REFERENCE_NAME)
+    bundle = Bundle(folder, manifest)
+    reference = read_reference(bundle)
     feeds = {case: feed for case, feed in reference_feeds(reference, spec).items() if _within(feed, shapes)}
     if not feeds:
         raise ParityError(

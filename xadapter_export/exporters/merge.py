@@ -11,8 +11,10 @@ from collections.abc import Collection, Sequence
 from typing import Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.clip_text import ClipTextTower
@@ -115,12 +117,23 @@ class MergedModel(nn.Module):
         With top-k retrieval the bank is searched and must stay, and projecting K rows costs less than keeping
         2 R numbers per picture and layer; so it is folded in static mode only.
         """
-        for layer, experts in self.adapters.items():
-            adapter = cast(XAdapterLayer, cast(nn.ModuleDict, experts)["v"])
+        for layer in self.adapters:
             with torch.no_grad():
-                keys, values = adapter.project_memory(bank[None])
+                keys, values = _fold(self._v_adapter(layer), bank)
             self.register_buffer(f"bank_keys_{layer}", keys)
             self.register_buffer(f"bank_values_{layer}", values)
+
+    def bank_projections(self) -> dict[str, MemoryProjection]:
+        """What makes keys and values of the bank, by PLM layer."""
+        return {
+            layer: MemoryProjection.from_state(
+                {name: tensor.numpy() for name, tensor in self._v_adapter(layer).state_dict().items()}
+            )
+            for layer in self.adapters
+        }
+
+    def _v_adapter(self, layer: str) -> XAdapterLayer:
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])["v"])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
         decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
@@ -291,3 +304,17 @@ class MergedModel(nn.Module):
         if self.candidate_decoder is None:
             return self.plm.mlm_logits(hidden)
         return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``: the same bits."""
+    norm = adapter.memory_norm
+    wide = F.layer_norm(
+        bank[None].double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    keys, values = (
+        F.linear(wide, part.weight.double(), part.bias.double()) for part in (adapter.key, adapter.value)
+    )
+    if isinstance(adapter, SentenceXAdapterLayer):
+        keys = keys + adapter.prototype_keys
+    return keys.float(), values.float()

@@ -1,4 +1,4 @@
-"""Writes the files of a bundle: graphs that share one weight file, tokenizers, rows, manifest, model card."""
+"""Writes the files of a bundle: graphs that share one weight file, tokenizers, rows, manifest."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from xadapter_export.bank.graph_rows import save_projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
@@ -151,6 +152,12 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec.model_validate({"name": str(value.name), "dtype": dtype, "axes": axes})
 
 
+def write_projections(model: XAdapterModel, folder: Path, merged: MergedModel) -> None:
+    """Writes what another static bank is folded with; nothing where its keys were learned for this one."""
+    if merged.folds_bank and model.config.retrieval.query != "sentence":
+        save_projections(folder, merged.bank_projections())
+
+
 def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, with_rows: bool) -> None:
     """Writes what the runtime needs beside the graphs: PLM configuration, tokenizers, captions."""
     config = model.plm.model.config.to_dict()
@@ -163,13 +170,17 @@ def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, wit
         model.bank.save_rows(folder / BANK_NAME)
 
 
-def bank_spec(model: XAdapterModel, specs: Mapping[ExpertSet, ExpertSetSpec]) -> BankSpec | None:
-    """Describes the bank; None where no set reads one."""
+def bank_spec(
+    model: XAdapterModel, specs: Mapping[ExpertSet, ExpertSetSpec], clip_sha256: str | None = None
+) -> BankSpec | None:
+    """Describes the bank, and the CLIP that searches it; None where no set reads one."""
     bank, retrieval = model.bank, model.config.retrieval
     outside = any(spec.searches_outside for spec in specs.values())
     if bank is None or not (outside or any("bank" in spec.component_parameters for spec in specs.values())):
         return None
     num_pictures, dim = bank.features.shape
+    if retrieval.mode == "static":
+        clip_sha256 = None if bank.clip is None else bank.clip.sha256
     return BankSpec(
         num_pictures=num_pictures,
         dim=dim,
@@ -177,6 +188,7 @@ def bank_spec(model: XAdapterModel, specs: Mapping[ExpertSet, ExpertSetSpec]) ->
         retrieval=retrieval.mode,
         k=retrieval.k if retrieval.mode == "topk" else num_pictures,
         features=FEATURES_NAME if outside else None,
+        clip_sha256=clip_sha256,
     )
 
 
@@ -242,7 +254,7 @@ def make_manifest(
             has_token_type_ids=model.plm.has_token_type_ids,
         ),
         clip=clip_spec,
-        bank=bank_spec(model, specs),
+        bank=bank_spec(model, specs, None if clip is None else clip.sha256),
         variants=variants,
         files={},
     )
@@ -253,53 +265,3 @@ def _version(package: str) -> str:
         return version(package)
     except ImportError:  # PackageNotFoundError; onnxruntime-gpu stands in for onnxruntime
         return version("onnxruntime-gpu") if package == "onnxruntime" else "unknown"
-
-
-def model_card(manifest: Manifest, name: str) -> str:
-    """Writes the bundle's README: what it is, how to run it, what was proven."""
-    sets = " | ".join(manifest.expert_sets)
-    lines = [
-        f"# {name}",
-        "",
-        f"An X-adapter bundle for {manifest.task}: "
-        f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
-        "through a trained plug-in, as ONNX graphs of standard operators, "
-        f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
-        "",
-        "## Run",
-        "",
-        "```console",
-        'pip install "xadapter-export[cpu]"',
-        f'xad-run . "{_example(manifest)}"',
-        "xad-parity .",
-        "```",
-        "",
-        "## Graphs",
-        "",
-        "| experts | file | size (MB) | parameters | largest difference to PyTorch | tolerance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for variant in manifest.variants:
-        total = sum(manifest.expert_sets[variant.expert_set].component_parameters.values())
-        proof = variant.parity
-        measured = "-" if proof is None else f"{proof.max_abs:.1e}"
-        rule = "-" if proof is None else f"{proof.atol:.0e} + {proof.rtol:.0e} x reference"
-        size = f"{variant.size_bytes / 1e6:.1f}"
-        files = [f"`{file}`" for file in (variant.query_file, variant.file) if file is not None]
-        lines.append(
-            f"| {variant.expert_set} | {' + '.join(files)} | {size} | {total:,} | {measured} | {rule} |"
-        )
-    if manifest.bank is not None and manifest.bank.features is not None:
-        lines += [
-            "",
-            f"The {manifest.bank.num_pictures:,} pictures are searched outside the graphs: exactly, or with "
-            "an index, which `xad-bank index . -o index` makes and `xad-run . TEXT --index index` uses.",
-        ]
-    lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
-    return "\n".join(lines)
-
-
-def _example(manifest: Manifest) -> str:
-    if manifest.task == "fill-mask":
-        return f"The color of a banana is {manifest.plm.mask_token}."
-    return "A banana is lying on the table."

@@ -36,6 +36,7 @@ from xadapter_export.bundle.manifest import (
     Task,
     Variant,
 )
+from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
@@ -400,7 +401,7 @@ class _Builder:
             made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
             manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
-        (folder / "README.md").write_text(pack.model_card(manifest, name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
         return _write_manifest(folder, manifest), report
 
     def _write_set(
@@ -418,6 +419,7 @@ class _Builder:
         saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, self.without)
         self.reference |= reference_outputs(model, whole, expert_set, plan.task, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
+        pack.write_projections(model, self.folder, whole)
         input_names = whole.input_names
         parts: dict[Part, MergedModel] = {"whole": whole}
         if plan.split and _reads_clip(model, expert_set):

@@ -80,6 +80,7 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
     ClearMetadataAndDocStringPass()(model)
     _name_axes(model, merged)
     _name_weights(model, merged)
+    _free_bank_size(model)
     return model
 
 
@@ -151,6 +152,20 @@ def _name_weights(model: ir.Model, merged: MergedModel) -> None:
         )
         value.name = name if name not in taken else f"{name}.{number}"
         taken.add(value.name)
+
+
+def _free_bank_size(model: ir.Model) -> None:
+    """Lets keys and values of a static bank be split into heads whatever their number, for a swap of it."""
+    shapes: dict[str, ir.Value] = {}
+    for node in model.graph:
+        folded = node.op_type == "Reshape" and str(node.inputs[0] and node.inputs[0].name).startswith("bank_")
+        if folded and node.inputs[1] is not None and node.inputs[1].is_initializer():
+            shapes[str(node.inputs[1].name)] = node.inputs[1]
+    for name, value in shapes.items():
+        constant = value.const_value
+        assert constant is not None  # an initializer has a value
+        heads = constant.numpy()[2:]  # of (1, N, heads, width)
+        value.const_value = ir.tensor(np.array([1, -1, *heads], np.int64), name=name)
 
 
 def _content(array: np.ndarray) -> bytes:

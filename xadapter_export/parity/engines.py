@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from xadapter_export.bundle.engine_session import find_gpu, open_engine
-from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
+from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, ExpertSet, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_variant
 from xadapter_export.errors import BundleError, ParityError, ProviderError
@@ -65,7 +65,7 @@ def prove_engines(
         )
     gpu = find_gpu()
     chosen = [(made, _engine_for(made, gpu)) for made in wanted]
-    reference = read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle)
     cells: list[Cell] = []
     tolerances: dict[str, Tolerance] = dict(TOLERANCES)
     libraries: dict[str, None] = {}

@@ -7,6 +7,9 @@ cases as when the bundle was made, so that nothing passes by not being looked at
 Every fp32 variant is held to the same rule. The portable graph has every tap; a fused one has those that the
 fusion left; a graph of OpenVINO gives its outputs only. A lossy variant cannot be proven like this: its
 manifest says what it was measured to say.
+
+Of a bundle whose bank was swapped, the graphs with the V-expert are proven with the bank that the reference
+is of; see ``parity.proven_bank``. Whether the new one is in the graph is checked when it is put there.
 """
 
 import importlib
@@ -24,6 +27,7 @@ from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, V
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
+from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
@@ -74,14 +78,20 @@ def prove_bundle(
         for variant in _choose(bundle, expert_sets, variants)
         if variant.target == "onnx" or set(names) <= {CPU_PROVIDER}
     ]
-    reference = read_reference(bundle.file(REFERENCE_NAME))
+    reference = read_reference(bundle)
+    old_bank = read_proven_bank(bundle)
     cells: list[Cell] = []
     active: dict[str, None] = {}
     for variant in chosen:
         spec = bundle.manifest.expert_sets[variant.expert_set]
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
         open_graph = partial(open_variant, bundle, variant, providers=providers, num_threads=num_threads)
-        compared, used = _prove_values(open_graph, variant, spec, reference, keys)
+        bank = old_bank if "v" in variant.expert_set else None
+        if bank is not None:
+            open_graph = partial(
+                open_graph, weights=bank.weights_of(bundle, variant), retriever=bank.retriever(bundle)
+            )
+        compared, used = _prove_values(open_graph, variant, spec, reference, keys, bank)
         active |= dict.fromkeys(used)
         if taps := _find_taps(bundle, variant, spec):
             open_graph = partial(open_graph, appended=extra_outputs(tap.name for tap in taps))
@@ -153,6 +163,7 @@ def _prove_values(
     spec: ExpertSetSpec,
     reference: Mapping[str, Array],
     keys: Mapping[str, str],
+    bank: ProvenBank | None = None,
 ) -> tuple[list[Cell], list[str]]:
     """Return a cell for each case and each named value, and the providers that were active.
 
@@ -163,7 +174,7 @@ def _prove_values(
     tolerances = dict.fromkeys(keys, TOLERANCES[variant.precision])
     cells: list[Cell] = []
     for case, feed in reference_feeds(reference, spec).items():
-        cells += compare_case(session, variant, case, feed, reference, keys, tolerances)
+        cells += compare_case(session, variant, case, feed, reference, keys, tolerances, bank=bank)
     return cells, session.get_providers()
 
 
@@ -190,6 +201,7 @@ def compare_case(
     tolerances: Mapping[str, Tolerance],
     *,
     tie: float = TIE,
+    bank: ProvenBank | None = None,
 ) -> list[Cell]:
     """Run one case and compare every named value.
 
@@ -202,6 +214,7 @@ def compare_case(
         keys: The reference's name, ``out/logits``, by the graph's.
         tolerances: How far a value may be, by the graph's name.
         tie: Retrieved rows whose scores are as near as this may swap places.
+        bank: What stands for the bank in the session; None where it is the bundle's own.
 
     Raises:
         ParityError: If the reference lacks a value, or the inputs cannot be computed.
@@ -217,6 +230,7 @@ def compare_case(
         got[name] = take_columns(got[name], reference, f"{case}/{variant.expert_set}/{keys[name]}")
         place = Place(variant.expert_set, variant.name, case, name)
         if name == "retrieved":
+            got[name] = bank.number(got[name]) if bank is not None else got[name]
             rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
             scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
             cells.append(compare_retrieved(*rows, *scores, place, tie=tie))
@@ -225,12 +239,13 @@ def compare_case(
     return cells
 
 
-def read_reference(path: Path) -> dict[str, Array]:
+def read_reference(bundle: Bundle) -> dict[str, Array]:
     """Read ``reference.npz``, by key.
 
     Raises:
-        BundleError: If it is not a plain npz file.
+        BundleError: If it is missing, or not a plain npz file.
     """
+    path = bundle.file(REFERENCE_NAME)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}

@@ -7,6 +7,8 @@ nothing but ``graph.output`` entries is the same model with more outputs.
 
 from collections.abc import Iterable
 
+from xadapter_export.bundle.graph_file import varint
+
 # Field numbers from onnx.proto: ModelProto.graph, GraphProto.output, ValueInfoProto.name.
 _MODEL_GRAPH = 7
 _GRAPH_OUTPUT = 12
@@ -28,14 +30,4 @@ def extra_outputs(names: Iterable[str]) -> bytes:
 
 
 def _field(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(payload)) + payload
-
-
-def _varint(value: int) -> bytes:
-    """Return protobuf's variable-length integer: seven bits a byte, the least significant first."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return varint(number << 3 | _LENGTH_DELIMITED) + varint(len(payload)) + payload

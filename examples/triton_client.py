@@ -1,0 +1,150 @@
+"""Asks a Triton server that serves a bundle: tokenises here, sends token ids, formats the answers.
+
+It needs the bundle's tokenizers and manifest, no graph and no onnxruntime:
+
+    pip install "xadapter-export[triton]"
+    python examples/triton_client.py BUNDLE "The color of a banana is [MASK]."
+    python examples/triton_client.py BUNDLE --prove
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
+from xadapter_export.bundle.manifest import Deployment
+from xadapter_export.bundle.pictures import read_pictures
+from xadapter_export.parity.compare import TOLERANCES, Place, compare, compare_retrieved
+from xadapter_export.parity.prove import read_reference
+from xadapter_export.parity.reference import take_columns
+from xadapter_export.runtime.encoders import load_encoders
+
+Arrays = dict[str, NDArray[Any]]
+TOP_K = 5
+SEQ_MULTIPLE = 16  # Triton batches requests of equal shape only
+
+
+def ask(client: InferenceServerClient, model: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Sends arrays, all of the same number of rows; returns every output of the model."""
+    config = client.get_model_config(model).config
+    sent = []
+    for tensor in config.input:
+        array = np.ascontiguousarray(inputs[tensor.name], np.int64)
+        sent.append(InferInput(tensor.name, list(array.shape), "INT64"))
+        sent[-1].set_data_from_numpy(array)
+    names = [tensor.name for tensor in config.output]
+    answer = client.infer(model, sent, outputs=[InferRequestedOutput(name) for name in names])
+    return {name: answer.as_numpy(name) for name in names}
+
+
+def pad(inputs: Mapping[str, NDArray[Any]], pad_token_id: int) -> Arrays:
+    """Pads token axes to a multiple, so that requests of other clients fit into one batch; answers stay."""
+    padded = {}
+    for name, array in inputs.items():
+        extra = 0 if name == "mask_positions" else -array.shape[1] % SEQ_MULTIPLE
+        filler = pad_token_id if name == "input_ids" else 0
+        padded[name] = np.pad(array, ((0, 0), (0, extra)), constant_values=filler)
+    return padded
+
+
+def deployment_of(bundle: Bundle, model: str | None) -> Deployment:
+    """Returns the Triton deployment of a bundle by its model's name; the first if None."""
+    found = {d.facts["model"]: d for d in bundle.manifest.deployments if d.target == "triton"}
+    if not found:
+        raise click.ClickException("the bundle has no model repository: export it with --target triton")
+    if model is not None and model not in found:
+        raise click.ClickException(f"the bundle has no model {model}; it has {', '.join(found)}")
+    return found[model or next(iter(found))]
+
+
+def answer(client: InferenceServerClient, bundle: Bundle, deployment: Deployment, texts: list[str]) -> None:
+    """Prints, for each text, the most probable words or labels, and the pictures that were looked at."""
+    manifest = bundle.manifest
+    plain, with_clip = load_encoders(bundle)
+    encoder = with_clip if "clip_input_ids" in _inputs_of(bundle, deployment) else plain
+    fills_masks = manifest.task == "fill-mask"
+    inputs = encoder.encode(texts, require_mask=fills_masks)
+    room = manifest.plm.max_seq - inputs["input_ids"].shape[1]
+    outputs = ask(
+        client,
+        deployment.facts["model"],
+        pad(inputs, manifest.plm.pad_token_id) if room >= SEQ_MULTIPLE else inputs,
+    )
+    if "logits" not in outputs:
+        for text, embedding in zip(texts, outputs["sentence_embedding"], strict=True):
+            print(text, *(f"{number:.4f}" for number in embedding[:TOP_K]), "...")
+        return
+    logits = outputs["logits"] if fills_masks else outputs["logits"][:, None]
+    for row, text in enumerate(texts):
+        print(text)
+        for mask in range(len(set(inputs["mask_positions"][row].tolist())) if fills_masks else 1):
+            scores = np.exp(logits[row, mask] - logits[row, mask].max())
+            scores /= scores.sum()
+            for i in np.argsort(-scores)[:TOP_K].tolist():
+                if manifest.labels is not None:
+                    word = manifest.labels[i]
+                elif manifest.candidates is not None:
+                    word = manifest.candidates[i].word
+                else:
+                    word = encoder.tokenizer.decode([i], skip_special_tokens=False).strip()
+                print(f"  {word:<12} {scores[i]:6.1%}")
+        if "retrieved" in outputs and manifest.bank is not None:
+            pictures = read_pictures(bundle.file(BANK_NAME), num_pictures=manifest.bank.num_pictures)
+            shown = [pictures[i].caption for i in outputs["retrieved"][row].tolist()]
+            print(f"  looked at: {', '.join(shown)}")
+
+
+def prove(client: InferenceServerClient, bundle: Bundle, deployment: Deployment) -> bool:
+    """Compares what the server says with what PyTorch said, by the rule of ``xad-parity``."""
+    reference = read_reference(bundle)
+    cells = []
+    for case in sorted({key.split("/")[0] for key in reference if "/in/" in key}):
+        names = _inputs_of(bundle, deployment)
+        got = ask(client, deployment.facts["model"], {n: reference[f"{case}/in/{n}"] for n in names})
+        for name, array in got.items():
+            key = f"{case}/{deployment.expert_set}/out/{name}"
+            place = Place(deployment.expert_set, f"triton-{deployment.precision}", case, name)
+            array = take_columns(array, reference, key)
+            if name == "retrieved":
+                scores = f"{case}/{deployment.expert_set}/out/retrieved_scores"
+                pair = got["retrieved_scores"], reference[scores]
+                cells.append(compare_retrieved(array, reference[key], *pair, place))  # type: ignore[arg-type]  # named so
+            else:
+                cells.append(compare(array, reference[key], TOLERANCES["fp32"], place))
+    failed = [cell for cell in cells if not cell.passed]
+    largest = max(cell.max_abs or 0.0 for cell in cells)
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells passed, largest difference {largest:.1e}")
+    return not failed
+
+
+def _inputs_of(bundle: Bundle, deployment: Deployment) -> list[str]:
+    return [tensor.name for tensor in bundle.manifest.expert_sets[deployment.expert_set].inputs]
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1)
+@click.option("--url", default="localhost:8001", show_default=True, help="The server's gRPC address.")
+@click.option("--model", help="Name of the model in the repository. [default: the bundle's first]")
+@click.option("--prove", "proves", is_flag=True, help="Compare with PyTorch's outputs in the bundle.")
+def main(bundle: Path, texts: tuple[str, ...], url: str, model: str | None, proves: bool) -> None:
+    """Ask a Triton server that serves BUNDLE/triton."""
+    held = read_bundle(bundle)
+    deployment = deployment_of(held, model)
+    if proves and deployment.precision != "fp32":
+        raise click.ClickException("only fp32 is held to PyTorch's numbers; choose another --model")
+    with InferenceServerClient(url) as client:
+        if texts:
+            answer(client, held, deployment, list(texts))
+        if proves and not prove(client, held, deployment):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
