@@ -44,7 +44,7 @@ def ask(client: InferenceServerClient, model: str, inputs: Mapping[str, NDArray[
 
 
 def pad(inputs: Mapping[str, NDArray[Any]], pad_token_id: int) -> Arrays:
-    """Pads token axes to a multiple, so that requests of other clients fit into one batch; answers stay."""
+    """Pads token axes to a multiple, so that requests of other clients fit into one batch."""
     padded = {}
     for name, array in inputs.items():
         extra = 0 if name == "mask_positions" else -array.shape[1] % SEQ_MULTIPLE

@@ -71,7 +71,7 @@ def export_both(folder: Path, sets: tuple[ExpertSet, ...], **settings: Any) -> E
         export(
             part,
             folder / name,
-            sets,
+            sets if name == "first" else sets[:1],
             precisions=("fp32", "int8", "fp16"),
             targets=("onnx", "cpu"),
             calibration=texts,
@@ -126,7 +126,7 @@ def test_it_answers_as_if_exported_with_that_bank(
     assert (result.num_searched > 0) == (kind == "searched")
     changed = 0
     encoder = load_encoders(read_bundle(made.second))[1]
-    for expert_set in manifest.expert_sets:
+    for expert_set in want_manifest.expert_sets:
         for name in VARIANTS:
             inputs = encoder.encode(TEXTS)
             outputs, expected = (
@@ -144,7 +144,7 @@ def test_it_answers_as_if_exported_with_that_bank(
             assert sizes[0] == pytest.approx(sizes[1], abs=256)
         counts = [m.expert_sets[expert_set].component_parameters for m in (manifest, want_manifest)]
         assert counts[0] == counts[1]
-    assert changed == (4 if kind == "searched" else 0)
+    assert changed == (len(VARIANTS) if kind == "searched" else 0)
     assert manifest.bank is not None
     assert want_manifest.bank is not None
     assert manifest.bank.model_copy(update={"swapped_from": None}) == want_manifest.bank
