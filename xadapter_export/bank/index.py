@@ -28,6 +28,7 @@ from xadapter_export.runtime.picture_index import (
     VECTOR_COLUMN,
     IndexKind,
     IndexRecord,
+    import_lancedb,
     open_index,
     read_index_record,
 )
@@ -96,7 +97,7 @@ def build_index(
     reader = BankReader(bank)
     stored = BankRows(Path(bank) / FEATURES_NAME)
     lists = _plan_lists(stored, kind, options)
-    library = import_extra("lancedb", "lancedb") if kind == "lancedb" else import_extra("faiss", "faiss")
+    library = import_lancedb() if kind == "lancedb" else import_extra("faiss", "faiss")
     with staged_folder(output, force=force, marker=INDEX_RECORD_NAME) as staged:
         say("hash")
         sha256 = reader.sha256()

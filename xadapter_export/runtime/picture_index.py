@@ -5,7 +5,9 @@ An index is a folder with ``index.json``, which says of which bank it is, and wh
 Dimensions: N pictures, D CLIP embedding size, Q queries, C candidates.
 """
 
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -128,6 +130,16 @@ class LanceIndex:
         return 1 - table["_distance"].to_numpy().astype(np.float32), rows, features
 
 
+def import_lancedb() -> ModuleType:
+    """Import LanceDB, which writes to stderr what it thinks of its own k-means unless it is told not to.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    return import_extra("lancedb", "lancedb")
+
+
 def read_index_record(folder: Path) -> IndexRecord:
     """Read ``index.json``.
 
@@ -170,7 +182,7 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
             raise HashMismatchError("a file of the index was changed", where=path, mend="make it again")
     try:
         if record.kind == "lancedb":
-            lancedb = import_extra("lancedb", "lancedb")
+            lancedb = import_lancedb()
             table = lancedb.connect(str(folder / LANCE_NAME)).open_table(TABLE_NAME)
             return LanceIndex(
                 table, record.bank_sha256, num_probes=record.num_probes, candidates=record.candidates
