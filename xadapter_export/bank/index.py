@@ -41,7 +41,7 @@ _ROWS_A_LIST = 39  # fewer do not tell where its middle is (faiss' own limit)
 _TRAINED_A_LIST = 40  # rows drawn for each list to find its middle
 _ROUNDS = 10  # of k-means; the middles of lists need not be exact
 _SEED = 0
-_CANDIDATES: Final = 64
+_CANDIDATES: Final = 256
 _PROBES: Final = 32
 _QUERIES_AT_ONCE = 256
 
@@ -53,7 +53,7 @@ class IndexOptions:
     Attributes:
         num_lists: Lists that the rows are divided into; 4 sqrt(N) if None.
         num_probes: Lists that a search looks into; 32 if None.
-        candidates: Rows that a search proposes; 64 if None. The nearest by their exact cosines are taken.
+        candidates: Rows that a search proposes; 256 if None. The nearest by their exact cosines are taken.
         num_queries: On how many queries, rows with noise, the recall is measured.
     """
 

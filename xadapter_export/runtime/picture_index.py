@@ -73,11 +73,11 @@ class FaissIndex:
     def __init__(self, index: Any, record: IndexRecord) -> None:  # faiss has no types
         self.index = index
         self.d, self.ntotal, self.bank_sha256 = index.d, index.ntotal, record.bank_sha256
-        self._candidates = record.candidates
+        self.candidates = record.candidates
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
         """Return scores and rows, ``(Q, C)`` each; see ``PictureIndex``."""
-        scores, rows = self.index.search(queries, min(max(k, self._candidates), self.ntotal))
+        scores, rows = self.index.search(queries, min(max(k, self.candidates), self.ntotal))
         return scores, rows
 
 
@@ -105,11 +105,11 @@ class LanceIndex:
         self.bank_sha256 = bank_sha256
         self.ntotal = table.count_rows()
         self.d = table.schema.field(VECTOR_COLUMN).type.list_size
-        self._num_probes, self._candidates = num_probes, candidates
+        self._num_probes, self.candidates = num_probes, candidates
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64, Float32]:
         """Return scores and rows, ``(Q, C)`` each, and features ``(Q, C, D)``; see ``PictureIndex``."""
-        count = min(max(k, self._candidates), self.ntotal)
+        count = min(max(k, self.candidates), self.ntotal)
         scores = np.full((len(queries), count), -np.inf, np.float32)
         rows = np.full((len(queries), count), -1, np.int64)  # the lists that are looked into may hold fewer
         features = np.zeros((len(queries), count, self.d), np.float32)
