@@ -38,6 +38,7 @@ from benchmarks.worker import Worker
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
+from xadapter_export.runtime.choose import CPU_PROVIDER
 
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
 HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
@@ -66,6 +67,7 @@ class Settings:
     threads: int
     cache: Path
     full: bool
+    provider: str = CPU_PROVIDER
 
 
 @dataclass
@@ -180,10 +182,12 @@ class Benchmark:
         self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
     ) -> list[Entry]:
         """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
-        threads, wanted = self.settings.threads, self.settings.contestants
+        threads, wanted, provider = self.settings.threads, self.settings.contestants, self.settings.provider
         entries: list[Entry] = []
         for contestant in THEIRS:
             if contestant.name not in wanted or (contestant.kind == "plm" and experts == "none"):
+                continue
+            if not contestant.runs_with(provider):
                 continue
             runs: ExpertSet = "none" if contestant.kind == "plm" else experts
             folder = None
@@ -199,8 +203,10 @@ class Benchmark:
                 feedings = ("user",)  # the two are the same
             if contestant.name == "compile" and not self.settings.full:
                 feedings = ("equal",)
-            entries.append(Entry(contestant, Place(case, runs, task, folder, threads), feedings, heads))
-        for head, kind in product(heads, OURS) if "ours" in wanted else ():
+            place = Place(case, runs, task, folder, threads, None, provider)
+            entries.append(Entry(contestant, place, feedings, heads))
+        kinds = OURS if provider == CPU_PROVIDER else OURS[:1]  # the second is OpenVINO's
+        for head, kind in product(heads, kinds) if "ours" in wanted else ():
             preparation = Preparation(kind, case, experts, task, head == "candidates")
             cost = self._prepare(preparation)
             if cost is None:
@@ -209,8 +215,9 @@ class Benchmark:
             manifest = self._note_sizes(preparation, head, shape)
             folder = preparation.folder(self.settings.cache)
             for variant in manifest.variants_of(experts):
-                if variant.precision not in _UNTIMED or self.settings.full:
-                    place = Place(case, experts, task, folder, threads, variant.name)
+                is_timed = variant.precision not in _UNTIMED or self.settings.full or provider != CPU_PROVIDER
+                if is_timed and ours(variant.name).runs_with(provider):
+                    place = Place(case, experts, task, folder, threads, variant.name, provider)
                     entries.append(Entry(ours(variant.name), place, ("equal",), (head,)))
         return entries
 
@@ -500,6 +507,12 @@ class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
     "--seconds-per-cell", type=float, default=30.0, show_default=True, help="More rounds until this is over."
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="For everyone.")
+@click.option(
+    "--provider",
+    default=CPU_PROVIDER,
+    show_default=True,
+    help="Of onnxruntime; with another, only graphs of standard operators in fp32 and fp16 take part.",
+)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
