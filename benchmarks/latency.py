@@ -35,6 +35,7 @@ from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, prepare, quiet_en
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
+from xadapter_export.bundle.cuda import CUDA_PROVIDER, find_missing
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
@@ -473,6 +474,20 @@ class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
         return tuple(dict.fromkeys(shapes))
 
 
+def _check_provider(provider: str) -> None:
+    """Refuse a provider that cannot start here before graphs are prepared for it.
+
+    Raises:
+        ClickException: If it is not in this onnxruntime, or CUDA lacks something.
+    """
+    import onnxruntime as ort
+
+    if provider not in ort.get_available_providers():
+        raise click.ClickException(f"the execution provider {provider} is not in this onnxruntime")
+    if provider == CUDA_PROVIDER and (missing := find_missing(ort)):
+        raise click.ClickException(f"{provider} cannot start: missing are {', '.join(missing)}")
+
+
 @click.command()
 @click.option("--case", type=click.Choice(CASES), default="bert-base", show_default=True, help="Model.")
 @click.option(
@@ -532,6 +547,7 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
     The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
     """
     settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click's types are these
+    _check_provider(settings.provider)
     if full:
         settings = Settings(
             **{**vars(settings), "cases": CASES, "experts": EXPERT_SETS, "shapes": SHAPES, "heads": HEADS}
