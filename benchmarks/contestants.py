@@ -15,6 +15,7 @@ from benchmarks.feeds import Feed
 from benchmarks.prepare import MODEL
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.bundle.openvino_session import import_openvino
+from xadapter_export.runtime.choose import CPU_PROVIDER
 
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]
@@ -29,6 +30,7 @@ class Place:
         folder: What was prepared for it; None where it runs the model itself.
         threads: Threads inside one operator.
         variant: Name of a variant of ours.
+        provider: onnxruntime's execution provider.
     """
 
     case: str
@@ -37,6 +39,7 @@ class Place:
     folder: Path | None
     threads: int
     variant: str | None = None
+    provider: str = CPU_PROVIDER
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Contestant:
     kind: Kind
     preparation: str | None
     load: Callable[[Place], Run]
+
+    def runs_with(self, provider: str) -> bool:
+        """Whether it can run with an execution provider: on a GPU, graphs of standard operators in floats."""
+        if provider == CPU_PROVIDER:
+            return True
+        if self.kind == "ours":
+            return self.name.startswith("ours-onnx-")
+        return self.load is _load_onnxruntime and self.preparation == "plain"
 
     def size_bytes(self, place: Place) -> int | None:
         """Bytes of its files: graph and weights; None where it has none."""
@@ -120,11 +131,16 @@ def _torch_run(place: Place, *, compiled: bool) -> Run:
 def _load_onnxruntime(place: Place) -> Run:
     import onnxruntime as ort
 
+    from xadapter_export.bundle.onnx_session import create_session
+
     assert place.folder is not None
     options = ort.SessionOptions()
     options.intra_op_num_threads = place.threads
     options.log_severity_level = 3  # its warnings are about its own graph passes
-    session = ort.InferenceSession(place.folder / MODEL, options, providers=["CPUExecutionProvider"])
+    if place.provider == CPU_PROVIDER:
+        session = ort.InferenceSession(place.folder / MODEL, options, providers=[CPU_PROVIDER])
+    else:  # as a bundle is opened: a provider that does not start is an error
+        session = create_session(place.folder / MODEL, providers=[place.provider], num_threads=place.threads)
     names = [value.name for value in session.get_inputs()]
 
     def run(feed: Feed) -> Answer:
@@ -170,7 +186,12 @@ def _load_ours(place: Place) -> Run:
 
     assert place.folder is not None
     assert place.variant is not None
-    session = XAdapterSession.load(place.folder / "bundle", variant=place.variant, num_threads=place.threads)
+    session = XAdapterSession.load(
+        place.folder / "bundle",
+        variant=place.variant,
+        providers=None if place.provider == CPU_PROVIDER else [place.provider],
+        num_threads=place.threads,
+    )
     output = session.manifest.expert_sets[place.experts].outputs[0].name
 
     def run(feed: Feed) -> Answer:

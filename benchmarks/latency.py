@@ -37,9 +37,11 @@ from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, prepare, quiet_en
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
+from xadapter_export.bundle.cuda import CUDA_PROVIDER, find_missing
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
+from xadapter_export.runtime.choose import CPU_PROVIDER
 
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
 HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
@@ -69,6 +71,7 @@ class Settings:
     threads: int
     cache: Path
     full: bool
+    provider: str = CPU_PROVIDER
 
 
 @dataclass
@@ -162,8 +165,17 @@ class Benchmark:
     def _theirs(self, experts: ExpertSet) -> Iterator[tuple[Contestant, ExpertSet]]:
         """The other contestants of a group, each with the expert set that it runs."""
         for contestant in THEIRS:
-            if contestant.name in self.settings.contestants and (contestant.kind, experts) != ("plm", "none"):
+            is_wanted = contestant.name in self.settings.contestants
+            is_double = (contestant.kind, experts) == ("plm", "none")
+            if is_wanted and not is_double and contestant.runs_with(self.settings.provider):
                 yield contestant, "none" if contestant.kind == "plm" else experts
+
+    @property
+    def _kinds_of_ours(self) -> tuple[str, ...]:
+        """The bundles of ours that are timed."""
+        if "ours" not in self.settings.contestants:
+            return ()
+        return OURS if self.settings.provider == CPU_PROVIDER else OURS[:1]  # the second is OpenVINO's
 
     def _preparations(
         self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...]
@@ -172,13 +184,11 @@ class Benchmark:
         for contestant, runs in self._theirs(experts):
             if contestant.preparation is not None:
                 yield Preparation(contestant.preparation, case, runs, task)
-        if "ours" not in self.settings.contestants:
-            return
-        for head, kind in product(heads, OURS):
+        for head, kind in product(heads, self._kinds_of_ours):
             yield Preparation(kind, case, experts, task, head == "candidates")
-        if case == self.settings.cases[0]:
+        if self._kinds_of_ours and case == self.settings.cases[0]:
             yield Preparation("ours-portable", case, experts, task)
-        if case == _STATIC.case.removesuffix("-static"):
+        if self._kinds_of_ours and case == _STATIC.case.removesuffix("-static"):
             yield _STATIC
 
     def _run_task(self, case: str, task: Task, heads: tuple[Head, ...]) -> None:
@@ -208,7 +218,7 @@ class Benchmark:
         self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
     ) -> list[Entry]:
         """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
-        threads = self.settings.threads
+        threads, provider = self.settings.threads, self.settings.provider
         entries: list[Entry] = []
         for contestant, runs in self._theirs(experts):
             folder = None
@@ -224,8 +234,9 @@ class Benchmark:
                 feedings = ("user",)  # the two are the same
             if contestant.name == "compile" and not self.settings.full:
                 feedings = ("equal",)
-            entries.append(Entry(contestant, Place(case, runs, task, folder, threads), feedings, heads))
-        for head, kind in product(heads, OURS) if "ours" in self.settings.contestants else ():
+            place = Place(case, runs, task, folder, threads, None, provider)
+            entries.append(Entry(contestant, place, feedings, heads))
+        for head, kind in product(heads, self._kinds_of_ours):
             preparation = Preparation(kind, case, experts, task, head == "candidates")
             cost = self._prepare(preparation)
             if cost is None:
@@ -234,8 +245,9 @@ class Benchmark:
             manifest = self._note_sizes(preparation, head, shape)
             folder = preparation.folder(self.settings.cache)
             for variant in manifest.variants_of(experts):
-                if variant.precision not in _UNTIMED or self.settings.full:
-                    place = Place(case, experts, task, folder, threads, variant.name)
+                is_timed = variant.precision not in _UNTIMED or self.settings.full or provider != CPU_PROVIDER
+                if is_timed and ours(variant.name).runs_with(provider):
+                    place = Place(case, experts, task, folder, threads, variant.name, provider)
                     entries.append(Entry(ours(variant.name), place, ("equal",), (head,)))
         return entries
 
@@ -492,6 +504,20 @@ class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
         return tuple(dict.fromkeys(shapes))
 
 
+def _check_provider(provider: str) -> None:
+    """Refuse a provider that cannot start here before graphs are prepared for it.
+
+    Raises:
+        ClickException: If it is not in this onnxruntime, or CUDA lacks something.
+    """
+    import onnxruntime as ort
+
+    if provider not in ort.get_available_providers():
+        raise click.ClickException(f"the execution provider {provider} is not in this onnxruntime")
+    if provider == CUDA_PROVIDER and (missing := find_missing(ort)):
+        raise click.ClickException(f"{provider} cannot start: missing are {', '.join(missing)}")
+
+
 @click.command()
 @click.option("--case", type=click.Choice(CASES), default="bert-base", show_default=True, help="Model.")
 @click.option(
@@ -527,6 +553,12 @@ class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="For everyone.")
 @click.option(
+    "--provider",
+    default=CPU_PROVIDER,
+    show_default=True,
+    help="Of onnxruntime; with another, only graphs of standard operators in fp32 and fp16 take part.",
+)
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=ROOT / "build" / "bench" / "results",
@@ -545,6 +577,7 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
     The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
     """
     settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click's types are these
+    _check_provider(settings.provider)
     if full:
         settings = Settings(
             **{**vars(settings), "cases": CASES, "experts": EXPERT_SETS, "shapes": SHAPES, "heads": HEADS}

@@ -38,7 +38,7 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import prove_bundle
-from xadapter_export.runtime.picture_index import LanceIndex, open_index
+from xadapter_export.runtime.picture_index import KINDS, LanceIndex, open_index
 
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t")
 Float32 = NDArray[np.float32]
@@ -305,8 +305,8 @@ def test_an_index_of_another_bank_is_refused(external: Path, tmp_path: Path) -> 
 def indices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Indices of the built-in bank, by their kinds; ``lists`` is LanceDB's with lists."""
     folder = tmp_path_factory.mktemp("indices")
-    for name in ("flat", "ivf-pq", "lancedb"):
-        build_index(builtin_folder(), folder / name, name, IndexOptions(num_queries=50))
+    for kind in KINDS:
+        build_index(builtin_folder(), folder / kind, kind, IndexOptions(num_queries=50))
     options = IndexOptions(num_lists=8, num_probes=8, num_queries=50)
     build_index(builtin_folder(), folder / "lists", "lancedb", options)
     return folder

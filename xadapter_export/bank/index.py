@@ -28,6 +28,7 @@ from xadapter_export.runtime.picture_index import (
     VECTOR_COLUMN,
     IndexKind,
     IndexRecord,
+    import_lancedb,
     open_index,
     read_index_record,
 )
@@ -40,7 +41,7 @@ _ROWS_A_LIST = 39  # fewer do not tell where its middle is (faiss' own limit)
 _TRAINED_A_LIST = 40  # rows drawn for each list to find its middle
 _ROUNDS = 10  # of k-means; the middles of lists need not be exact
 _SEED = 0
-_CANDIDATES: Final = 64
+_CANDIDATES: Final = 256
 _PROBES: Final = 32
 _QUERIES_AT_ONCE = 256
 
@@ -52,7 +53,7 @@ class IndexOptions:
     Attributes:
         num_lists: Lists that the rows are divided into; 4 sqrt(N) if None.
         num_probes: Lists that a search looks into; 32 if None.
-        candidates: Rows that a search proposes; 64 if None. The nearest by their exact cosines are taken.
+        candidates: Rows that a search proposes; 256 if None. The nearest by their exact cosines are taken.
         num_queries: On how many queries, rows with noise, the recall is measured.
     """
 
@@ -96,7 +97,7 @@ def build_index(
     reader = BankReader(bank)
     stored = BankRows(Path(bank) / FEATURES_NAME)
     lists = _plan_lists(stored, kind, options)
-    library = import_extra("lancedb", "lancedb") if kind == "lancedb" else import_extra("faiss", "faiss")
+    library = import_lancedb() if kind == "lancedb" else import_extra("faiss", "faiss")
     with staged_folder(output, force=force, marker=INDEX_RECORD_NAME) as staged:
         say("hash")
         sha256 = reader.sha256()

@@ -419,7 +419,7 @@ def convert(
 @click.option(
     "--candidates",
     type=click.IntRange(min=1),
-    help="Rows that a search proposes; the best by exact cosine are taken. [default: 64]",
+    help="Rows that a search proposes; the best by exact cosine are taken. [default: 256]",
 )
 @click.option(
     "--queries",

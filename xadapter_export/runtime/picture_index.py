@@ -5,7 +5,9 @@ An index is a folder with ``index.json``, which says of which bank it is, and wh
 Dimensions: N pictures, D CLIP embedding size, Q queries, C candidates.
 """
 
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -71,11 +73,11 @@ class FaissIndex:
     def __init__(self, index: Any, record: IndexRecord) -> None:  # faiss has no types
         self.index = index
         self.d, self.ntotal, self.bank_sha256 = index.d, index.ntotal, record.bank_sha256
-        self._candidates = record.candidates
+        self.candidates = record.candidates
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
         """Return scores and rows, ``(Q, C)`` each; see ``PictureIndex``."""
-        scores, rows = self.index.search(queries, min(max(k, self._candidates), self.ntotal))
+        scores, rows = self.index.search(queries, min(max(k, self.candidates), self.ntotal))
         return scores, rows
 
 
@@ -103,11 +105,11 @@ class LanceIndex:
         self.bank_sha256 = bank_sha256
         self.ntotal = table.count_rows()
         self.d = table.schema.field(VECTOR_COLUMN).type.list_size
-        self._num_probes, self._candidates = num_probes, candidates
+        self._num_probes, self.candidates = num_probes, candidates
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64, Float32]:
         """Return scores and rows, ``(Q, C)`` each, and features ``(Q, C, D)``; see ``PictureIndex``."""
-        count = min(max(k, self._candidates), self.ntotal)
+        count = min(max(k, self.candidates), self.ntotal)
         scores = np.full((len(queries), count), -np.inf, np.float32)
         rows = np.full((len(queries), count), -1, np.int64)  # the lists that are looked into may hold fewer
         features = np.zeros((len(queries), count, self.d), np.float32)
@@ -126,6 +128,16 @@ class LanceIndex:
         features = np.asarray(vectors.flatten(), np.float32).reshape(-1, self.d)
         rows = table[ROW_COLUMN].to_numpy().astype(np.int64)
         return 1 - table["_distance"].to_numpy().astype(np.float32), rows, features
+
+
+def import_lancedb() -> ModuleType:
+    """Import LanceDB, which writes to stderr what it thinks of its own k-means unless it is told not to.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    return import_extra("lancedb", "lancedb")
 
 
 def read_index_record(folder: Path) -> IndexRecord:
@@ -170,7 +182,7 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
             raise HashMismatchError("a file of the index was changed", where=path, mend="make it again")
     try:
         if record.kind == "lancedb":
-            lancedb = import_extra("lancedb", "lancedb")
+            lancedb = import_lancedb()
             table = lancedb.connect(str(folder / LANCE_NAME)).open_table(TABLE_NAME)
             return LanceIndex(
                 table, record.bank_sha256, num_probes=record.num_probes, candidates=record.candidates
