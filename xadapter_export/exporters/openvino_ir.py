@@ -66,6 +66,7 @@ def convert_to_ir(
     ov = import_openvino()
     model = ov.Core().read_model(str(model_file))
     _fold_transposes(model)
+    _gather_whole_rows(model)
     if precision != "fp32":
         _select_masks(model)
         clip = (_CLIP,) if _searches_bank(model) else ()
@@ -92,6 +93,21 @@ def _fold_transposes(model: Any) -> None:
             flags = node.get_attributes()
             factors = node.input_value(0), transpose.input_value(0)
             _replace(node, ops.matmul(*factors, flags["transpose_a"], not flags["transpose_b"]))
+
+
+def _gather_whole_rows(model: Any) -> None:
+    """Takes tokens by one index each, where the graph repeats the index for each number of a token.
+
+    OpenVINO drops a slice before ``GatherElements`` though the slice is of another axis, and then refuses the
+    graph (2026.4): the shapes no longer agree.
+    """
+    ops = _ops()
+    for node in _nodes(model, "GatherElements"):
+        index = node.input_value(1).get_node()
+        if index.get_type_name() == "Broadcast" and node.get_attributes()["axis"] == 1:
+            positions = ops.squeeze(index.input_value(0), ops.constant(np.array([2])))  # (B, P, 1)
+            axis = ops.constant(np.int64(1))
+            _replace(node, ops.gather(node.input_value(0), positions, axis, batch_dims=1))
 
 
 def _select_masks(model: Any) -> None:
