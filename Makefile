@@ -51,7 +51,7 @@ imports: $(STAMP) ## Check that imports go one way (import-linter).
 docs: $(STAMP) ## Write docs/cli.md from what --help says.
 	$(BIN)/python -m docs.cli_reference
 
-bench: $(STAMP) ## Time bundles against other exporters and engines, and the search of the bank: about 20 minutes.
+bench: $(STAMP) ## Time bundles against other exporters and engines, and the search of the bank: about 25 minutes.
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.bank_search --faiss --rows random
 

@@ -11,6 +11,13 @@ from tests.tiny_bundle import write_bundle
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
 
+_FIRST = ("test_web.py", "test_recipes.py", "test_bank_swap.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in _FIRST)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
