@@ -337,25 +337,18 @@ class _Group:
 
     def measure(self, files: Mapping[tuple[int, int], Path], temporary: Path) -> None:
         with ExitStack() as stack:
-            with ThreadPoolExecutor(max_workers=2) as pool:  # most of a load is on one core
-                loaded = list(pool.map(self._load, self.entries))
-            workers = {
-                number: stack.enter_context(worker)
-                for number, worker in enumerate(loaded)
-                if worker is not None
-            }
+            workers: dict[int, Worker] = {}
+            for number, entry in enumerate(self.entries):
+                try:
+                    worker = Worker(entry.contestant.name, entry.place, self.benchmark.environment)
+                except XAdapterError as error:
+                    self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts}", error)
+                    continue
+                workers[number] = stack.enter_context(worker)
             for is_first, (key, file) in zip([True] + [False] * len(files), files.items(), strict=False):
                 if is_first:
                     self._compare(workers, file, temporary)
                 self._measure_shape(key, file, workers)
-
-    def _load(self, entry: Entry) -> Worker | None:
-        """Start the process of a contestant; one that cannot start is noted and left out."""
-        try:
-            return Worker(entry.contestant.name, entry.place, self.benchmark.environment)
-        except XAdapterError as error:
-            self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts}", error)
-            return None
 
     def _compare(self, workers: Mapping[int, Worker], file: Path, temporary: Path) -> None:
         """Cosine of what each says at the masks to what PyTorch eager says: they do the same work."""
@@ -556,7 +549,7 @@ def _check_provider(provider: str) -> None:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds at least.")
 @click.option(
-    "--seconds-per-cell", type=float, default=20.0, show_default=True, help="More rounds until this is over."
+    "--seconds-per-cell", type=float, default=30.0, show_default=True, help="More rounds until this is over."
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="For everyone.")
 @click.option(
