@@ -23,6 +23,7 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
 
 NUM_PICTURES: Final = 20_000  # in the bank of the large case
+_NUM_CALIBRATION = 50  # texts; a graph is as fast whatever it was calibrated on
 NUM_PROTOTYPES: Final = 512  # in the static bank whose size is asked for
 
 _SUBJECTS = ("strawberry", "banana", "house", "river", "dog", "bird", "car", "table", "window", "letter")
@@ -94,14 +95,14 @@ def _text(model: XAdapterModel, rng: np.random.Generator, seq: int) -> str:
 
 
 def calibration_feeds(model: XAdapterModel) -> list[Feed]:
-    """Make 100 single texts of many lengths to calibrate on: B = 1, T from 8 to 64."""
-    return [dict(model.text_encoder.encode([text])) for text in _calibration_texts(model, 100)]
+    """Make single texts of many lengths to calibrate on: B = 1, T from 8 to 64."""
+    return [dict(model.text_encoder.encode([text])) for text in _calibration_texts(model, _NUM_CALIBRATION)]
 
 
 def write_calibration(model: XAdapterModel, folder: Path) -> Path:
-    """Write texts of the same kind to a file: 100 to calibrate on, as many to compare on."""
+    """Write texts of the same kind to a file: as many to calibrate on, and as many to compare on."""
     file = folder / "calibration.txt"
-    file.write_text("\n".join(_calibration_texts(model, 200)), encoding="utf-8")
+    file.write_text("\n".join(_calibration_texts(model, 2 * _NUM_CALIBRATION)), encoding="utf-8")
     return file
 
 

@@ -50,9 +50,8 @@ COMPARED: Final = ("plain", "transformers", "ours-portable")  # whose seconds an
 _STATIC: Final = Preparation("ours", "bert-base-static", "v", "fill-mask")  # for its size
 _UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
 _MOST_ROUNDS = 60
-_FEW_ROUNDS, _LONG_CELL_S = 3, 150.0  # rounds that do where a cell has taken that long
+_FEW_ROUNDS, _LONG_CELL_S = 3, 120.0  # rounds that do where they take that long
 _TURN_MS = 40.0  # of timed runs in a turn, where a run is shorter
-_LONG_RUN_S = 2.0
 _WARM_BELOW_MS = 500.0  # a longer run is not preceded by an untimed one
 _MIB = 1 << 20
 
@@ -337,18 +336,29 @@ class _Group:
 
     def measure(self, files: Mapping[tuple[int, int], Path], temporary: Path) -> None:
         with ExitStack() as stack:
-            workers: dict[int, Worker] = {}
-            for number, entry in enumerate(self.entries):
-                try:
-                    worker = Worker(entry.contestant.name, entry.place, self.benchmark.environment)
-                except XAdapterError as error:
-                    self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts}", error)
-                    continue
-                workers[number] = stack.enter_context(worker)
+            # Two load at a time: most of a load is on one core. A worker ends with the thread that started
+            # it (see ``worker._end_with_parent``), so that the threads are kept as long as the workers.
+            pool = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+            loads = [pool.submit(self._load, entry, list(files.values())) for entry in self.entries]
+            loaded = {number: load.result() for number, load in enumerate(loads)}
+            workers = {n: stack.enter_context(worker) for n, worker in loaded.items() if worker is not None}
             for is_first, (key, file) in zip([True] + [False] * len(files), files.items(), strict=False):
                 if is_first:
                     self._compare(workers, file, temporary)
                 self._measure_shape(key, file, workers)
+
+    def _load(self, entry: Entry, files: Sequence[Path]) -> Worker | None:
+        """Start a contestant, which compiles what it must; one that cannot start is noted and left out."""
+        name = entry.contestant.name
+        try:
+            worker = Worker(name, entry.place, self.benchmark.environment)
+            if name == "compile":  # each shape takes it half a minute on one core, while others load
+                for file, feeding in product(files, entry.feedings):
+                    worker.first(file, feeding, self.shape.clip_context)
+        except XAdapterError as error:
+            self.benchmark.note(f"{name} {self.case} {self.experts}", error)
+            return None
+        return worker
 
     def _compare(self, workers: Mapping[int, Worker], file: Path, temporary: Path) -> None:
         """Cosine of what each says at the masks to what PyTorch eager says: they do the same work."""
@@ -374,33 +384,33 @@ class _Group:
 
     def _measure_shape(self, key: tuple[int, int], file: Path, workers: Mapping[int, Worker]) -> None:
         settings, context = self.benchmark.settings, self.shape.clip_context
-        runs: dict[tuple[int, Feeding], tuple[int, bool]] = {}
+        probes: dict[tuple[int, Feeding], float] = {}
         for number, worker in workers.items():
             entry = self.entries[number]
             for feeding in entry.feedings:
                 try:
-                    first_s = worker.first(file, feeding, context)
-                    probe = first_s * 1e3  # a long run is hardly longer for being the first
-                    if first_s < _LONG_RUN_S:
-                        probe = min(worker.turn(1, is_warmed=first_s < 1))
+                    worker.first(file, feeding, context)
+                    (probes[number, feeding],) = worker.turn(1, is_warmed=False)
                 except XAdapterError as error:
                     self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts} {key}", error)
                     break
-                runs[number, feeding] = max(1, min(10, round(_TURN_MS / probe))), probe < _WARM_BELOW_MS
-        times: dict[tuple[int, Feeding], list[float]] = {turn: [] for turn in runs}
+        # Where runs are long, the turn that tells how long they are is a round like the others.
+        is_long = sum(probes.values()) / 1e3 > _LONG_CELL_S / _FEW_ROUNDS
+        rounds = 1 if is_long else 0
+        times = {turn: [probe] * rounds for turn, probe in probes.items()}
         rng = np.random.default_rng(0)
-        start, turns = time.perf_counter(), list(runs)
-        rounds = 0
+        start, turns = time.perf_counter(), list(probes)
         while rounds < _MOST_ROUNDS:
             seconds = time.perf_counter() - start
-            enough = _FEW_ROUNDS if seconds > _LONG_CELL_S else settings.rounds
+            enough = min(_FEW_ROUNDS, settings.rounds) if is_long else settings.rounds
             if rounds >= enough and seconds > settings.seconds_per_cell:
                 break
             for index in rng.permutation(len(turns)):
                 number, feeding = turns[index]
                 workers[number].use(file, feeding, context)
-                count, is_warmed = runs[number, feeding]
-                found = workers[number].turn(count, is_warmed=is_warmed)
+                probe = probes[number, feeding]
+                count = max(1, min(10, round(_TURN_MS / probe)))
+                found = workers[number].turn(count, is_warmed=probe < _WARM_BELOW_MS)
                 times[number, feeding].append(statistics.median(found))
             rounds += 1
         self._keep(key, file, times)
@@ -549,7 +559,7 @@ def _check_provider(provider: str) -> None:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds at least.")
 @click.option(
-    "--seconds-per-cell", type=float, default=30.0, show_default=True, help="More rounds until this is over."
+    "--seconds-per-cell", type=float, default=20.0, show_default=True, help="More rounds until this is over."
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="For everyone.")
 @click.option(

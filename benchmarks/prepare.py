@@ -267,16 +267,14 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
 
 def _ours(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
     """Make a bundle of ours for onnxruntime in every precision for the CPU."""
-    _export(preparation, model, folder, ("fp32", *_lossy(preparation)), ())
+    is_for_size = preparation.case.endswith("-static")
+    for_size: tuple[Precision, ...] = () if preparation.with_candidates or is_for_size else ("int4",)
+    _export(preparation, model, folder, ("int8",) if is_for_size else ("fp32", "int8", *for_size), ())
 
 
 def _ours_openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
     """Make a bundle of ours for OpenVINO."""
-    _export(preparation, model, folder, _lossy(preparation), ("openvino",))
-
-
-def _lossy(preparation: Preparation) -> tuple[Precision, ...]:
-    return ("int8",) if preparation.with_candidates else ("int8", "int4")  # int4 is for its size
+    _export(preparation, model, folder, ("int8",), ("openvino",))
 
 
 def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:

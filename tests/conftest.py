@@ -1,10 +1,12 @@
 """Fixtures: the tiny bundle, whole, and a copy of it to break; the bundle of the built-in checkpoint."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from tests.tiny_bundle import write_bundle
 
@@ -33,7 +35,15 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def builtin_export(tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
-    """Return the built-in checkpoint, exported with every expert set; not to be changed."""
+    """Return the built-in checkpoint, exported once for all workers with every expert set; not to change."""
     from xadapter_export import export  # PyTorch, which most tests do without
+    from xadapter_export.bundle.folder import read_bundle
+    from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.parity import ParityReport
 
-    return export("builtin", tmp_path_factory.mktemp("builtin") / "bundle", ("vt", "v", "t", "none"))
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "builtin-bundle"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            return export("builtin", folder, ("vt", "v", "t", "none"))
+    return ExportResult(folder, read_bundle(folder).manifest, ParityReport.read(folder / "parity.json"))

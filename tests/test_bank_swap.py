@@ -183,7 +183,7 @@ def test_the_first_bank_swapped_in_again_gives_the_first_bundle(
 @pytest.mark.parametrize(
     ("experts", "settings"),
     [
-        ("vt", {"retrieval": "external"}),
+        ("v", {"retrieval": "external"}),
         ("v", {"split": True}),
         ("vt", {"split": True}),  # static: the bank is in the answer graph
     ],
