@@ -461,8 +461,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "examples/node/fill_mask.mjs"
 
 
-def run_node(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["node", program, *arguments], capture_output=True, text=True, check=False)
+def run_node(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["node", *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
@@ -515,7 +515,7 @@ def test_node_says_clearly_what_is_wrong(node: Path, bundle: Path, broken: Path)
 
 def test_split_bundle_is_refused(node: Path, broken: Path, tmp_path: Path) -> None:
     manifest = json.loads((broken / "manifest.json").read_text())
-    graph = {"inputs": [], "outputs": []}
+    graph: dict[str, list[str]] = {"inputs": [], "outputs": []}
     manifest["expert_sets"]["vt"]["split"] = {"query": graph, "answer": graph}
     for variant in manifest["variants"]:
         if variant["expert_set"] == "vt":
@@ -562,8 +562,7 @@ def test_weights_are_read_again_after_a_failure_and_then_let_go(node: Path, tiny
         said.push(await held(), reads);
         console.log(JSON.stringify(said));
     """
-    command = ["node", "--expose-gc", "--input-type=module", "-e", program, module, tiny]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_node("--expose-gc", "--input-type=module", "-e", program, module, tiny)
     assert done.stdout == '["offline",true,false,2]\n', done.stderr
 
 
@@ -607,8 +606,7 @@ def test_service_worker_keeps_what_changed_and_never_holds_up_the_page() -> None
             console.log(JSON.stringify(said));
         })();
     """
-    command = ["node", "-e", program, ROOT / "export/web/offline.js"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_node("-e", program, ROOT / "export/web/offline.js")
     assert done.stderr == ""
     texts = [["1", "1"], ["2", "2"], ["3", "3"], ["4", "3"], ["5", "5"], ["6", None], ["7", None]]
     assert json.loads(done.stdout) == texts
