@@ -18,13 +18,19 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from export.web.build import bundle_bytes, install_packages, write_page
-from export.web.pictures import write_sheets
+from export.web.pictures import bank_pictures, write_sheets
 from export.web.server import make_server
 from tests.tiny_bundle import rewrite_manifest
 from xadapter_export import XAdapterSession
 from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.errors import ConfigError, MissingExtraError
+from xadapter_export.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from xadapter_export.model.builtin import builtin_folder
 
 if TYPE_CHECKING:
@@ -140,6 +146,8 @@ def site(bundle: Path, python: XAdapterSession, tmp_path_factory: pytest.TempPat
             stream = io.BytesIO()
             Image.new("RGB", (16, 16), color_of(row)).save(stream, "WEBP")
             thumbnails.add(row, stream.getvalue())
+    for name in ("bank.safetensors", "bank.jsonl"):  # the bank that the thumbnails are of
+        shutil.copyfile(builtin_folder() / name, folder / name)
     packages = packages_of("web", ROOT / "export" / "web")
     write_page(folder / "site", bundle, packages, str(folder))
     return folder / "site"
@@ -302,11 +310,22 @@ def test_keyboard_and_screen_reader(page: "Page") -> None:
     )
 
 
-def test_readable_on_a_phone(browser: "Browser", address: str) -> None:
+def test_phone_reads_well_and_lives_without_storage_or_network(browser: "Browser", address: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
     page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.add_init_script("Cache.prototype.addAll = async () => { throw new Error('no room') }")
+    page.route("**/model_none.onnx?*", lambda route: route.abort())
     page.goto(address)
-    page.wait_for_selector("#best-none:not(:empty)")
+    page.wait_for_selector("#hint:has-text('cannot be loaded: is there a network?')")
+    page.wait_for_selector("#offline:has-text('Not kept for use without a network: no room')")
+    page.unroute_all()
+    page.fill("#text", "A frog is [MASK].")
+    page.wait_for_selector("#best-none:not(:empty)")  # the next question tried again
+    assert page.text_content("#hint") == ""
+    assert page.locator("#problem").is_hidden()
+    assert problems == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("parseFloat(getComputedStyle(document.getElementById('text')).fontSize)") >= 16
     sizes = page.locator("button, .experts label").evaluate_all("all => all.map((one) => one.offsetHeight)")
@@ -379,12 +398,41 @@ def test_caption_is_text_and_never_markup(browser: "Browser", address: str, site
     context.close()
 
 
-def test_page_is_small_and_replaces_only_pages(site: Path, bundle: Path, tmp_path: Path) -> None:
+def test_page_is_small_and_replaces_only_pages(site: Path, tiny: Path, tmp_path: Path) -> None:
     assert bundle_bytes(site) < 12e6
-    (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="not ours to replace"):
-        write_page(tmp_path, bundle, packages_of("web", ROOT / "export" / "web"))
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    mine, packages = tmp_path / "mine", packages_of("web", ROOT / "export" / "web")
+    mine.mkdir()
+    (mine / "app.js").write_text("mine as well")
+    with pytest.raises(OutputExistsError, match=r"not ours to replace.*xadapter-page\.txt"):
+        write_page(mine, tiny, packages)
+    assert [path.name for path in mine.iterdir()] == ["app.js"]
+    write_page(tmp_path / "page", tiny, packages)
+    with pytest.raises(MissingExtraError, match="npm packages is missing"):
+        write_page(tmp_path / "page", tiny, tmp_path / "none")
+    assert (tmp_path / "page/vendor/tokenizers.min.mjs").is_file()
+    write_page(tmp_path / "page", tiny, packages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "page"]
+
+
+def test_page_shows_no_pictures_of_another_bank(tiny: Path, tmp_path: Path, python: XAdapterSession) -> None:
+    for bank, error, message in (
+        (builtin_folder(), ConfigError, "not the bank of the bundle"),
+        (tmp_path / "mistyped", CheckpointError, "mistyped/bank.safetensors is missing"),
+    ):
+        with pytest.raises(error, match=message):
+            write_page(tmp_path / "page", tiny, tmp_path, str(bank))
+    assert list(tmp_path.iterdir()) == []
+    assert python.manifest.bank
+    with pytest.raises(CheckpointError, match=r"has no thumbnails\.zip"):
+        bank_pictures(builtin_folder(), python.manifest.bank.sha256)
+
+
+def test_busy_port_is_one_line(tmp_path: Path) -> None:
+    with (
+        make_server(tmp_path) as server,
+        pytest.raises(ConfigError, match=f"cannot be served on this port: {server.server_port}"),
+    ):
+        make_server(tmp_path, server.server_port)
 
 
 def test_sheets_of_a_bank_with_gaps(tmp_path: Path) -> None:
@@ -413,8 +461,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "examples/node/fill_mask.mjs"
 
 
-def run_node(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["node", program, *arguments], capture_output=True, text=True, check=False)
+def run_node(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["node", *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
@@ -457,5 +505,108 @@ def test_node_says_clearly_what_is_wrong(node: Path, bundle: Path, broken: Path)
     tokenizer = broken / "tokenizer.json"
     tokenizer.write_bytes(tokenizer.read_bytes().replace(b"banana", b"bananb"))
     assert "tokenizer.json is not the file" in run_node(node, broken, "A [MASK].").stderr
+    unknown = run_node(node, bundle, "A [MASK].", "--expert", "v")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1), unknown.stderr
+    assert "'--expert'" in unknown.stderr
+    assert run_node(node, node, "A [MASK].").stderr.startswith("Error: ENOTDIR")
     (broken / "manifest.json").write_text("{}")
     assert "format version undefined" in run_node(node, broken, "A [MASK].").stderr
+
+
+def test_split_bundle_is_refused(node: Path, broken: Path, tmp_path: Path) -> None:
+    manifest = json.loads((broken / "manifest.json").read_text())
+    graph: dict[str, list[str]] = {"inputs": [], "outputs": []}
+    manifest["expert_sets"]["vt"]["split"] = {"query": graph, "answer": graph}
+    for variant in manifest["variants"]:
+        if variant["expert_set"] == "vt":
+            variant["query_file"] = variant["file"]
+    rewrite_manifest(broken, **manifest)
+    with pytest.raises(UnsupportedError, match=r"split into two.*got vt.*without --split"):
+        write_page(tmp_path / "page", broken, tmp_path)
+    done = run_node(node, broken, "a banana is [MASK].")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "expert set vt is split into two graphs" in done.stderr
+
+
+def test_weights_are_read_again_after_a_failure_and_then_let_go(node: Path, tiny: Path) -> None:
+    """Four sets on one file of weights: read twice, as the first time fails, and held until all are open."""
+    module = node.parents[2] / "export/web/xadapter.js"
+    program = """
+        const [module, bundle] = process.argv.slice(1);
+        const { XAdapterSession } = await import(module);
+        const { readFile } = await import("node:fs/promises");
+        const shared = "onnx/model.onnx_data";
+        let reads = 0, weights;
+        const read = async (path) => {
+            let bytes = new Uint8Array(await readFile(`${bundle}/${path}`));
+            if (path === "manifest.json") {
+                const manifest = JSON.parse(new TextDecoder().decode(bytes));
+                for (const variant of manifest.variants) variant.weight_files = [shared];
+                return new TextEncoder().encode(JSON.stringify(manifest));
+            }
+            if (path === shared && ++reads === 1) throw new Error("offline");
+            if (path === shared) weights = new WeakRef(bytes);
+            return bytes;
+        };
+        const ort = { InferenceSession: { create: async () => ({}) } };
+        const session = await XAdapterSession.load({ ort, tokenizers: { Tokenizer: class {} }, read });
+        const held = async () => {
+            await new Promise((resolve) => setTimeout(resolve));
+            gc();
+            return weights?.deref() !== undefined;
+        };
+        const said = [await session.open("vt").catch((error) => error.message)];
+        for (const experts of ["vt", "v", "t"]) await session.open(experts);
+        said.push(await held());
+        await session.open("none");
+        said.push(await held(), reads);
+        console.log(JSON.stringify(said));
+    """
+    done = run_node("--expose-gc", "--input-type=module", "-e", program, module, tiny)
+    assert done.stdout == '["offline",true,false,2]\n', done.stderr
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+def test_service_worker_keeps_what_changed_and_never_holds_up_the_page() -> None:
+    """A file with and without headers, and a browser that has no room: what is kept after each answer."""
+    program = """
+        const { readFileSync } = require("node:fs");
+        let handle, fresh, room = true, kept = null;
+        globalThis.location = { origin: "http://x" };
+        const addEventListener = (name, listener) => { if (name === "fetch") handle = listener; };
+        globalThis.self = { addEventListener };
+        const full = () => { throw Object.assign(new Error(), { name: "QuotaExceededError" }); };
+        const cache = {
+            match: async () => kept?.clone(),
+            delete: async () => { kept = null; },
+            put: async (request, response) => { if (room) kept = response; else full(); },
+        };
+        let storage = async () => cache;
+        globalThis.caches = { open: () => storage() };
+        globalThis.fetch = async () => fresh;
+        (0, eval)(readFileSync(process.argv[1], "utf-8"));
+        async function ask(body, headers) {
+            fresh = new Response(body, { headers });
+            let answer;
+            const after = [];
+            const request = { method: "GET", url: "http://x/app.js" };
+            const respondWith = (got) => { answer = got; };
+            handle({ request, respondWith, waitUntil: (work) => after.push(work) });
+            const text = await (await answer).text();
+            await Promise.all(after);
+            return [text, kept && await kept.clone().text()];
+        }
+        (async () => {
+            const said = [await ask("1", {}), await ask("2", {}), await ask("3", { etag: "a" })];
+            said.push(await ask("4", { etag: "a" }), await ask("5", { etag: "b" }));
+            room = false;
+            said.push(await ask("6", { etag: "c" }));
+            storage = full;
+            said.push(await ask("7", {}));
+            console.log(JSON.stringify(said));
+        })();
+    """
+    done = run_node("-e", program, ROOT / "export/web/offline.js")
+    assert done.stderr == ""
+    texts = [["1", "1"], ["2", "2"], ["3", "3"], ["4", "3"], ["5", "5"], ["6", None], ["7", None]]
+    assert json.loads(done.stdout) == texts

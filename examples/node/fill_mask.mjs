@@ -7,21 +7,7 @@ import * as tokenizers from "@huggingface/tokenizers";
 import ort from "onnxruntime-node";
 import { XAdapterError, XAdapterSession } from "../../export/web/xadapter.js"; // copy it beside your own program
 
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    experts: { type: "string" },
-    "top-k": { type: "string", default: "5" },
-    variant: { type: "string" },
-    json: { type: "boolean", default: false },
-  },
-});
-const [bundle, ...texts] = positionals;
-const topK = Number(values["top-k"]);
-if (!texts.length || !(topK >= 1)) {
-  console.error('usage: node fill_mask.mjs BUNDLE TEXT... [--experts none|v|t|vt] [--top-k N] [--variant NAME] [--json]');
-  process.exit(2);
-}
+const { values, bundle, texts, topK } = readArguments();
 
 try {
   const session = await XAdapterSession.load({
@@ -36,9 +22,31 @@ try {
     else print(text, result);
   }
 } catch (error) {
-  if (!(error instanceof XAdapterError) && error.code !== "ENOENT") throw error;
+  if (!(error instanceof XAdapterError) && !error.syscall) throw error; // a file that cannot be read has one
   console.error(`Error: ${error.message}`);
   process.exit(1);
+}
+
+function readArguments() {
+  const options = {
+    experts: { type: "string" },
+    "top-k": { type: "string", default: "5" },
+    variant: { type: "string" },
+    json: { type: "boolean", default: false },
+  };
+  let problem = "";
+  try {
+    const { values, positionals } = parseArgs({ allowPositionals: true, options });
+    const [bundle, ...texts] = positionals;
+    const topK = Number(values["top-k"]);
+    if (texts.length && topK >= 1) return { values, bundle, texts, topK };
+  } catch (error) {
+    problem = `${error.message}; `;
+  }
+  console.error(
+    `${problem}usage: node fill_mask.mjs BUNDLE TEXT... [--experts none|v|t|vt] [--top-k N] [--variant NAME] [--json]`,
+  );
+  process.exit(2);
 }
 
 function print(text, { answers, pictures, milliseconds }) {

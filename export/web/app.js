@@ -23,6 +23,7 @@ const COMPARE_UP_TO_BYTES = 64e6;
 const SPEAK_AFTER_MS = 700;
 
 const at = (id) => document.getElementById(id);
+const bundleUrl = (path, entry) => new URL(entry ? `${path}?sha256=${entry.sha256}` : path, BUNDLE);
 let session;
 let sheets;
 let engine = new URLSearchParams(location.search).get("engine") ?? "wasm";
@@ -34,8 +35,7 @@ start().catch(showProblem);
 async function start() {
   checkBrowser();
   const progress = new Progress(at("loading-bar"), at("loading-text"));
-  const read = (path, entry) =>
-    download(new URL(entry ? `${path}?sha256=${entry.sha256}` : path, BUNDLE), progress, entry?.size_bytes);
+  const read = (path, entry) => download(bundleUrl(path, entry), progress, entry?.size_bytes);
   const [ort, pictures] = await Promise.all([loadRuntime(progress), PictureSheets.load(PICTURES)]);
   sheets = pictures;
   const providers = engine === "webgpu" ? ["webgpu", "wasm"] : ["wasm"];
@@ -46,7 +46,9 @@ async function start() {
   at("loading").hidden = true;
   at("app").hidden = false;
   await answer();
-  await keepForOffline();
+  keepForOffline().catch((error) => {
+    at("offline").textContent = `Not kept for use without a network: ${error?.message ?? error}`;
+  });
 }
 
 /** Say clearly what is missing, before anything is downloaded. */
@@ -158,7 +160,11 @@ async function answer() {
   at("no-pictures").textContent = `With “${TITLES[experts][0]}”, it looks at no pictures.`;
   showFacts(result.milliseconds, experts);
   speak(result);
-  await compare(number, text, candidates, experts, result);
+  try {
+    await compare(number, text, candidates, experts, result);
+  } catch (error) {
+    if (number === asked) showHint(error);
+  }
 }
 
 /** Show in every switch what its expert set answers. */
@@ -210,7 +216,10 @@ async function keepForOffline() {
   await navigator.serviceWorker.ready;
   const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
   const cache = await caches.open("xadapter");
-  const urls = [location.pathname, ...loaded, ...sheets.urls].map((url) => new URL(url, location.href));
+  const variants = session.expertSets.map((experts) => session.variant(experts)); // some are not open yet
+  const graphs = variants.flatMap(({ file, weight_files: weightFiles }) => [file, ...weightFiles]);
+  const bundle = graphs.map((path) => bundleUrl(path, session.manifest.files[path]));
+  const urls = [location.pathname, ...loaded, ...sheets.urls, ...bundle].map((url) => new URL(url, location.href));
   const missing = [];
   for (const { href, origin } of urls) {
     if (origin === location.origin && !(await cache.match(href))) missing.push(href);

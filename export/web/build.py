@@ -16,11 +16,13 @@ from xadapter_export.bundle.folder import (
     PARITY_NAME,
     REFERENCE_NAME,
     read_bundle,
+    staged_folder,
 )
 from xadapter_export.bundle.pictures import read_pictures
-from xadapter_export.errors import ConfigError, MissingExtraError
+from xadapter_export.errors import ConfigError, MissingExtraError, UnsupportedError
 
 HERE = Path(__file__).parent
+MARKER = "xadapter-page.txt"  # only a folder with it is replaced
 PAGE = ("index.html", "style.css", "app.js", "download.js", "show.js", "xadapter.js", "offline.js", "old.js")
 # Of npm's packages, what the page loads: the WebAssembly of the processor, that of WebGPU, the tokenizers.
 VENDOR = {
@@ -54,8 +56,9 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
     names = ("package.json", "package-lock.json")
     wanted = hashlib.sha256(b"".join((lock_from / name).read_bytes() for name in names)).hexdigest()
     marker = folder / "installed"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
-        return folder / "node_modules"
+    installed = folder / "node_modules"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted and installed.is_dir():
+        return installed
     npm = shutil.which("npm")
     if npm is None:
         raise MissingExtraError("npm is not installed", mend="install Node.js 20 or later, which has it")
@@ -73,7 +76,7 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
             mend="look at the network, and run it again",
         )
     marker.write_text(wanted, encoding="utf-8")
-    return folder / "node_modules"
+    return installed
 
 
 def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none") -> None:
@@ -87,31 +90,47 @@ def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none
             ``none`` for captions alone.
 
     Raises:
+        OutputExistsError: If something that is no page is in the way.
         BundleError: If the bundle is not whole.
         HashMismatchError: If a file of it was changed.
-        ConfigError: If something that is no page is in the way.
+        UnsupportedError: If a set of it is split.
+        ConfigError: If the pictures are not those of its bank.
+        MissingExtraError: If a library is not installed whole.
     """
+    with staged_folder(output, force=True, marker=MARKER) as staged:
+        _fill(staged.path, bundle, packages, pictures)
+
+
+def _fill(output: Path, bundle: Path, packages: Path, pictures: str) -> None:
     manifest = read_bundle(bundle).manifest
+    if split := [name for name, spec in manifest.expert_sets.items() if spec.split]:
+        raise UnsupportedError(
+            "the page runs one graph for a text, and an expert set of the bundle is split into two",
+            where=bundle,
+            got=", ".join(split),
+            mend="export it without --split and with --retrieval in-graph",
+        )
+    if pictures != "none" and manifest.bank is None:
+        raise ConfigError("the bundle looks at no pictures", where=bundle, mend="leave out --pictures")
     thumbnails: Mapping[int, Image.Image] = {}
     num_rows = manifest.bank.num_pictures if manifest.bank else 0
     if pictures == "builtin":
         known = read_pictures(bundle / BANK_NAME, num_pictures=num_rows)
         thumbnails = builtin_pictures(Path("build/pictures"), known)
-    elif pictures != "none":
-        thumbnails = bank_pictures(Path(pictures))
-    if output.exists() and not (output / "app.js").is_file():
-        raise ConfigError("what is at the output path is not ours to replace", where=output)
-    shutil.rmtree(output, ignore_errors=True)
+    elif pictures != "none" and manifest.bank:
+        thumbnails = bank_pictures(Path(pictures), manifest.bank.sha256)
+    (output / MARKER).write_text(
+        "python -m export.web wrote this folder, and may replace it.\n", encoding="utf-8"
+    )
     for name in PAGE:
         _copy(HERE / name, output / name)
     for folder, names in VENDOR.items():
         for name in names:
-            _copy(packages / folder / name, output / "vendor" / name)
+            _copy_library(packages / folder / name, output / "vendor" / name)
     for package, names in LICENCES.items():
         for name in names:
-            _copy(
-                packages / package / name, output / "vendor" / "licences" / package.replace("/", "-") / name
-            )
+            kept = output / "vendor" / "licences" / package.replace("/", "-") / name
+            _copy_library(packages / package / name, kept)
     for name in (MANIFEST_NAME, *(name for name in manifest.files if name not in _PROOF)):
         _copy(bundle / name, output / "bundle" / name)
     credit = BUILTIN_CREDIT if pictures == "builtin" else ""
@@ -133,6 +152,16 @@ def bundle_bytes(output: Path) -> int:
     listed = {name for v in manifest["variants"] for name in (v["file"], *v["weight_files"])}
     listed |= {"tokenizer.json", "clip_tokenizer.json", "bank.jsonl", MANIFEST_NAME}
     return size_bytes(path for name in listed if (path := output / "bundle" / name).is_file())
+
+
+def _copy_library(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise MissingExtraError(
+            "a file of the page's npm packages is missing",
+            where=source,
+            mend="remove the folder of the packages, and run it again",
+        )
+    _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:

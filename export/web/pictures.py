@@ -10,9 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from xadapter_export.bank.reader import BankReader
+from xadapter_export.bank.record import THUMBNAILS_NAME
 from xadapter_export.bank.thumbnails import read_thumbnails
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.errors import ConfigError
+from xadapter_export.errors import CheckpointError, ConfigError
 
 COLUMNS = 16  # pictures in a row of a sheet, and rows in a sheet
 _QUALITY = 70  # of WebP, 0 to 100
@@ -48,9 +50,37 @@ def builtin_pictures(work: Path, pictures: Sequence[Picture]) -> Mapping[int, Im
     return {n: Image.fromarray(material.images[row_of[p.id]]) for n, p in enumerate(pictures)}
 
 
-def bank_pictures(bank: Path) -> Mapping[int, Image.Image]:
-    """Read the thumbnails that ``xad-bank build --thumbnails`` wrote beside a bank, by bank row."""
-    return {row: Image.open(io.BytesIO(webp)).convert("RGB") for row, webp in read_thumbnails(bank)}
+def bank_pictures(bank: Path, sha256: str) -> Mapping[int, Image.Image]:
+    """Read the thumbnails that ``xad-bank build --thumbnails`` wrote beside a bank, by bank row.
+
+    Args:
+        bank: Folder of the bank.
+        sha256: Hash of the bank that the bundle looks at.
+
+    Raises:
+        CheckpointError: If there is no bank, or it has no thumbnails that can be read.
+        ConfigError: If it is another bank.
+    """
+    if (found := BankReader(bank).sha256()) != sha256:
+        raise ConfigError(
+            "this is not the bank of the bundle, so its pictures are not those that are looked at",
+            where=bank,
+            expected=sha256[:12],
+            got=found[:12],
+            mend="give --pictures the bank that the bundle was made with",
+        )
+    if not (bank / THUMBNAILS_NAME).is_file():
+        raise CheckpointError(
+            f"the bank has no {THUMBNAILS_NAME}",
+            where=bank,
+            mend="build it with xad-bank build --thumbnails 64",
+        )
+    try:
+        return {row: Image.open(io.BytesIO(webp)).convert("RGB") for row, webp in read_thumbnails(bank)}
+    except OSError as error:
+        raise CheckpointError(
+            "a thumbnail is not a picture", where=bank / THUMBNAILS_NAME, got=error
+        ) from error
 
 
 def write_sheets(folder: Path, pictures: Mapping[int, Image.Image], num_rows: int, credit: str = "") -> None:

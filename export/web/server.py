@@ -6,6 +6,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from xadapter_export.errors import ConfigError
+
 
 class _PageHandler(SimpleHTTPRequestHandler):
     extensions_map = {  # noqa: RUF012  # as in the base class
@@ -49,6 +51,17 @@ def make_server(folder: Path, port: int = 0, *, isolated: bool = True) -> Thread
         folder: What it serves.
         port: TCP port; a free one if 0.
         isolated: Whether to send the headers that threads need.
+
+    Raises:
+        ConfigError: If the port cannot be had.
     """
     handler = _PageHandler if isolated else _PlainHandler
-    return _PageServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
+    try:
+        return _PageServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
+    except OSError as error:
+        raise ConfigError(
+            "the page cannot be served on this port",
+            where=port,
+            got=error.strerror,
+            mend="choose another with --port (make web PORT=8001), or a free one with --port 0",
+        ) from error

@@ -32,7 +32,8 @@ export class XAdapterSession {
   #options;
   #preferred;
   #sessions = new Map();
-  #weights = new Map();
+  #opened = new Set();
+  #weights = new Map(); // bytes of files, until every expert set that shares them is open
   #plm;
   #clip = null;
   #running = Promise.resolve();
@@ -90,6 +91,11 @@ export class XAdapterSession {
     if (!found.length) {
       throw new XAdapterError(`the bundle has no expert set ${experts}, it has ${this.expertSets.join(", ")}`);
     }
+    if (this.manifest.expert_sets[experts].split) {
+      throw new XAdapterError(
+        `expert set ${experts} is split into two graphs, of which this runs none; export it without --split and with --retrieval in-graph`,
+      );
+    }
     for (const name of this.#preferred) {
       const match = found.find((variant) => `${variant.target}-${variant.precision}` === name);
       if (match) return match;
@@ -103,7 +109,10 @@ export class XAdapterSession {
     if (!this.#sessions.has(experts)) {
       const opening = this.#create(this.variant(experts));
       this.#sessions.set(experts, opening);
-      opening.catch(() => this.#sessions.delete(experts)); // the next question tries again
+      opening.then(
+        () => this.#dropWeights(experts),
+        () => this.#sessions.delete(experts), // the next question tries again
+      );
     }
     return this.#sessions.get(experts);
   }
@@ -122,8 +131,20 @@ export class XAdapterSession {
   }
 
   #readWeights(path) {
-    if (!this.#weights.has(path)) this.#weights.set(path, this.readFile(path)); // expert sets share them
+    if (!this.#weights.has(path)) {
+      const reading = this.readFile(path);
+      this.#weights.set(path, reading);
+      reading.catch(() => this.#weights.delete(path));
+    }
     return this.#weights.get(path);
+  }
+
+  #dropWeights(experts) {
+    this.#opened.add(experts);
+    for (const path of this.#weights.keys()) {
+      const users = this.manifest.variants.filter((variant) => variant.weight_files.includes(path));
+      if (users.every((variant) => this.#opened.has(variant.expert_set))) this.#weights.delete(path);
+    }
   }
 
   /**
