@@ -251,17 +251,26 @@ class Bundle:
         Raises:
             BundleError: If it is missing, or leads out of the folder through a symbolic link.
         """
-        path = self.folder / relative
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(
-                "a file of the bundle lies outside its folder",
-                where=path,
-                got=path.resolve(),
-                mend="copy the bundle with its links followed (cp -rL)",
-            )
-        if not path.is_file():
-            raise BundleError("a file of the bundle is missing", where=path, mend="copy the whole folder")
-        return path
+        return inside(self.folder, relative, "bundle")
+
+
+def inside(folder: Path, relative: str, kind: str) -> Path:
+    """Return the path of a file of a folder, which is a ``kind``.
+
+    Raises:
+        BundleError: If it is missing, or leads out of the folder through a symbolic link.
+    """
+    path = folder / relative
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"a file of the {kind} lies outside its folder",
+            where=path,
+            got=path.resolve(),
+            mend=f"copy the {kind} with its links followed (cp -rL)",
+        )
+    if not path.is_file():
+        raise BundleError(f"a file of the {kind} is missing", where=path, mend="copy the whole folder")
+    return path
 
 
 def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
@@ -351,16 +360,21 @@ def verifying(bundle: Bundle, names: Iterable[str]) -> Iterator[None]:
             verified.result()
 
 
-def _files_to_list(bundle: Bundle) -> set[str]:
-    """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
-    manifest = bundle.manifest
-    names = {path for variant in manifest.variants for path in variant.all_files}
-    names.add(TOKENIZER_NAME)
-    if manifest.bank is not None and manifest.bank.features is not None:
-        names.add(manifest.bank.features)
+def companions(manifest: Manifest) -> set[str]:
+    """Return the files that go with every graph: tokenizers, and the pictures where a set names them."""
+    names = {TOKENIZER_NAME}
     if manifest.clip is not None:
         names.add(CLIP_TOKENIZER_NAME)
     if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):
         names.add(BANK_NAME)
+    return names
+
+
+def _files_to_list(bundle: Bundle) -> set[str]:
+    """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
+    manifest = bundle.manifest
+    names = companions(manifest) | {path for variant in manifest.variants for path in variant.all_files}
+    if manifest.bank is not None and manifest.bank.features is not None:
+        names.add(manifest.bank.features)
     optional = (PROJECTIONS_NAME, REFERENCE_NAME, PROVEN_BANK_NAME, PARITY_NAME)
     return names | {name for name in optional if (bundle.folder / name).exists()}
