@@ -4,6 +4,7 @@ A folder is written beside its final place, synced, and renamed. Reading trusts 
 file must lie inside the folder, symbolic links included, and be the one that was recorded.
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -34,6 +35,8 @@ PROJECTIONS_NAME = "bank_projections.safetensors"
 REFERENCE_NAME = "reference.npz"
 PROVEN_BANK_NAME = "reference_bank.npz"
 PARITY_NAME = "parity.json"
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current folder; linux/fs.h
 
 # What an error raised inside the block must be to be about the output; see ``_concerns`` too.
 _UNWRITABLE = {
@@ -204,18 +207,42 @@ def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place."""
+    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place.
+
+    Where the system cannot exchange two folders, nothing is at ``final`` between two renames.
+    """
+    if final.exists() and _exchange(temporary, final):
+        _sync_folder(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
     try:
         if final.exists():
             final.rename(old)
         temporary.rename(final)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not final.exists():
-            old.rename(final)
+            try:
+                old.rename(final)
+            except OSError:
+                raise OutputWriteError(
+                    "the output cannot be moved to its place, nor what was there moved back",
+                    where=final,
+                    got=error,
+                    mend=f"rename {old} to {final.name}",
+                ) from error
         raise
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where that cannot be, as outside of Linux."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def _sync(folder: Path) -> None:
