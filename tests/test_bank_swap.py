@@ -27,7 +27,13 @@ from xadapter_export.bundle.pictures import Picture
 from xadapter_export.cli.bank import bank as bank_command
 from xadapter_export.cli.inspect import inspect as inspect_command
 from xadapter_export.cli.parity import parity as parity_command
-from xadapter_export.errors import BundleError, ConfigError, UnsupportedError, XAdapterError
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    OutputExistsError,
+    UnsupportedError,
+    XAdapterError,
+)
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
@@ -270,8 +276,17 @@ def test_what_does_not_fit_is_refused_and_the_bundle_stays(searched: Exported, t
         assert contents(bundle) == before
     with pytest.raises(UnsupportedError, match=r"onnx-int8 was calibrated .* --leave-out onnx-int8"):
         swap_bank(bundle, searched.banks["second"])
+    with pytest.raises(ConfigError, match=r"output lies inside the bundle: .*bundle/a/new; choose a place"):
+        swap_bank(bundle, searched.banks["second"], bundle / "a" / "new", leave_out=out)
     assert contents(bundle) == before
-    assert swap_bank(bundle, tmp_path / "silent", leave_out=out, assume_clip=True).manifest.bank is not None
+    (bundle / "notes.txt").write_text("years")  # in a new bundle it would be hashed as if it belonged there
+    with pytest.raises(OutputExistsError, match=r"manifest does not list, .*: .*notes\.txt; move it away"):
+        swap_bank(bundle, searched.banks["second"], leave_out=out)
+    assert contents(bundle) == {**before, "notes.txt": b"years"}
+    made = swap_bank(bundle, tmp_path / "silent", tmp_path / "new", leave_out=out, assume_clip=True)
+    assert made.manifest.bank is not None
+    assert set(contents(made.folder)) == {"manifest.json", *made.manifest.files}
+    assert "notes.txt" not in made.manifest.files
     assert list(tmp_path.glob(".*")) == []
 
 

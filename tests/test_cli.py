@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from click.testing import CliRunner, Result
 
 from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
+from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, Task
+from xadapter_export.bundle.model_card import model_card
 from xadapter_export.cli import command
 from xadapter_export.cli.main import _COMMANDS, xad
 
@@ -266,6 +269,28 @@ def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
     assert "hashes not verified" in text
     text = call("inspect", write_bundle(tmp_path / "c", task="text-classification")).stdout
     assert "sweet, sour" in text
+
+
+def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
+    made: dict[str, object] = {
+        "target": "tensorrt-rtx",
+        "expert_set": "v",
+        "precision": "fp32",
+        "source": "onnx-fp32",
+    }
+    files, refused = ["onnx/model_v.onnx"], ["sm75: no fp32 products for Turing"]
+    prove = "xad-parity . --engine tensorrt-rtx"
+    made |= {"files": files, "size_bytes": 3 << 20, "seconds": 1.0, "facts": {}, "refused": refused}
+    rewrite_manifest(broken, deployments=[{**made, "prove_with": prove}])
+    shown = call("inspect", broken).stdout
+    assert re.search(rf"v +│ tensorrt-rtx │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
+    assert re.search(rf"tensorrt-rtx │ {refused[0]}", shown)
+    card = model_card(read_bundle(broken).manifest, "b")
+    assert f"| tensorrt-rtx | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
+    assert f"- tensorrt-rtx: {refused[0]}" in card
+    ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)
+    assert ignored.exit_code == 2
+    assert "leave --provider and --threads out" in ignored.stderr
 
 
 @pytest.mark.parametrize("name", ["run", "parity", "inspect"])

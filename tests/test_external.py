@@ -240,7 +240,14 @@ class Anything:
         return found if self.form is None else self.form(found, rows)
 
 
-@pytest.mark.parametrize("form", [None, lambda found, rows: (*found, rows[found[1]])])
+@pytest.mark.parametrize(
+    "form",
+    [
+        None,
+        lambda found, rows: (*found, rows[found[1]]),
+        lambda found, _: (found[0], np.repeat(found[1], 3, axis=1)),  # each of them three times
+    ],
+)
 def test_any_object_that_searches_is_an_index(external: Path, whole: Path, form: Any) -> None:
     one, two = run_all(whole, "v"), run_all(external, "v", index=Anything(form))
     assert np.array_equal(one["retrieved"], two["retrieved"])
@@ -274,6 +281,8 @@ def test_features_that_an_index_returns_stand_for_the_bundles_own(external: Path
             lambda found, _: (found[0], np.where(found[1] < 15, -1, -1)),
             "too few pictures: .*raise its nprobe",
         ),
+        (lambda found, _: (found[0], found[1][:, [0, 0, 1, 2]]), "too few pictures: .*4 different .*got 3"),
+        (lambda found, _: found[0][9], r"the index failed: Anything \(got IndexError\('index 9 is out"),
         (lambda found, _: (found[0], found[1] + N), "expected rows below 30"),
         (lambda found, rows: (*found, rows), r"expected features \(3, 7, 24\), got \(30, 24\)"),
     ],
@@ -338,6 +347,7 @@ def test_the_database_gives_the_same_top_rows_and_the_same_features(indices: Pat
     assert np.array_equal(got, found)
     assert np.abs(got_scores - scores).max() < 1e-5
     assert np.array_equal(features, rows.take(found))
+    assert LanceIndex(index.table).bank_sha256 == index.bank_sha256 is not None  # the table says so itself
 
 
 def test_ivf_pq_is_smaller_and_says_what_it_costs(indices: Path) -> None:
@@ -353,8 +363,20 @@ def test_a_broken_index_is_one_clear_error(indices: Path, tmp_path: Path) -> Non
     with pytest.raises(HashMismatchError, match=r"a file of the index was changed: .*bank\.faiss"):
         open_index(folder)
     (folder / "bank.faiss").write_bytes(data[:-1])
-    with pytest.raises(BundleError, match="missing or cut short"):
+    with pytest.raises(BundleError, match=r"a file of the index is cut short: .*bank\.faiss"):
         open_index(folder, verify=False)
+    shutil.move(folder / "bank.faiss", tmp_path / "bank.faiss")
+    with pytest.raises(BundleError, match=r"a file of the index is missing: .*bank\.faiss"):
+        open_index(folder)
+    (folder / "bank.faiss").symlink_to(tmp_path / "bank.faiss")
+    with pytest.raises(BundleError, match=r"a file of the index lies outside its folder: .*bank\.faiss"):
+        open_index(folder)
+    for kind, name in (("flat", "bank.faiss"), ("lancedb", "bank.lancedb/pictures.lance")):
+        record = json.loads((indices / kind / "index.json").read_text()) | {"files": {}}
+        copy = Path(shutil.copytree(indices / kind, tmp_path / kind))
+        (copy / "index.json").write_text(json.dumps(record))
+        with pytest.raises(BundleError, match=rf"does not list one of its files, .*{name}"):
+            open_index(copy)
     (folder / "index.json").write_text('{"kind": "tree"}')
     with pytest.raises(BundleError, match=r"the record of the index is wrong: .*kind"):
         open_index(folder)
@@ -370,6 +392,10 @@ def test_options_of_an_index_that_make_no_sense(tmp_path: Path) -> None:
         build_index(builtin_folder(), tmp_path / "index", "ivf-pq", IndexOptions(num_lists=5000))
     with pytest.raises(ConfigError, match="num_probes must be at least 1"):
         build_index(bank, tmp_path / "index", "flat", IndexOptions(num_probes=0))
+    with pytest.raises(ConfigError, match=r"num_lists goes with .*: flat \(got 5\); .*choose ivf-pq"):
+        build_index(bank, tmp_path / "index", "flat", IndexOptions(5, 3, 17))
+    with pytest.raises(ConfigError, match=r"candidates goes with .*: lancedb \(got 17\); .*give num_lists"):
+        build_index(bank, tmp_path / "index", "lancedb", IndexOptions(candidates=17))
     with pytest.raises(OutputExistsError, match="not ours to replace"):
         build_index(bank, bank, "flat", force=True)
     with pytest.raises(CheckpointError, match="is missing"):

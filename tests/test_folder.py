@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -93,11 +94,31 @@ def test_the_old_folder_comes_back_if_the_swap_fails(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt("in between")
         return rename(path, target)
 
+    monkeypatch.setattr(folder_module, "_exchange", lambda *_: False)  # as outside of Linux
     monkeypatch.setattr(Path, "rename", fail_on_the_new_one)
     with pytest.raises(KeyboardInterrupt, match="in between"):
         write(tmp_path / "out", "new")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out/manifest.json").read_text() == "old"
+
+    def fail_on_the_second(path: Path, target: Path) -> Path:
+        if path.suffix == ".old":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fail_on_the_new_one(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_second)
+    with pytest.raises(OutputWriteError, match=r"nor what was there moved back: .*; rename .*\.old to out"):
+        write(tmp_path / "out", "new")
+    assert [(path / "manifest.json").read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_a_reader_finds_a_bundle_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("nothing is there for a moment"))
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out/manifest.json").read_text() == "new"
 
 
 def test_someone_else_may_win_the_race(tmp_path: Path) -> None:

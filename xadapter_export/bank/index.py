@@ -20,6 +20,7 @@ from xadapter_export.bundle.manifest import BankSpec
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.runtime.picture_index import (
+    BANK_KEY,
     FAISS_NAME,
     INDEX_RECORD_NAME,
     LANCE_NAME,
@@ -103,7 +104,7 @@ def build_index(
         sha256 = reader.sha256()
         probes = None if lists is None else min(options.num_probes or _PROBES, lists)
         if kind == "lancedb":
-            _build_lancedb(library, stored, staged.path, lists, say)
+            _build_lancedb(library, stored, staged.path, sha256, lists, say)
         else:
             _build_faiss(library, stored, staged / FAISS_NAME, lists, probes, say)
         record = IndexRecord(
@@ -172,6 +173,14 @@ def _plan_lists(stored: BankRows, kind: IndexKind, options: IndexOptions) -> int
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1", got=value)
     if kind == "flat" or (kind == "lancedb" and n < _ROWS_A_LIST * _FEWEST_TRAINED and not options.num_lists):
+        for name in ("num_lists", "num_probes", "candidates"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"{name} goes with an index that has lists, and this one would look at every row",
+                    where=kind,
+                    got=getattr(options, name),
+                    mend=f"leave it out, or {'choose ivf-pq' if kind == 'flat' else 'give num_lists too'}",
+                )
         return None
     if n < _FEWEST_TRAINED:
         raise ConfigError(
@@ -223,11 +232,14 @@ def _build_faiss(
     faiss.write_index(index, str(path))
 
 
-def _build_lancedb(lancedb: Any, stored: BankRows, folder: Path, lists: int | None, say: Say) -> None:
+def _build_lancedb(
+    lancedb: Any, stored: BankRows, folder: Path, sha256: str, lists: int | None, say: Say
+) -> None:
     import pyarrow as pa  # lancedb brings it
 
     vectors = pa.list_(pa.float32(), stored.dim)
-    schema = pa.schema([pa.field(ROW_COLUMN, pa.int64()), pa.field(VECTOR_COLUMN, vectors)])
+    fields = [pa.field(ROW_COLUMN, pa.int64()), pa.field(VECTOR_COLUMN, vectors)]
+    schema = pa.schema(fields, metadata={BANK_KEY: sha256.encode()})
 
     def batches() -> Iterator[Any]:
         for start, block in _unit_blocks(stored):

@@ -20,13 +20,20 @@ from xadapter_export.bank.feature_bank import FeatureBank
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.swapped_files import SwappedFiles
 from xadapter_export.bundle.bank_rows import BankRows, Float32, Int64
-from xadapter_export.bundle.folder import FEATURES_NAME, PROJECTIONS_NAME, Bundle, read_bundle, staged_folder
+from xadapter_export.bundle.folder import (
+    FEATURES_NAME,
+    MANIFEST_NAME,
+    PROJECTIONS_NAME,
+    Bundle,
+    read_bundle,
+    staged_folder,
+)
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
 from xadapter_export.bundle.onnx_session import OnnxSession, create_session
 from xadapter_export.bundle.retrieval import open_retriever
 from xadapter_export.bundle.split_session import SplitSession
-from xadapter_export.errors import BundleError, ConfigError, ParityError, UnsupportedError
+from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
 from xadapter_export.parity.taps import extra_outputs
@@ -74,18 +81,28 @@ def swap_bank(
     Raises:
         BundleError: If the bundle is not whole, or has no bank.
         CheckpointError: If the bank cannot be read.
-        ConfigError: If the bank does not fit the bundle, or something to leave out is not there.
+        ConfigError: If the bank does not fit the bundle, something to leave out is not there, or ``output``
+            is inside the bundle.
         UnsupportedError: If something in the bundle depends on the bank in a way that cannot be redone.
-        OutputExistsError: If something is in the way.
+        OutputExistsError: If something is in the way, or in a bundle to be replaced is a file that its
+            manifest does not list.
         OutputWriteError: If the place cannot be written.
         ParityError: If the new bundle is not proven again.
     """
+    in_place = output is None
     old = read_bundle(bundle)
     reader = BankReader(bank)
+    if in_place:
+        _check_only_listed(old)
     kept = _keep(old.manifest, leave_out)
     spec = _check_fits(old, kept, reader, assume_clip=assume_clip)
-    in_place = output is None
     with staged_folder(bundle if output is None else output, force=in_place or force) as staged:
+        if old.folder.resolve() in staged.final.parents:
+            raise ConfigError(
+                "the output lies inside the bundle",
+                where=staged.final,
+                mend="choose a place beside the bundle",
+            )
         make = BankWeights(FeatureBank.load(reader.folder), old)
         files = SwappedFiles(old, staged.path, kept, make)
         manifest = files.write(spec, reader, staged.final.name)
@@ -102,6 +119,22 @@ def swap_bank(
         num_searched,
         tuple(dict.fromkeys(leave_out)),
     )
+
+
+def _check_only_listed(bundle: Bundle) -> None:
+    """Refuse to replace a bundle that holds files of somebody else, which would be gone.
+
+    Raises:
+        OutputExistsError: If there are such files.
+    """
+    listed = {MANIFEST_NAME, *bundle.manifest.files}
+    for path in sorted(path for path in bundle.folder.rglob("*") if not path.is_dir()):
+        if path.relative_to(bundle.folder).as_posix() not in listed:
+            raise OutputExistsError(
+                "the bundle holds a file that its manifest does not list, which replacing it would remove",
+                where=path,
+                mend="move it away, or write to another folder with -o",
+            )
 
 
 def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:

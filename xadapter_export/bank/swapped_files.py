@@ -61,10 +61,8 @@ class SwappedFiles:
             shutil.copyfile(reader.folder / FEATURES_NAME, self._place(spec.features))
             written.add(spec.features)
         gone = files_of(old.manifest) - files_of(kept)
-        for path in old.folder.rglob("*"):
-            file = path.relative_to(old.folder).as_posix()
-            if path.is_file() and file not in written | gone:
-                shutil.copyfile(old.file(file), self._place(file))
+        for file in old.manifest.files.keys() - written - gone:
+            shutil.copyfile(old.file(file), self._place(file))
         if BANK_NAME in old.manifest.files:
             with (self._folder / BANK_NAME).open("w", encoding="utf-8") as stream:
                 stream.writelines(picture.model_dump_json() + "\n" for picture in reader.pictures())

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+_WARNINGS, _FATAL_ONLY = 2, 4  # onnxruntime's log severities
 _Array = NDArray[np.int64] | NDArray[np.float32]
 
 
@@ -54,6 +55,19 @@ def _load_error(library: str) -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+@contextlib.contextmanager
+def silenced(ort: ModuleType) -> Iterator[None]:
+    """Keep onnxruntime's own log, which is the whole process's, to what is fatal.
+
+    It does not tell what it was set to, so that afterwards it is what onnxruntime sets: warnings.
+    """
+    ort.set_default_logger_severity(_FATAL_ONLY)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
 
 
 class BoundSession:

@@ -4,6 +4,7 @@ A folder is written beside its final place, synced, and renamed. Reading trusts 
 file must lie inside the folder, symbolic links included, and be the one that was recorded.
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -34,6 +35,8 @@ PROJECTIONS_NAME = "bank_projections.safetensors"
 REFERENCE_NAME = "reference.npz"
 PROVEN_BANK_NAME = "reference_bank.npz"
 PARITY_NAME = "parity.json"
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current folder; linux/fs.h
 
 # What an error raised inside the block must be to be about the output; see ``_concerns`` too.
 _UNWRITABLE = {
@@ -204,18 +207,42 @@ def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place."""
+    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place.
+
+    Where the system cannot exchange two folders, nothing is at ``final`` between two renames.
+    """
+    if final.exists() and _exchange(temporary, final):
+        _sync_folder(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
     try:
         if final.exists():
             final.rename(old)
         temporary.rename(final)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not final.exists():
-            old.rename(final)
+            try:
+                old.rename(final)
+            except OSError:
+                raise OutputWriteError(
+                    "the output cannot be moved to its place, nor what was there moved back",
+                    where=final,
+                    got=error,
+                    mend=f"rename {old} to {final.name}",
+                ) from error
         raise
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where that cannot be, as outside of Linux."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def _sync(folder: Path) -> None:
@@ -251,17 +278,26 @@ class Bundle:
         Raises:
             BundleError: If it is missing, or leads out of the folder through a symbolic link.
         """
-        path = self.folder / relative
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(
-                "a file of the bundle lies outside its folder",
-                where=path,
-                got=path.resolve(),
-                mend="copy the bundle with its links followed (cp -rL)",
-            )
-        if not path.is_file():
-            raise BundleError("a file of the bundle is missing", where=path, mend="copy the whole folder")
-        return path
+        return inside(self.folder, relative, "bundle")
+
+
+def inside(folder: Path, relative: str, kind: str) -> Path:
+    """Return the path of a file of a folder, which is a ``kind``.
+
+    Raises:
+        BundleError: If it is missing, or leads out of the folder through a symbolic link.
+    """
+    path = folder / relative
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"a file of the {kind} lies outside its folder",
+            where=path,
+            got=path.resolve(),
+            mend=f"copy the {kind} with its links followed (cp -rL)",
+        )
+    if not path.is_file():
+        raise BundleError(f"a file of the {kind} is missing", where=path, mend="copy the whole folder")
+    return path
 
 
 def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
@@ -351,16 +387,21 @@ def verifying(bundle: Bundle, names: Iterable[str]) -> Iterator[None]:
             verified.result()
 
 
-def _files_to_list(bundle: Bundle) -> set[str]:
-    """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
-    manifest = bundle.manifest
-    names = {path for variant in manifest.variants for path in variant.all_files}
-    names.add(TOKENIZER_NAME)
-    if manifest.bank is not None and manifest.bank.features is not None:
-        names.add(manifest.bank.features)
+def companions(manifest: Manifest) -> set[str]:
+    """Return the files that go with every graph: tokenizers, and the pictures where a set names them."""
+    names = {TOKENIZER_NAME}
     if manifest.clip is not None:
         names.add(CLIP_TOKENIZER_NAME)
     if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):
         names.add(BANK_NAME)
+    return names
+
+
+def _files_to_list(bundle: Bundle) -> set[str]:
+    """Return every file that is read later: what the manifest calls for, and the proof if it is there."""
+    manifest = bundle.manifest
+    names = companions(manifest) | {path for variant in manifest.variants for path in variant.all_files}
+    if manifest.bank is not None and manifest.bank.features is not None:
+        names.add(manifest.bank.features)
     optional = (PROJECTIONS_NAME, REFERENCE_NAME, PROVEN_BANK_NAME, PARITY_NAME)
     return names | {name for name in optional if (bundle.folder / name).exists()}

@@ -35,6 +35,22 @@ def model_card(manifest: Manifest, name: str) -> str:
         size = f"{variant.size_bytes / 1e6:.1f}"
         files = " + ".join(f"`{file}`" for file in variant.graph_files)
         lines.append(f"| {variant.expert_set} | {files} | {size} | {total:,} | {measured} | {rule} |")
+    if manifest.deployments:
+        lines += [
+            "",
+            "## For other runtimes",
+            "",
+            "| runtime | experts | made from | files | size (MB) | proof |",
+            "|---|---|---|---|---|---|",
+        ]
+    for made in manifest.deployments:
+        shown = "proven" if made.prove_with is None else f"`{made.prove_with}`"
+        size = f"{made.size_bytes / 1e6:.1f}"
+        row = (made.target, made.expert_set, made.source, str(len(made.files)), size, shown)
+        lines.append(f"| {' | '.join(row)} |")
+    refused = [f"- {made.target}: {line}" for made in manifest.deployments for line in made.refused]
+    if refused:
+        lines += ["", "Refused:", "", *refused]
     if manifest.bank is not None and manifest.bank.features is not None:
         lines += [
             "",

@@ -3,6 +3,7 @@
 import importlib.metadata
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing, preload
+from xadapter_export.bundle.cuda import (
+    CUDA_PROVIDER,
+    BoundSession,
+    exact_options,
+    find_missing,
+    preload,
+    silenced,
+)
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.bundle.manifest import Variant
@@ -29,8 +37,7 @@ _EXACT_INT8_KEY = "session.x64quantprecision"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
-# onnxruntime's log severities; the warnings of a session are about its own graph passes
-_WARNINGS, _ERRORS_ONLY, _FATAL_ONLY = 2, 3, 4
+_ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
 class Value(Protocol):
@@ -178,21 +185,19 @@ def create_session(
         model = (with_weights(model, model_file, weights) if weights else model) + appended
     try:
         slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
-        if CUDA_PROVIDER in names:
-            ort.set_default_logger_severity(_FATAL_ONLY)  # what is missing is said below, in one line
-        session: OnnxSession = ort.InferenceSession(
-            model,
-            options,
-            providers=wanted,
-            disabled_optimizers=list(slow),
-            enable_fallback=0,  # or a provider that fails while it runs would become the CPU unseen
-        )
+        # What CUDA misses is said below, in one line.
+        with silenced(ort) if CUDA_PROVIDER in names else nullcontext():
+            session: OnnxSession = ort.InferenceSession(
+                model,
+                options,
+                providers=wanted,
+                disabled_optimizers=list(slow),
+                enable_fallback=0,  # or a provider that fails while it runs would become the CPU unseen
+            )
     except Exception as error:  # onnxruntime's own errors have no common base below Exception
         if CUDA_PROVIDER in names and (missing := find_missing(ort)):
             raise _did_not_start(missing, names, error) from error
         raise BundleError("onnxruntime cannot load the graph", where=model_file, got=error) from error
-    finally:
-        ort.set_default_logger_severity(_WARNINGS)
     if CUDA_PROVIDER in names and CUDA_PROVIDER not in session.get_providers():
         raise _did_not_start(find_missing(ort), names, ", ".join(session.get_providers()))
     _check_active(names, session.get_providers(), "did not start")

@@ -10,7 +10,7 @@ import numpy as np
 from xadapter_export.bundle.bank_rows import BankRows, Float32, Int64
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import BankSpec
-from xadapter_export.errors import BundleError, ConfigError
+from xadapter_export.errors import BundleError, ConfigError, XAdapterError
 
 
 @runtime_checkable
@@ -18,7 +18,8 @@ class PictureIndex(Protocol):
     """Whatever can be searched: an index of faiss, one that ``xad-bank index`` made, or an object of yours.
 
     ``search(queries, k)`` takes ``(Q, D) float32`` of length 1 and returns ``(Q, C) float32`` scores and
-    ``(Q, C) int64`` rows of the bank, as faiss does; C is k or more, and a row below 0 means none. It may
+    ``(Q, C) int64`` rows of the bank, as faiss does; C is k or more, a row below 0 means none, and one that
+    comes again counts once. It may
     return the rows' features, ``(Q, C, D) float32`` of length 1, as a third: then the bundle's own are not
     read. The scores are not used: cosines are computed from the features.
     """
@@ -78,7 +79,7 @@ class Retriever:
             queries: ``(Q, D) float32`` of length 1.
 
         Raises:
-            ConfigError: If the index returns too few rows, or what no index should.
+            ConfigError: If the index fails, or returns too few rows or what no index should.
         """
         k, features = self._bank.k, None
         absent = np.zeros((len(queries), 1), bool)
@@ -108,25 +109,30 @@ class Retriever:
 
     def _propose(self, index: PictureIndex, queries: Float32) -> tuple[Int64, Float32 | None]:
         bank = self._bank
-        answer = index.search(np.ascontiguousarray(queries), bank.k)
+        try:
+            answer = index.search(np.ascontiguousarray(queries), bank.k)
+        except XAdapterError:
+            raise
+        except Exception as error:  # of somebody else's code
+            raise ConfigError("the index failed", where=type(index).__name__, got=repr(error)) from error
         if not isinstance(answer, tuple | list) or len(answer) not in (2, 3):
             raise _wrong(index, "(scores, rows) or (scores, rows, features)", type(answer).__name__)
         rows = np.asarray(answer[1])
         expected = f"({len(queries)}, {bank.k} or more) integers"
         if rows.dtype.kind not in "iu" or rows.ndim != 2 or len(rows) != len(queries):
             raise _wrong(index, f"rows as {expected}", f"{rows.shape} {rows.dtype}")
+        if (rows >= bank.num_pictures).any():
+            raise _wrong(index, f"rows below {bank.num_pictures}", int(rows.max()))
+        rows = _distinct(rows.astype(np.int64))
         least = int((rows >= 0).sum(axis=1).min(initial=rows.shape[1]))
         if least < bank.k:  # faiss says -1 where it found no more
             raise ConfigError(
                 "the index found too few pictures",
                 where=type(index).__name__,
-                expected=f"{bank.k} for each query",
+                expected=f"{bank.k} different ones for each query",
                 got=least,
                 mend="search more of it: raise its nprobe",
             )
-        if (rows >= bank.num_pictures).any():
-            raise _wrong(index, f"rows below {bank.num_pictures}", int(rows.max()))
-        rows = rows.astype(np.int64)
         if len(answer) == 2 or answer[2] is None:
             return rows, None
         features = np.asarray(answer[2], np.float32)
@@ -167,6 +173,16 @@ def open_retriever(bundle: Bundle, index: PictureIndex | None) -> Retriever:
     assert bank is not None  # a manifest whose sets retrieve has a bank
     stored = None if bank.features is None else BankRows(bundle.file(bank.features))
     return Retriever(bank, stored, index)
+
+
+def _distinct(rows: Int64) -> Int64:
+    """Return ``(Q, C)`` rows with -1 where a query has the row already: a picture is looked at once."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, 1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
+    distinct = np.empty_like(rows)
+    np.put_along_axis(distinct, order, ordered, 1)
+    return distinct
 
 
 def _wrong(index: object, expected: object, got: object) -> ConfigError:

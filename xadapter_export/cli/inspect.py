@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import Agreement, Manifest, Optimisation, TensorSpec, Variant
 
 MIB = 1024 * 1024
+MOST_FILES = 4  # of a deployment; the manifest has all
 
 
 @click.command(
@@ -26,7 +27,7 @@ MIB = 1024 * 1024
 )
 @json_option
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what is in a bundle: its variants, their sizes and proofs, inputs and outputs, what made it."""
+    """Show what is in a bundle: variants, deployments, sizes, proofs, inputs and outputs, what made it."""
     from xadapter_export.bundle.folder import read_bundle
 
     manifest = read_bundle(bundle, verify=verify).manifest
@@ -36,7 +37,8 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     console = make_console()
     for name, value in _facts(manifest, verify=verify).items():
         console.print(f"{name:<12}{value}")
-    for table in (_variants(manifest), _optimisations(manifest), _tensors(manifest), _parameters(manifest)):
+    tables = (_variants, _deployments, _refused, _optimisations, _tensors, _parameters)
+    for table in (make(manifest) for make in tables):
         if table.row_count:
             console.print()
             console.print(table)
@@ -102,6 +104,26 @@ def describe_agreement(agreement: "Agreement") -> str:
             f"fp32 {agreement.accuracy_fp32:.1%} (gate {agreement.max_points_lost:g} points)"
         )
     return ", ".join(facts) + (", gate lowered by the user" if agreement.gate_lowered else "")
+
+
+def _deployments(manifest: "Manifest") -> "Table":
+    table = _table("experts", "deployment", "made from", "files", "MiB", "prove with")
+    for made in manifest.deployments:
+        files, size = _shorten(made.files), f"{made.size_bytes / MIB:.1f}"
+        table.add_row(made.expert_set, made.target, made.source, files, size, made.prove_with or "proven")
+    return table
+
+
+def _shorten(files: tuple[str, ...]) -> str:
+    return "\n".join(files if len(files) <= MOST_FILES else (*files[: MOST_FILES - 1], "..."))
+
+
+def _refused(manifest: "Manifest") -> "Table":
+    table = _table("deployment", "refused")
+    for made in manifest.deployments:
+        for line in made.refused:
+            table.add_row(made.target, line)
+    return table
 
 
 def _optimisations(manifest: "Manifest") -> "Table":

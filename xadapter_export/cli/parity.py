@@ -71,6 +71,8 @@ def parity(
 
     Where the bank was swapped, graphs with the V-expert are compared with rows of the old bank in its place.
     """
+    if engine is not None and (providers or threads is not None):
+        raise click.UsageError("--engine runs on the GPU here; leave --provider and --threads out.")
     from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.parity import TOLERANCES, prove_bundle, prove_engines
     from xadapter_export.parity.table import parity_table

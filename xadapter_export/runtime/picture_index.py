@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xadapter_export.bundle.bank_rows import Float32, Int64
-from xadapter_export.bundle.folder import sha256_file
+from xadapter_export.bundle.folder import inside, sha256_file
 from xadapter_export.bundle.manifest import FileEntry, InnerPath, Sha256, Size, describe
 from xadapter_export.bundle.retrieval import PictureIndex
 from xadapter_export.errors import BundleError, HashMismatchError, XAdapterError, import_extra
@@ -26,6 +26,7 @@ FAISS_NAME: Final = "bank.faiss"
 LANCE_NAME: Final = "bank.lancedb"  # a database; its table is TABLE_NAME
 TABLE_NAME: Final = "pictures"
 ROW_COLUMN, VECTOR_COLUMN = "row", "vector"
+BANK_KEY: Final = b"bank_sha256"  # of the metadata of a table's schema
 
 
 class IndexRecord(BaseModel):
@@ -86,7 +87,7 @@ class LanceIndex:
 
     Args:
         table: The table, of a local database or of one elsewhere.
-        bank_sha256: Hash of the bank that it holds, or None where nobody knows.
+        bank_sha256: Hash of the bank that it holds; what the table says of it if None.
         num_probes: Lists that a search looks into; LanceDB's choice if None.
         candidates: Rows that are proposed at least; their cosines are exact.
     """
@@ -102,7 +103,8 @@ class LanceIndex:
         candidates: int = 1,
     ) -> None:
         self.table = table
-        self.bank_sha256 = bank_sha256
+        said = (table.schema.metadata or {}).get(BANK_KEY)
+        self.bank_sha256 = said.decode() if bank_sha256 is None and said is not None else bank_sha256
         self.ntotal = table.count_rows()
         self.d = table.schema.field(VECTOR_COLUMN).type.list_size
         self._num_probes, self.candidates = num_probes, candidates
@@ -168,16 +170,25 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
         verify: Whether to compare every file with its hash.
 
     Raises:
-        BundleError: If there is none, or it cannot be read.
+        BundleError: If there is none, it cannot be read, or a file is missing, cut short, not listed or
+            outside of the folder.
         HashMismatchError: If a file is not the one that was recorded.
         MissingExtraError: If faiss or LanceDB is not installed.
     """
     folder = Path(folder)
     record = read_index_record(folder)
+    database = [path for path in (folder / LANCE_NAME).rglob("*") if path.is_symlink() or not path.is_dir()]
+    read = {FAISS_NAME} if record.kind != "lancedb" else {p.relative_to(folder).as_posix() for p in database}
+    if unlisted := sorted(read - record.files.keys()):
+        raise BundleError(
+            "the index does not list one of its files, so its hash cannot be checked",
+            where=folder / unlisted[0],
+            mend="make it again",
+        )
     for name, entry in record.files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry.size_bytes:
-            raise BundleError("a file of the index is missing or cut short", where=path, mend="make it again")
+        path = inside(folder, name, "index")
+        if path.stat().st_size != entry.size_bytes:
+            raise BundleError("a file of the index is cut short", where=path, mend="make it again")
         if verify and sha256_file(path) != entry.sha256:
             raise HashMismatchError("a file of the index was changed", where=path, mend="make it again")
     try:

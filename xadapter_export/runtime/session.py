@@ -15,7 +15,7 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle, verifying
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
@@ -63,11 +63,7 @@ class XAdapterSession:
         self.bundle = bundle
         self._verify = verify
         self.experts = experts or manifest.default_expert_set
-        # Graphs and weights are verified when they are opened: those of other variants can be large.
-        opened_later = {path for variant in manifest.variants for path in variant.all_files}
-        if manifest.bank is not None and manifest.bank.features is not None:
-            opened_later.add(manifest.bank.features)
-        with self._verifying(manifest.files.keys() - opened_later):
+        with self._verifying(companions(manifest)):  # each graph when it is opened; what is not, never
             self._encoder, self._clip_encoder = load_encoders(bundle)
             self.pictures = self._read_pictures()
         self._tokenizer = self._encoder.tokenizer
