@@ -23,8 +23,8 @@ from xadapter_export.bundle.folder import (
     staged_folder,
 )
 from xadapter_export.bundle.manifest import (
+    EXPERT_SETS,
     Agreement,
-    Deployment,
     DeploymentTarget,
     ExpertSet,
     ExpertSetSpec,
@@ -40,15 +40,15 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_sessi
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
-from xadapter_export.errors import ConfigError, ParityError
+from xadapter_export.errors import ConfigError, XAdapterError
 from xadapter_export.exporters import agreement, pack
-from xadapter_export.exporters.axis_profile import check_limits
+from xadapter_export.exporters.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.calibration import calibration_feeds
 from xadapter_export.exporters.check import check_graph
-from xadapter_export.exporters.deploy import DeployOptions, deploy, sources
+from xadapter_export.exporters.deploy import DeployOptions, check_options, deploy, sources
 from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
-from xadapter_export.exporters.merge import MergedModel, Part, Retrieval, Step
-from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
+from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
 from xadapter_export.exporters.quantise import RECIPES
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.savings import count_savings
@@ -141,9 +141,15 @@ def export(
         OutputWriteError: If it cannot be written.
         ParityError: If a graph does not say what PyTorch says, or a lossy one is below its gate; the bundle
             is kept beside as ``.rejected``.
+        XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
     check_opset(opset)
     agreement.check_gate_options(min_agreement, max_points_lost)
+    check_names("target", targets, (*get_args(Target), *get_args(DeploymentTarget)))
+    check_names("precision", precisions, get_args(Precision))
+    check_names("expert set", (experts,) if isinstance(experts, str) else experts or (), EXPERT_SETS)
+    check_names("retrieval", (retrieval,), get_args(Retrieval))
+    check_names("optimisation of the merge", without, STEPS)
     deployed = [cast(DeploymentTarget, target) for target in targets if target in get_args(DeploymentTarget)]
     run_by = [cast(Target, target) for target in targets if target in get_args(Target)]
     split = split or retrieval == "external"
@@ -153,11 +159,11 @@ def export(
             got=", ".join(deployed),
             mend="export twice: once for them, and once with split graphs",
         )
-    wanted = sources(deployed, precisions)
-    if run_by or not deployed:
-        wanted = list(dict.fromkeys([*plan_variants(precisions, run_by), *wanted]))
+    wanted = plan_variants(precisions, run_by) if run_by or not deployed else []
+    made_from = sources(deployed, precisions, elsewhere=[precision for _, precision in wanted])
+    wanted = list(dict.fromkeys([*wanted, *made_from]))
     deploy_options = deploy_options or DeployOptions()
-    deployments = partial(deploy, targets=deployed, precisions=precisions, options=deploy_options)
+    check_options(deployed, precisions, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -168,11 +174,17 @@ def export(
         check_split(model, plan, wanted)
         context = model.clip.config.context_length if model.clip is not None else None
         check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
+        cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask")
+        unread = set() if plan.task == "fill-mask" else {"mask_positions"}
+        if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
+            unread.add("clip_input_ids")
+        read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
+        check_cases(deploy_options.profile, read)
         gates = Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
         was_training = model.training
         try:
             builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(wanted, gates, deployments, staged.final.name)
+            manifest, report = builder.build(wanted, gates, cases, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -180,9 +192,16 @@ def export(
             for variant in manifest.variants:
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
-        except ParityError as error:
+            say = partial(on_stage, "deploy")
+            made = deploy(staged.path, manifest, deployed, precisions, deploy_options, say)
+        except OSError:  # one about the output, which keeps nothing
+            raise
+        except XAdapterError as error:
             rejected = staged.keep_as_rejected()
-            raise ParityError(f"{error}; the bundle was rejected and kept in {rejected}") from error
+            raise type(error)(f"{error}; the bundle was rejected and kept in {rejected}") from error
+        if made:
+            manifest = manifest.model_copy(update={"deployments": made})
+            manifest = _write_manifest(staged.path, manifest, staged.final.name)
     return ExportResult(staged.final, manifest, report)
 
 
@@ -207,17 +226,14 @@ class _Builder:
         self,
         wanted: Sequence[tuple[Target, Precision]],
         gates: Gates,
-        deployments: Callable[..., tuple[Deployment, ...]],
+        cases: dict[str, dict[str, Array]],
         name: str,
     ) -> tuple[Manifest, ParityReport]:
-        """Writes and proves every variant of every expert set, and what is made from them."""
+        """Writes and proves every variant of every expert set."""
         plan, folder = self.plan, self.folder
         (folder / "onnx").mkdir()
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
-        cases = reference_inputs(
-            self.model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask"
-        )
         try:
             for expert_set in plan.expert_sets:
                 self._write_set(expert_set, wanted, cases, gates)
@@ -245,7 +261,7 @@ class _Builder:
         self.on_stage("prove", ", ".join(plan.expert_sets))
         gc.collect()  # what was traced has cycles, and holds copies of most weights
         _write_reference(folder, self.reference)
-        _write_manifest(folder, manifest)
+        _write_manifest(folder, manifest, name)
         report = prove_bundle(folder, verify=False)
         proven = [
             v.model_copy(update={"parity": report.variant_parity(v.expert_set, v.name)})
@@ -257,12 +273,8 @@ class _Builder:
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
-        if report.passed and all(v.agreement is None or agreement.passes(v.agreement) for v in kept):
-            made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
-            manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
-        return _write_manifest(folder, manifest), report
+        return _write_manifest(folder, manifest, name), report
 
     def _write_set(
         self,
@@ -477,7 +489,9 @@ def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Va
         (folder / "onnx").rmdir()
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def _write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
+    """Writes the manifest and, before it lists the files, the model card."""
+    (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
     complete = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
     return complete

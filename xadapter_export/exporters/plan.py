@@ -1,6 +1,6 @@
 """What was asked for, checked against the checkpoint, before anything is made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,17 @@ _SPLIT: tuple[tuple[Target, Precision], ...] = (
 )
 _NUM_TEXTS = 600  # half to calibrate with, half to compare on
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
+
+
+def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuses names that are not known, which Python callers can misspell.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown {kind}", where=name, expected=f"one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
