@@ -342,11 +342,13 @@ def test_export_takes_settings_from_a_file_and_flags_win(tmp_path: Path) -> None
     config = tmp_path / "small.toml"
     config.write_text(
         f'experts = "none"\nmax_seq = 16\nopset = 18\noutput = "{tmp_path / "bundle"}"\nquiet = true'
+        '\ncandidates = ["yellow", "green"]'
     )
     result = call("export", "--config", config, "--opset", 20)
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["default_expert_set"], manifest["plm"]["max_seq"], manifest["opset"]) == ("none", 16, 20)
+    assert [candidate["word"] for candidate in manifest["candidates"]] == ["yellow", "green"]
 
 
 @pytest.mark.parametrize(
@@ -355,6 +357,7 @@ def test_export_takes_settings_from_a_file_and_flags_win(tmp_path: Path) -> None
         ("expert = 't'", "unknown settings: expert; known are "),
         ("opset = ", "is not a TOML file of settings"),
         ("max_seq = 'long'", "Invalid value for '--max-seq'"),
+        ("task = ['fill-mask']", "task takes one value, not ['fill-mask']"),
     ],
 )
 def test_a_wrong_file_of_settings_is_one_line(tmp_path: Path, text: str, said: str) -> None:

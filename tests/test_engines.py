@@ -28,7 +28,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.exporters import deploy_tensorrt_rtx
 from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
-from xadapter_export.exporters.deploy import DeployOptions
+from xadapter_export.exporters.deploy import DeployOptions, check_options, sources
 from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
@@ -194,6 +194,7 @@ def test_the_folder_for_tensorrt_is_whole_and_polygraphy_reads_it(
         (tmp_path / Path(file).name).write_bytes((result.folder / file).read_bytes())
     shapes = json.loads((tmp_path / "model_fp16.shapes.json").read_text(encoding="utf-8"))
     assert [shape[0] for shape in shapes["input_ids"]] == [1, 1, 4]
+    assert "tensorrt/model_fp16.onnx_data" in fp16.files  # not what other graphs share
     script = (tmp_path / "model_fp16.parity.sh").read_text(encoding="utf-8")
     assert float(re.findall(r"--atol logits:(\S+)", script)[0]) >= 1e-4
     polygraphy = str(Path(sys.executable).with_name("polygraphy"))
@@ -256,5 +257,45 @@ def test_compute_capabilities_are_those_that_the_library_knows() -> None:
     [everything] = split_capabilities([], trt)
     assert "sm75" not in everything
     assert set(everything) >= {"sm80", "sm86", "sm89", "sm120"}
-    with pytest.raises(ConfigError, match=r"builds no engines for this compute capability: sm90 \(expected"):
-        split_capabilities(["sm86+sm90"], trt)
+    for asked, said in {
+        ("sm86+sm90",): r"builds no engines for this compute capability: sm90 \(expected",
+        ("sm89+",): r"for this compute capability: an empty name \(expected .*, got sm89\+\)",
+        ("sm89+sm89",): r"named twice: sm89\+sm89 ",
+        ("sm86+sm89", "sm89+sm86"): r"named twice: sm89\+sm86 ",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            split_capabilities(asked, trt)
+    with pytest.raises(ConfigError, match="no fp32 matrix products"):
+        check_options(["tensorrt-rtx"], ["fp16", "fp32"], DeployOptions(compute_capabilities=("sm75",)))
+    check_options(["tensorrt-rtx"], ["fp16"], DeployOptions(compute_capabilities=("sm75",)))
+
+
+def test_options_that_a_target_does_not_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match="precision int4 is not made for target tensorrt-rtx"):
+        sources(["tensorrt-rtx"], ["fp16", "int4"])
+    with pytest.raises(ConfigError, match="are for the target tensorrt-rtx"):
+        check_options(["tensorrt"], [], DeployOptions(compute_capabilities=("sm89",)))
+    with pytest.raises(ConfigError, match=r"no target .* lengths of this axis: profile seq"):
+        check_options(["triton", "mobile"], [], DeployOptions({"seq": (1, 8)}))
+    with pytest.raises(ConfigError, match="triton takes batches from 1 on"):
+        check_options(["triton"], [], DeployOptions({"batch": (4, 8)}))
+    check_options(["triton", "tensorrt"], [], DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
+
+
+def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    stages: list[str] = []
+    for profile, said in {
+        (("seq", (30, 31)),): "no reference input has lengths within the profile.*: seq=30..31; give",
+        (("clip_seq", (2, 8)),): "no graph that was asked for has this axis: profile clip_seq",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            export(
+                model,
+                tmp_path / "bundle",
+                "none",
+                targets=("tensorrt",),
+                deploy_options=DeployOptions(dict(profile)),
+                on_stage=lambda stage, _: stages.append(stage),
+            )
+    assert stages == []

@@ -1,6 +1,6 @@
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -63,17 +63,29 @@ def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: P
         mobile._prove(folder, phone.manifest.variant("t"), other)
 
 
-def test_operators_that_stock_packages_lack_are_refused(
+def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_aside(
     phone: "ExportResult", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xadapter_export.exporters import mobile
-    from xadapter_export.exporters.deploy import DeployOptions
+    from tests.tiny_checkpoint import make_model
+    from xadapter_export import export
+    from xadapter_export.exporters import mobile, pipeline
+
+    def build(self: pipeline._Builder, *_: object) -> object:
+        shutil.copytree(
+            phone.folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mobile")
+        )
+        manifest = phone.manifest.model_copy(update={"deployments": ()})
+        return pipeline._write_manifest(self.folder, manifest, "bundle"), phone.parity
 
     monkeypatch.setattr(mobile, "STOCK_DOMAINS", ("ai.onnx",))
-    folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
-    variant = phone.manifest.variant("t")
-    with pytest.raises(UnsupportedError, match=r"do not have com\.microsoft:FusedMatMul"):
-        mobile.deploy(folder, phone.manifest, variant, DeployOptions(), lambda _: None)
+    monkeypatch.setattr(pipeline._Builder, "build", build)
+    with pytest.raises(
+        UnsupportedError, match=r"not have com\.microsoft:FusedMatMul.*; .* kept in .*\.rejected"
+    ):
+        export(make_model(tmp_path), tmp_path / "bundle", "t", targets=("mobile",))
+    kept = read_bundle(tmp_path / "bundle.rejected").manifest
+    assert (kept.variants, kept.deployments) == (phone.manifest.variants, ())
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
@@ -81,3 +93,27 @@ def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="target mobile does not take precision fp16"):
         export("builtin", tmp_path / "bundle", "t", precisions=("fp16",), targets=("mobile",))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precisions": ("fp32", "fp16")}, "precision fp16 is not made for target mobile .* fp32, int8"),
+        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt, or triton"),
+        ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
+        ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "lengths of this axis: profile seq"),
+        ({"targets": ("mobil",)}, "unknown target: mobil "),
+        ({"targets": (), "precisions": ("fp61",)}, "unknown precision: fp61 "),
+        ({"experts": "tv"}, r"unknown expert set: tv \(expected one of none, v, t, vt"),
+    ],
+)
+def test_what_no_target_takes_is_refused_before_the_model_loads(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    from xadapter_export import export
+    from xadapter_export.exporters.deploy import DeployOptions
+
+    asked = {"experts": "t", "targets": ("mobile",), **options}
+    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
+    with pytest.raises(ConfigError, match=said):
+        export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)

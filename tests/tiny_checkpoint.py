@@ -130,7 +130,9 @@ def randomise_plugin(model: XAdapterModel) -> XAdapterModel:
     return model
 
 
-def make_model(folder: Path, family: str = "bert", **settings: object) -> XAdapterModel:
+def make_model(
+    folder: Path, family: str = "bert", *, context_length: int = 32, **settings: object
+) -> XAdapterModel:
     config = XAdapterConfig.model_validate(
         {"experts": "vt", "layers": (1, 2), "adapter_width": 16, "num_heads": 2, **settings}
     )
@@ -138,7 +140,8 @@ def make_model(folder: Path, family: str = "bert", **settings: object) -> XAdapt
     if config.task != "fill-mask":
         plm = getattr(plm, plm.base_model_prefix)
         plm.name_or_path = str(folder / "plm")
-    return randomise_plugin(XAdapterModel(config, load_plm(plm, config.task), make_clip(), make_bank()))
+    clip = make_clip(context_length=context_length)
+    return randomise_plugin(XAdapterModel(config, load_plm(plm, config.task), clip, make_bank()))
 
 
 def write_parts(folder: Path) -> tuple[Path, Path, Path]:

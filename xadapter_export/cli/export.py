@@ -64,7 +64,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
 
 
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    """Makes the settings of a file the defaults of this call: flags win."""
+    """Makes the settings of a file the defaults of this call."""
     if path is None:
         return
     try:
@@ -82,6 +82,11 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise click.BadParameter(
             f"{path} has unknown settings: {', '.join(unknown)}; known are {', '.join(sorted(flags))}."
         )
+    if isinstance(words := settings.get("candidates"), list):
+        settings["candidates"] = ",".join(map(str, words))
+    for key, value in settings.items():
+        if isinstance(value, dict) or (isinstance(value, list) and not flags[key].multiple):
+            raise click.BadParameter(f"{path}: {key} takes one value, not {value!r}.")
     ctx.default_map = {
         str(flags[key].name): [value] if flags[key].multiple and not isinstance(value, list) else value
         for key, value in settings.items()
@@ -103,7 +108,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="TOML file of settings, named as the flags are, with _ for -; flags win over it.",
+    help="TOML file of settings, named as the flags are, with _ for -; flags with a value win over it, "
+    "and a switch that it turns on stays on.",
 )
 @click.option(
     "--experts",
@@ -154,8 +160,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     "profile",
     multiple=True,
     metavar="RANGES",
-    help='Lengths that engines are planned for, as "batch=1..8 seq=8..128"; also of masks and clip_seq. '
-    "[default: what suits the task, up to the longest text]",
+    help='Lengths that engines are planned for, as "batch=1..8 seq=8..128"; also of masks and clip_seq; '
+    "of triton, the largest batch. [default: what suits the task, up to the longest text]",
 )
 @click.option(
     "--compute-capability",

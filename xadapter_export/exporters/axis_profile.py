@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from xadapter_export.bundle.manifest import Manifest, Task, TensorSpec
+from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError
 
 AXES = ("batch", "seq", "masks", "clip_seq")
@@ -85,6 +86,35 @@ def check_limits(profile: Mapping[str, tuple[int, int]], *, max_seq: int, contex
                 expected=f"at most {limit}",
                 got=profile[axis][1],
             )
+
+
+def check_cases(profile: Mapping[str, tuple[int, int]], cases: Iterable[Mapping[str, Array]]) -> None:
+    """Refuses ranges that hold no reference input: what is planned for them could not be proven.
+
+    Args:
+        profile: Ranges by axis.
+        cases: Arrays of each case, by the names of the inputs.
+
+    Raises:
+        ConfigError: If no case fits, or the inputs do not have an axis.
+    """
+    inputs = {"seq": "input_ids", "masks": "mask_positions", "clip_seq": "clip_input_ids"}
+    lengths = [
+        {"batch": len(case["input_ids"])}
+        | {axis: case[name].shape[1] for axis, name in inputs.items() if name in case}
+        for case in cases
+    ]
+    for axis in profile:
+        if axis not in lengths[0]:
+            raise ConfigError("no graph that was asked for has this axis", where=f"profile {axis}")
+    if not any(
+        all(least <= case[axis] <= largest for axis, (least, largest) in profile.items()) for case in lengths
+    ):
+        raise ConfigError(
+            "no reference input has lengths within the profile, so nothing could be proven",
+            where=", ".join(f"{axis}={least}..{largest}" for axis, (least, largest) in profile.items()),
+            mend="give --profile wider ranges",
+        )
 
 
 def plan_axes(manifest: Manifest, profile: Mapping[str, tuple[int, int]]) -> dict[str, AxisRange]:

@@ -5,15 +5,16 @@ the bundle that is being made, and returns what it wrote as a ``Deployment``.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision, Target
 from xadapter_export.errors import ConfigError, import_extra
-from xadapter_export.exporters.axis_profile import check_axes, parse_profile
+from xadapter_export.exporters.axis_profile import AXES, check_axes, parse_profile
+from xadapter_export.exporters.derive import TARGETS
 
-__all__ = ["DeployOptions", "Say", "deploy", "parse_profile", "sources"]
+__all__ = ["DeployOptions", "Say", "check_options", "deploy", "parse_profile", "sources"]
 
 Say = Callable[[str], None]
 
@@ -30,6 +31,13 @@ _MODULES: dict[DeploymentTarget, str] = {
     "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
     "mobile": "xadapter_export.exporters.mobile",
     "triton": "xadapter_export.exporters.triton",
+}
+# The axes of a profile that a deployment is planned for; Triton takes only the largest batch.
+_AXES: dict[DeploymentTarget, tuple[str, ...]] = {
+    "tensorrt-rtx": AXES,
+    "tensorrt": AXES,
+    "triton": ("batch",),
+    "mobile": (),
 }
 # What must be installed, and the extra that brings it.
 _NEEDS: dict[DeploymentTarget, tuple[str, str]] = {
@@ -60,19 +68,26 @@ class DeployOptions:
 
 
 def sources(
-    targets: Sequence[DeploymentTarget], precisions: Sequence[Precision]
+    targets: Sequence[DeploymentTarget],
+    precisions: Sequence[Precision],
+    elsewhere: Collection[Precision] = (),
 ) -> list[tuple[Target, Precision]]:
     """The variants that deployments are made from.
 
+    Args:
+        targets: The runtimes.
+        precisions: Those that were asked for; fp32 if empty.
+        elsewhere: Those that something else takes.
+
     Raises:
-        ConfigError: If a deployment does not take any of the precisions.
+        ConfigError: If a deployment does not take any of the precisions, or nothing takes one of them.
         MissingExtraError: If what one needs is not installed.
     """
     found: list[tuple[Target, Precision]] = []
     for target in targets:
         if target in _NEEDS:
             import_extra(*_NEEDS[target])
-        of_target = [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
+        of_target = _made_from(target, precisions)
         if not of_target:
             raise ConfigError(
                 f"target {target} does not take precision {', '.join(precisions)}",
@@ -80,7 +95,53 @@ def sources(
                 mend=f"add --precision {next(iter(SOURCES[target]))}",
             )
         found += [pair for pair in of_target if pair not in found]
+    for precision in precisions:
+        if precision not in [*elsewhere, *(taken for _, taken in found)]:
+            raise ConfigError(
+                f"precision {precision} is not made for target {', '.join(targets)}",
+                expected=f"some of {', '.join(dict.fromkeys(p for t in targets for p in SOURCES[t]))}",
+                mend=f"leave it out, or add --target {TARGETS[precision][0]}",
+            )
     return found
+
+
+def _made_from(target: DeploymentTarget, precisions: Sequence[Precision]) -> list[tuple[Target, Precision]]:
+    return [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
+
+
+def check_options(
+    targets: Sequence[DeploymentTarget], precisions: Sequence[Precision], options: DeployOptions
+) -> None:
+    """Refuses options that no deployment reads, and GPUs that engines cannot be built for.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    read = {axis for target in targets for axis in _AXES[target]}
+    for axis, (least, largest) in options.profile.items():
+        if axis not in read:
+            raise ConfigError(
+                "no target that was asked for is planned for lengths of this axis",
+                where=f"profile {axis}",
+                mend="leave it out, or add --target tensorrt-rtx or tensorrt"
+                + (", or triton" if axis == "batch" else ""),
+            )
+        if least > 1 and not any(_AXES[target] == AXES for target in targets):
+            raise ConfigError(
+                "target triton takes batches from 1 on",
+                where=f"profile {axis}",
+                expected=f"1..{largest}",
+                got=f"{least}..{largest}",
+            )
+    if "tensorrt-rtx" in targets:
+        engines = importlib.import_module("xadapter_export.exporters.engines")
+        engines.check_capabilities(options.compute_capabilities, precisions or ("fp32",))
+    elif options.compute_capabilities:
+        raise ConfigError(
+            "compute capabilities are for the target tensorrt-rtx",
+            got=", ".join(options.compute_capabilities),
+            mend="leave them out, or add --target tensorrt-rtx",
+        )
 
 
 def deploy(
@@ -104,7 +165,7 @@ def deploy(
     Raises:
         XAdapterError: If one cannot be made.
     """
-    wanted = {target: set(sources([target], precisions)) for target in targets}
+    wanted = {target: _made_from(target, precisions) for target in targets}
     return tuple(
         importlib.import_module(_MODULES[target]).deploy(folder, manifest, variant, options, say)
         for target in targets

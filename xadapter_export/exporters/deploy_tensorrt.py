@@ -8,17 +8,19 @@ GPU are here, the engine for that GPU is built too. (The package ``tensorrt`` of
 import importlib
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+import onnx_ir as ir
+
 from xadapter_export.bundle.engine_session import find_gpu
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
 from xadapter_export.bundle.onnx_session import Array
-from xadapter_export.errors import MissingExtraError, ParityError, ProviderError, import_extra
+from xadapter_export.errors import MissingExtraError, ProviderError, import_extra
+from xadapter_export.exporters import pack
 from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.deploy import DeployOptions, Say
 from xadapter_export.exporters.engines import EngineJob, build_engine
@@ -38,7 +40,7 @@ def deploy(
     Raises:
         MissingExtraError: If Polygraphy is not installed.
         ConfigError: If a range goes beyond what the models read.
-        ParityError: If no reference input has lengths within the profile.
+        ParityError: If a lossy graph cannot compute the reference inputs.
     """
     start = time.monotonic()
     stem = Path(variant.file).stem
@@ -49,12 +51,7 @@ def deploy(
     bundle = Bundle(folder, manifest)
     reference = read_reference(bundle)
     feeds = {case: feed for case, feed in reference_feeds(reference, spec).items() if _within(feed, shapes)}
-    if not feeds:
-        raise ParityError(
-            "no reference input has lengths within the profile",
-            where=f"target {_TARGET}, experts {variant.expert_set}",
-            mend="give --profile wider ranges",
-        )
+    assert feeds  # ``check_cases`` refused such a profile
     # Rows retrieved are left out: of two that tie either may come first, and their scores tell.
     held = {output.name: TOLERANCES["fp32"] for output in spec.outputs if output.name != "retrieved"}
     if variant.precision not in TOLERANCES:
@@ -63,17 +60,14 @@ def deploy(
 
     place = folder / _TARGET
     place.mkdir(exist_ok=True)
-    for source in (variant.file, *variant.weight_files):
-        copy = place / Path(source).name  # no hard link: onnx refuses weights that have two names
-        if not copy.exists():  # graphs of several expert sets share their weights
-            shutil.copyfile(bundle.file(source), copy)
+    # Weights of its own: those that the sets share have the bank in them, also for sets that do not read it.
+    pack.write_alone(ir.load(bundle.file(variant.file)), place / f"{stem}.onnx")
     (place / f"{stem}.shapes.json").write_text(json.dumps(dict(shapes), indent=1) + "\n", encoding="utf-8")
     save_json = import_extra("polygraphy.json", "tensorrt").save_json
     save_json(list(feeds.values()), str(place / f"{stem}.inputs.json"))
     script = place / f"{stem}.parity.sh"
     script.write_text(_script(stem, shapes, held), encoding="utf-8")
-    names = [Path(variant.file).name, *(Path(path).name for path in variant.weight_files)]
-    names += [f"{stem}.shapes.json", f"{stem}.inputs.json", script.name]
+    names = [f"{stem}.onnx", f"{stem}.onnx_data", f"{stem}.shapes.json", f"{stem}.inputs.json", script.name]
 
     facts = profile_facts(spec.inputs, axes)
     facts["cases"] = ", ".join(feeds)
@@ -82,7 +76,7 @@ def deploy(
     library = find_library()
     if library is not None:
         file = f"{stem}.engine"
-        job = EngineJob(library.__name__, place / Path(variant.file).name, place / file, shapes, ())
+        job = EngineJob(library.__name__, place / f"{stem}.onnx", place / file, shapes, ())
         try:
             gpu = find_gpu()
             built = build_engine(job, say)

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import ModuleType
 
 from xadapter_export.bundle.engine_session import LIBRARIES
-from xadapter_export.bundle.manifest import DeploymentTarget
+from xadapter_export.bundle.manifest import DeploymentTarget, Precision
 from xadapter_export.errors import ConfigError, UnsupportedError, import_extra
 from xadapter_export.exporters.deploy import Say
 
+_NO_FP32 = (
+    "TensorRT-RTX has no fp32 matrix products for Turing (sm75); leave sm75 out, or choose --precision fp16"
+)
 # What the builders say, and what a reader can do about it.
 _REASONS = {
-    "FP32 GEMM is not supported": "TensorRT-RTX has no fp32 matrix products for Turing (sm75); "
-    "leave sm75 out, or choose --precision fp16",
+    "FP32 GEMM is not supported": _NO_FP32,
     "CUDA initialization failure": "this library builds on the GPU that it is for, and none is here",
     "no CUDA-capable device": "this library builds on the GPU that it is for, and none is here",
 }
@@ -80,7 +82,7 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
         library: The library that builds them.
 
     Raises:
-        ConfigError: If the library does not know one.
+        ConfigError: If the library does not know one, or one is named twice.
     """
     known = [name.lower() for name in library.ComputeCapability.__members__ if name.startswith("SM")]
     groups = [tuple(item.lower().split("+")) for item in asked]
@@ -88,10 +90,30 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
         if name not in known:
             raise ConfigError(
                 f"TensorRT-RTX {library.__version__} builds no engines for this compute capability",
-                where=name,
+                where=name or "an empty name",
                 expected=f"some of {', '.join(sorted(known, key=_number))}",
+                got=None if name else ", ".join(asked),
+            )
+    for number, group in enumerate(groups):
+        if len(set(group)) < len(group) or set(group) in [set(other) for other in groups[:number]]:
+            raise ConfigError(
+                "an engine, or a compute capability of it, is named twice",
+                where="+".join(group),
+                got=", ".join(asked),
             )
     return groups or [tuple(name for name in sorted(known, key=_number) if name != "sm75")]
+
+
+def check_capabilities(asked: Sequence[str], precisions: Sequence[Precision]) -> None:
+    """Refuses compute capabilities that no engine can be built for, before there is a graph to build from.
+
+    Raises:
+        MissingExtraError: If TensorRT-RTX is not installed.
+        ConfigError: As ``split_capabilities``, or if every engine of a precision would be refused.
+    """
+    groups = split_capabilities(asked, import_library("tensorrt-rtx"))
+    if "fp32" in precisions and all("sm75" in group for group in groups):
+        raise ConfigError(_NO_FP32, got=", ".join(asked))
 
 
 def _number(name: str) -> int:

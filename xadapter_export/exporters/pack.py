@@ -104,6 +104,14 @@ def write_graph(model: ir.Model, path: Path) -> None:
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
+def write_alone(model: ir.Model, path: Path) -> None:
+    """Writes a graph, and beside it the weights of this graph alone, as ``<name>.onnx_data``."""
+    weights = SharedWeights(path.with_suffix(".onnx_data"))
+    weights.take(model)
+    weights.close()
+    write_graph(model, path)
+
+
 def expert_set_spec(
     graphs: Mapping[Part, ir.Model], parts: Mapping[Part, MergedModel], input_names: Sequence[str]
 ) -> ExpertSetSpec:

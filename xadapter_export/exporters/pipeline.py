@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, Self, cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -23,9 +23,8 @@ from xadapter_export.bundle.folder import (
     staged_folder,
 )
 from xadapter_export.bundle.manifest import (
+    EXPERT_SETS,
     Agreement,
-    Candidate,
-    Deployment,
     DeploymentTarget,
     ExpertSet,
     ExpertSetSpec,
@@ -41,14 +40,15 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_sessi
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
-from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
+from xadapter_export.errors import ConfigError, XAdapterError
 from xadapter_export.exporters import agreement, pack
-from xadapter_export.exporters.axis_profile import check_limits
-from xadapter_export.exporters.calibration import CalibrationTexts, calibration_feeds, calibration_texts
+from xadapter_export.exporters.axis_profile import check_cases, check_limits
+from xadapter_export.exporters.calibration import calibration_feeds
 from xadapter_export.exporters.check import check_graph
-from xadapter_export.exporters.deploy import DeployOptions, deploy, sources
+from xadapter_export.exporters.deploy import DeployOptions, check_options, deploy, sources
 from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
-from xadapter_export.exporters.merge import MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
 from xadapter_export.exporters.quantise import RECIPES
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.savings import count_savings
@@ -58,33 +58,17 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
-from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import int8_overflows, read_machine
 
 Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
 Graphs = dict[Part, ir.Model]
 
-_TASKS: dict[Task, tuple[Task, ...]] = {
-    "fill-mask": ("fill-mask", "feature-extraction"),
-    "text-classification": ("text-classification", "feature-extraction"),
-    "feature-extraction": ("feature-extraction",),
-}
 # From the fastest to the most exact; the exporter takes the first that passes its gate.
 OPENVINO_RECIPES: dict[Precision, tuple[str, ...]] = {
     "int8": ("int8_calibrated", "int8_weights_only"),
     "int4": ("int4_weights",),
 }
-# What is made from two graphs as well as from one: nothing here is calibrated on a graph's inputs.
-_SPLIT: tuple[tuple[Target, Precision], ...] = (
-    ("onnx", "fp32"),
-    ("onnx", "fp16"),
-    ("cpu", "fp32"),
-    ("cpu", "int8"),
-    ("cpu", "int4"),
-)
-_NUM_TEXTS = 600  # half to calibrate with, half to compare on
-_MIN_SEQ = 8  # tokens; the example that is traced needs them
 
 
 def _say_nothing(stage: Stage, detail: str) -> None:
@@ -157,9 +141,15 @@ def export(
         OutputWriteError: If it cannot be written.
         ParityError: If a graph does not say what PyTorch says, or a lossy one is below its gate; the bundle
             is kept beside as ``.rejected``.
+        XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
     check_opset(opset)
     agreement.check_gate_options(min_agreement, max_points_lost)
+    check_names("target", targets, (*get_args(Target), *get_args(DeploymentTarget)))
+    check_names("precision", precisions, get_args(Precision))
+    check_names("expert set", (experts,) if isinstance(experts, str) else experts or (), EXPERT_SETS)
+    check_names("retrieval", (retrieval,), get_args(Retrieval))
+    check_names("optimisation of the merge", without, STEPS)
     deployed = [cast(DeploymentTarget, target) for target in targets if target in get_args(DeploymentTarget)]
     run_by = [cast(Target, target) for target in targets if target in get_args(Target)]
     split = split or retrieval == "external"
@@ -169,26 +159,32 @@ def export(
             got=", ".join(deployed),
             mend="export twice: once for them, and once with split graphs",
         )
-    wanted = sources(deployed, precisions)
-    if run_by or not deployed:
-        wanted = list(dict.fromkeys([*plan_variants(precisions, run_by), *wanted]))
+    wanted = plan_variants(precisions, run_by) if run_by or not deployed else []
+    made_from = sources(deployed, precisions, elsewhere=[precision for _, precision in wanted])
+    wanted = list(dict.fromkeys([*wanted, *made_from]))
     deploy_options = deploy_options or DeployOptions()
-    deployments = partial(deploy, targets=deployed, precisions=precisions, options=deploy_options)
+    check_options(deployed, precisions, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
             source, model = str(model), XAdapterModel.from_pretrained(model)
         else:
             source = type(model).__name__
-        plan = _plan(model, experts, task, candidates, max_seq, retrieval, split=split)
-        _check_split(model, plan, wanted)
+        plan = make_plan(model, experts, task, candidates, max_seq, retrieval, split=split)
+        check_split(model, plan, wanted)
         context = model.clip.config.context_length if model.clip is not None else None
         check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
-        gates = _Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
+        cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask")
+        unread = set() if plan.task == "fill-mask" else {"mask_positions"}
+        if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
+            unread.add("clip_input_ids")
+        read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
+        check_cases(deploy_options.profile, read)
+        gates = Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
         was_training = model.training
         try:
             builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(wanted, gates, deployments, staged.final.name)
+            manifest, report = builder.build(wanted, gates, cases, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -196,134 +192,17 @@ def export(
             for variant in manifest.variants:
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
-        except ParityError as error:
+            say = partial(on_stage, "deploy")
+            made = deploy(staged.path, manifest, deployed, precisions, deploy_options, say)
+        except OSError:  # one about the output, which keeps nothing
+            raise
+        except XAdapterError as error:
             rejected = staged.keep_as_rejected()
-            raise ParityError(f"{error}; the bundle was rejected and kept in {rejected}") from error
+            raise type(error)(f"{error}; the bundle was rejected and kept in {rejected}") from error
+        if made:
+            manifest = manifest.model_copy(update={"deployments": made})
+            manifest = _write_manifest(staged.path, manifest, staged.final.name)
     return ExportResult(staged.final, manifest, report)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was asked for, checked against the checkpoint."""
-
-    expert_sets: tuple[ExpertSet, ...]
-    task: Task
-    candidates: tuple[Candidate, ...] | None
-    max_seq: int
-    retrieval: Retrieval
-    split: bool
-
-    @property
-    def candidate_ids(self) -> list[int] | None:
-        return None if self.candidates is None else [candidate.token_id for candidate in self.candidates]
-
-
-def _plan(
-    model: XAdapterModel,
-    experts: ExpertSet | Sequence[ExpertSet] | None,
-    task: Task | None,
-    candidates: Sequence[str] | None,
-    max_seq: int | None,
-    retrieval: Retrieval,
-    *,
-    split: bool,
-) -> _Plan:
-    wanted: Sequence[ExpertSet] = (
-        (experts,) if isinstance(experts, str) else experts or (model.config.experts,)
-    )
-    expert_sets = tuple(dict.fromkeys(wanted))
-    for expert_set in expert_sets:
-        model.active_experts(expert_set)
-    task = task or model.config.task
-    if task not in _TASKS[model.config.task]:
-        raise UnsupportedError(
-            f"task {task}: this checkpoint was trained for {model.config.task} and can be exported for "
-            f"{' or '.join(_TASKS[model.config.task])}"
-        )
-    if candidates is not None and task != "fill-mask":
-        raise ConfigError(f"candidates go with fill-mask, not with {task}; leave them out")
-    longest = model.plm.max_seq
-    if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
-        raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")
-    found = None if candidates is None else tuple(find_candidates(model.plm.tokenizer, candidates))
-    return _Plan(expert_sets, task, found, max_seq or longest, retrieval, split)
-
-
-def _check_split(model: XAdapterModel, plan: _Plan, wanted: Sequence[tuple[Target, Precision]]) -> None:
-    """Refuses what cannot be split.
-
-    Raises:
-        ConfigError: If nothing can be, or a variant that was asked for is made from a whole graph.
-    """
-    if not plan.split:
-        return
-    searched = "v" in model.config.experts and model.config.retrieval.mode == "topk"
-    if plan.retrieval == "external" and not (searched and any("v" in name for name in plan.expert_sets)):
-        raise ConfigError(
-            "there is no search of a bank to be moved out of the graph",
-            where=f"experts {', '.join(plan.expert_sets)}",
-            got="a static bank, all of which is read"
-            if "v" in model.config.experts and not searched
-            else None,
-            mend="leave --retrieval external out; --split alone splits what reads CLIP",
-        )
-    if not any(_reads_clip(model, name) for name in plan.expert_sets):
-        raise ConfigError(
-            "no graph reads CLIP, so there is nothing to split",
-            where=f"experts {', '.join(plan.expert_sets)}",
-            mend="leave --split out",
-        )
-    whole = [f"{target}-{precision}" for target, precision in wanted if (target, precision) not in _SPLIT]
-    if whole:
-        raise ConfigError(
-            "this is not made from split graphs",
-            got=", ".join(whole),
-            expected=f"some of {', '.join('-'.join(pair) for pair in _SPLIT)}",
-            mend="choose one of those, or leave --split and --retrieval external out",
-        )
-
-
-def _reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
-    return "t" in expert_set or ("v" in expert_set and model.config.retrieval.mode == "topk")
-
-
-@dataclass(frozen=True)
-class _Gates:
-    """What lossy variants are made and judged with; no texts where there are none."""
-
-    made_with: CalibrationTexts | None = None
-    compared_on: CalibrationTexts | None = None
-    questions: agreement.Questions | None = None
-    min_agreement: float | None = None
-    max_points_lost: float | None = None
-
-    @classmethod
-    def make(
-        cls,
-        model: XAdapterModel,
-        plan: _Plan,
-        wanted: Sequence[tuple[Target, Precision]],
-        calibration: str | Path | None,
-        evaluate: str | Path | None,
-        min_agreement: float | None,
-        max_points_lost: float | None,
-    ) -> Self:
-        if all(precision == "fp32" for _, precision in wanted):
-            if any(option is not None for option in (calibration, evaluate, min_agreement, max_points_lost)):
-                raise ConfigError(
-                    "calibration, evaluate and the gates are for precisions below fp32",
-                    expected="fp16, int8 or int4 among the precisions",
-                    got="fp32 alone",
-                )
-            return cls()
-        words = [candidate.word for candidate in plan.candidates or ()]
-        source = None if calibration is None else Path(calibration)
-        texts = calibration_texts(model, source, plan.task, _NUM_TEXTS, candidates=words)
-        made_with, compared_on = texts.split()
-        questions = agreement.read_questions(
-            model, None if evaluate is None else Path(evaluate), plan.task, plan.candidates
-        )
-        return cls(made_with, compared_on, questions, min_agreement, max_points_lost)
 
 
 @dataclass
@@ -332,7 +211,7 @@ class _Builder:
 
     model: XAdapterModel
     source: str
-    plan: _Plan
+    plan: Plan
     opset: int
     folder: Path
     without: frozenset[Step]
@@ -346,18 +225,15 @@ class _Builder:
     def build(
         self,
         wanted: Sequence[tuple[Target, Precision]],
-        gates: _Gates,
-        deployments: Callable[..., tuple[Deployment, ...]],
+        gates: Gates,
+        cases: dict[str, dict[str, Array]],
         name: str,
     ) -> tuple[Manifest, ParityReport]:
-        """Writes and proves every variant of every expert set, and what is made from them."""
+        """Writes and proves every variant of every expert set."""
         plan, folder = self.plan, self.folder
         (folder / "onnx").mkdir()
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
-        cases = reference_inputs(
-            self.model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask"
-        )
         try:
             for expert_set in plan.expert_sets:
                 self._write_set(expert_set, wanted, cases, gates)
@@ -385,7 +261,7 @@ class _Builder:
         self.on_stage("prove", ", ".join(plan.expert_sets))
         gc.collect()  # what was traced has cycles, and holds copies of most weights
         _write_reference(folder, self.reference)
-        _write_manifest(folder, manifest)
+        _write_manifest(folder, manifest, name)
         report = prove_bundle(folder, verify=False)
         proven = [
             v.model_copy(update={"parity": report.variant_parity(v.expert_set, v.name)})
@@ -397,19 +273,15 @@ class _Builder:
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
-        if report.passed and all(v.agreement is None or agreement.passes(v.agreement) for v in kept):
-            made = deployments(folder, manifest, say=partial(self.on_stage, "deploy"))
-            manifest = manifest.model_copy(update={"deployments": made})
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
-        return _write_manifest(folder, manifest), report
+        return _write_manifest(folder, manifest, name), report
 
     def _write_set(
         self,
         expert_set: ExpertSet,
         wanted: Sequence[tuple[Target, Precision]],
         cases: dict[str, dict[str, Array]],
-        gates: _Gates,
+        gates: Gates,
     ) -> None:
         """Writes the portable graph of a set, wanted or not, and what is derived from it for onnxruntime."""
         model, plan = self.model, self.plan
@@ -422,7 +294,7 @@ class _Builder:
         pack.write_projections(model, self.folder, whole)
         input_names = whole.input_names
         parts: dict[Part, MergedModel] = {"whole": whole}
-        if plan.split and _reads_clip(model, expert_set):
+        if plan.split and reads_clip(model, expert_set):
             parts = {part: merge(part, plan.retrieval).eval() for part in ("query", "answer")}
         del whole
         portable: Graphs = {}
@@ -478,7 +350,7 @@ class _Builder:
             expert_set, target, precision, file, (path,), size, optimisations, measured, files.get("query")
         )
 
-    def _answer_in_fp32(self, expert_set: ExpertSet, gates: _Gates) -> None:
+    def _answer_in_fp32(self, expert_set: ExpertSet, gates: Gates) -> None:
         """Asks the portable graph what lossy ones will be asked."""
         if gates.compared_on is None:
             return
@@ -513,7 +385,7 @@ class _Builder:
         graphs: Graphs,
         target: Target,
         precision: Precision,
-        gates: _Gates,
+        gates: Gates,
     ) -> Agreement:
         """How graphs that are not written yet agree with fp32."""
         self.on_stage("compare", f"{expert_set}, {precision}")
@@ -527,7 +399,7 @@ class _Builder:
             return self._compare(expert_set, session, precision, gates)
 
     def _compare(
-        self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: _Gates
+        self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates
     ) -> Agreement:
         probe, reference = self.answers[expert_set]
         return agreement.compare(
@@ -539,7 +411,7 @@ class _Builder:
             max_points_lost=gates.max_points_lost,
         )
 
-    def _calibration(self, expert_set: ExpertSet, gates: _Gates) -> list[dict[str, Array]]:
+    def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""
         if gates.made_with is None:
             return []
@@ -550,7 +422,7 @@ class _Builder:
     def _portable(self, expert_set: ExpertSet) -> Variant:
         return next(v for v in self.variants if (v.expert_set, v.name) == (expert_set, "onnx-fp32"))
 
-    def _write_ir(self, expert_set: ExpertSet, precision: Precision, gates: _Gates) -> None:
+    def _write_ir(self, expert_set: ExpertSet, precision: Precision, gates: Gates) -> None:
         from xadapter_export.bundle.openvino_session import create_openvino_session
         from xadapter_export.exporters.openvino_ir import convert_to_ir
 
@@ -617,7 +489,9 @@ def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Va
         (folder / "onnx").rmdir()
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def _write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
+    """Writes the manifest and, before it lists the files, the model card."""
+    (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
     complete = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
     return complete

@@ -22,7 +22,7 @@ from xadapter_export.bundle.manifest import Deployment, ExpertSetSpec, Manifest,
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.errors import ParityError, import_extra
 from xadapter_export.exporters.deploy import DeployOptions, Say
-from xadapter_export.exporters.pack import SharedWeights, write_graph
+from xadapter_export.exporters.pack import write_alone
 from xadapter_export.parity.prove import read_reference
 
 _MAX_BATCH_SIZE = 32
@@ -64,10 +64,7 @@ def deploy(
     (home / "warmup").mkdir()
     graph = ir.load(folder / variant.file)
     _type_outputs(graph, manifest.expert_sets[variant.expert_set])
-    weights = SharedWeights(home / "1" / "model.onnx_data")
-    weights.take(graph)
-    weights.close()
-    write_graph(graph, home / "1" / "model.onnx")
+    write_alone(graph, home / "1" / "model.onnx")
     warmup = _write_warmup(Bundle(folder, manifest), variant, home / "warmup")
     largest = options.profile.get("batch", (1, _MAX_BATCH_SIZE))[1]
     config = _configure(proto, manifest, variant, largest, warmup)
