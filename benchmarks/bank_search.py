@@ -46,6 +46,7 @@ Rows = Literal["random", "clustered"]
 
 _D, _K = 512, 4
 _MEMORY_QUERIES = 8
+_PAUSE_S = 0.05  # before each turn, in which threads of the one before cease to spin
 _CHUNK = 32768  # rows that are made, or compared, at a time
 _CENTRES, _NOISE = 1000, 0.4  # of clustered rows, which share a mean direction too, as CLIP's features do
 _SEARCHES = ("traced", "fp32", "fp16", "int8")
@@ -198,6 +199,7 @@ def take_turns(
     for number in range(-1, rounds):  # the first warms up
         asked = queries[np.arange(number * batch, (number + 1) * batch) % len(queries)]
         for name in list(searches)[:: 1 if number % 2 else -1]:
+            time.sleep(_PAUSE_S)
             start = time.perf_counter()
             searches[name](asked)
             times[name].append(time.perf_counter() - start)

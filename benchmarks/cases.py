@@ -23,7 +23,7 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
 
 NUM_PICTURES: Final = 20_000  # in the bank of the large case
-_NUM_CALIBRATION = 50  # texts; a graph is as fast whatever it was calibrated on
+_NUM_CALIBRATION = 32  # texts; a graph is as fast whatever it was calibrated on
 NUM_PROTOTYPES: Final = 512  # in the static bank whose size is asked for
 
 _SUBJECTS = ("strawberry", "banana", "house", "river", "dog", "bird", "car", "table", "window", "letter")

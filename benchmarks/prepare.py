@@ -51,7 +51,7 @@ class Preparation:
     """What is to be made.
 
     Attributes:
-        kind: A key of ``MAKERS``.
+        kind: A key of ``MAKERS`` or ``CONVERTERS``.
         case: The case.
         experts: Expert set; ``none`` is the plain PLM.
         task: What it answers.
@@ -82,7 +82,8 @@ class Cost:
     Attributes:
         seconds: From the model in memory to the files on disk.
         peak_mib: Highest resident size of the process.
-        beyond_mib: The same, less what was resident before the model was made: Python and its libraries.
+        beyond_mib: The same, less what was resident before the model was made: Python and its libraries. Of a
+            graph that is converted, less what was resident before its libraries were imported.
         size_bytes: Size of the files.
     """
 
@@ -138,15 +139,18 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
 
 def _make_here(preparation: Preparation, folder: Path) -> None:
     """Make it in this process; the record of its cost is written last."""
-    maker = MAKERS[preparation.kind]
-    from benchmarks.cases import make_model
-
     folder.mkdir(parents=True, exist_ok=True)
-    _import_exporter()
-    before = _peak_mib()
-    model = make_model(preparation.case, preparation.task)
-    start = time.perf_counter()
-    maker(preparation, model, folder)
+    if preparation.kind in CONVERTERS:
+        before, start = _peak_mib(), time.perf_counter()
+        CONVERTERS[preparation.kind](preparation, folder)
+    else:
+        from benchmarks.cases import make_model
+
+        _import_exporter()
+        before = _peak_mib()
+        model = make_model(preparation.case, preparation.task)
+        start = time.perf_counter()
+        MAKERS[preparation.kind](preparation, model, folder)
     seconds = time.perf_counter() - start
     peak = _peak_mib()
     cost = Cost(seconds, peak, peak - before, size_bytes(folder))
@@ -209,9 +213,8 @@ def _transformers(preparation: Preparation, model: "XAdapterModel", folder: Path
     exporter.save_program(program, folder / MODEL)
 
 
-def _fused(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+def _fused(preparation: Preparation, folder: Path) -> None:
     """Apply onnxscript's fusions for onnxruntime to the plain export."""
-    del model
     import onnx_ir as ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
@@ -220,9 +223,8 @@ def _fused(preparation: Preparation, model: "XAdapterModel", folder: Path) -> No
     ir.save(fused[0] if isinstance(fused, tuple) else fused, folder / MODEL, external_data=f"{MODEL}.data")
 
 
-def _int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+def _int8(preparation: Preparation, folder: Path) -> None:
     """The usual int8 recipe: dynamic, per channel, MatMul, Gemm and Gather."""
-    del model
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -238,9 +240,8 @@ def _int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> Non
     )
 
 
-def _openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+def _openvino(preparation: Preparation, folder: Path) -> None:
     """OpenVINO's own conversion of the plain export; weights stay fp32."""
-    del model
     ov = import_openvino()
     converted = ov.convert_model(_of("plain", preparation, folder) / MODEL)
     ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
@@ -312,14 +313,16 @@ Maker = Callable[[Preparation, "XAdapterModel", Path], None]
 MAKERS: Final[dict[str, Maker]] = {
     "plain": _plain,
     "transformers": _transformers,
-    "fused": _fused,
-    "int8": _int8,
-    "fused-int8": _int8,
-    "openvino": _openvino,
     "openvino-int8": _openvino_int8,
     "ours": _ours,
     "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
+}
+CONVERTERS: Final[dict[str, Callable[[Preparation, Path], None]]] = {  # of a graph, with no model
+    "fused": _fused,
+    "int8": _int8,
+    "fused-int8": _int8,
+    "openvino": _openvino,
 }
 NEEDS: Final = {
     "fused": "plain",
