@@ -51,7 +51,7 @@ class Contestant:
         title: What it is, in words.
         precision: Precision of its matrix products.
         kind: ``torch``, another ``exporter``, the ``plm`` alone, or ``ours``.
-        preparation: What it needs, a key of ``prepare.MAKERS``; None for nothing.
+        preparation: What it needs, a kind of ``prepare``; None for nothing.
         load: Makes it ready and returns what runs it: a feed to its first output.
     """
 
