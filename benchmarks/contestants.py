@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.feeds import Feed
 from benchmarks.prepare import MODEL
+from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.runtime.choose import CPU_PROVIDER
@@ -20,6 +21,7 @@ from xadapter_export.runtime.choose import CPU_PROVIDER
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]
 Kind = Literal["torch", "exporter", "plm", "ours"]
+_GPU_PREPARATIONS: Final = ("plain", "fused", "transformers", "fp16", "fused-fp16")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Contestant:
         kind: ``torch``, another ``exporter``, the ``plm`` alone, or ``ours``.
         preparation: What it needs, a kind of ``prepare``; None for nothing.
         load: Makes it ready and returns what runs it: a feed to its first output.
+        is_for_gpu: Whether it takes part on a GPU alone.
     """
 
     name: str
@@ -61,14 +64,17 @@ class Contestant:
     kind: Kind
     preparation: str | None
     load: Callable[[Place], Run]
+    is_for_gpu: bool = False
 
     def runs_with(self, provider: str) -> bool:
-        """Whether it can run with an execution provider: on a GPU, graphs of standard operators in floats."""
+        """Whether it takes part with an execution provider: on a GPU, what computes in floats."""
         if provider == CPU_PROVIDER:
-            return True
+            return not self.is_for_gpu
         if self.kind == "ours":
-            return self.name.startswith("ours-onnx-")
-        return self.load is _load_onnxruntime and self.preparation == "plain"
+            return self.name.startswith(("ours-onnx-fp", "ours-tensorrt-rtx-fp"))
+        if self.kind == "torch":
+            return provider == CUDA_PROVIDER
+        return self.load is _load_onnxruntime and self.preparation in _GPU_PREPARATIONS
 
     def size_bytes(self, place: Place) -> int | None:
         """Bytes of its files: graph and weights; None where it has none."""
@@ -96,31 +102,45 @@ def _variant(place: Place) -> Any:
 
 
 def _load_eager(place: Place) -> Run:
-    return _torch_run(place, compiled=False)
+    return _torch_run(place)
+
+
+def _load_eager_fp16(place: Place) -> Run:
+    return _torch_run(place, is_half=True)
 
 
 def _load_compiled(place: Place) -> Run:
-    return _torch_run(place, compiled=True)
+    return _torch_run(place, is_compiled=True)
 
 
-def _torch_run(place: Place, *, compiled: bool) -> Run:
+def _load_compiled_fp16(place: Place) -> Run:
+    return _torch_run(place, is_compiled=True, is_half=True)
+
+
+def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False) -> Run:
     import torch
 
     from benchmarks.cases import make_model, torch_feed
 
     torch.set_num_threads(place.threads)
     torch.set_num_interop_threads(1)
-    model = make_model(place.case, place.task)
+    device = "cuda" if place.provider == CUDA_PROVIDER else "cpu"
+    model = make_model(place.case, place.task).to(device)
+    if is_half:
+        model = model.half()
     forward: Callable[..., Any] = model
-    if compiled:
+    if is_compiled:
         torch._dynamo.config.recompile_limit = 64
         forward = torch.compile(model, dynamic=False)
 
     def run(feed: Feed) -> Answer:
         with torch.inference_mode():
-            output = forward(**torch_feed(feed), experts=place.experts)
+            tensors = {name: tensor.to(device) for name, tensor in torch_feed(feed).items()}
+            output = forward(**tensors, experts=place.experts)
             answer = output.logits if output.logits is not None else output.last_hidden_state
-            return answer.numpy()  # type: ignore[no-any-return]  # torch
+            if device != "cpu" and "mask_positions" not in feed and output.logits is not None:
+                return answer.argmax(-1).cpu().numpy()  # type: ignore[no-any-return]  # its user takes the words, not the whole vocabulary
+            return answer.float().cpu().numpy()  # type: ignore[no-any-return]  # torch
 
     return run
 
@@ -186,10 +206,11 @@ def _load_ours(place: Place) -> Run:
 
     assert place.folder is not None
     assert place.variant is not None
+    has_no_provider = place.provider == CPU_PROVIDER or place.variant.startswith("tensorrt")
     session = XAdapterSession.load(
         place.folder / "bundle",
         variant=place.variant,
-        providers=None if place.provider == CPU_PROVIDER else [place.provider],
+        providers=None if has_no_provider else [place.provider],
         num_threads=place.threads,
     )
     output = session.manifest.expert_sets[place.experts].outputs[0].name
@@ -209,6 +230,29 @@ THEIRS: Final = (
     Contestant("ort-int8", "onnxruntime, quantize_dynamic, plain", "int8", "exporter", "int8", _ORT),
     Contestant(
         "ort-fused-int8", "onnxruntime, quantize_dynamic, fused", "int8", "exporter", "fused-int8", _ORT
+    ),
+    Contestant("eager-fp16", "PyTorch eager, fp16", "fp16", "torch", None, _load_eager_fp16, is_for_gpu=True),
+    Contestant(
+        "compile-fp16", "torch.compile, fp16", "fp16", "torch", None, _load_compiled_fp16, is_for_gpu=True
+    ),
+    Contestant("ort-fused", "onnxruntime, fused", "fp32", "exporter", "fused", _ORT, is_for_gpu=True),
+    Contestant(
+        "ort-fp16",
+        "onnxruntime, its fp16 converter, plain",
+        "fp16",
+        "exporter",
+        "fp16",
+        _ORT,
+        is_for_gpu=True,
+    ),
+    Contestant(
+        "ort-fused-fp16",
+        "onnxruntime, its fp16 converter, fused",
+        "fp16",
+        "exporter",
+        "fused-fp16",
+        _ORT,
+        is_for_gpu=True,
     ),
     Contestant("openvino", "OpenVINO fp32", "fp32", "exporter", "openvino", _OPENVINO),
     Contestant("openvino-bf16", "OpenVINO default", "bf16", "exporter", "openvino", _load_openvino_default),

@@ -39,13 +39,14 @@ from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
 from xadapter_export.bundle.cuda import CUDA_PROVIDER, find_missing
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet, Manifest, Task, Variant
+from xadapter_export.bundle.manifest import EXPERT_SETS, Deployment, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
 from xadapter_export.runtime.choose import CPU_PROVIDER
 
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
 HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
 OURS: Final = ("ours", "ours-openvino")  # bundles, as ``benchmarks.prepare`` makes them
+OURS_GPU: Final = ("ours-gpu", "ours-engines")
 COMPARED: Final = ("plain", "transformers", "ours-portable")  # whose seconds and memory are
 _STATIC: Final = Preparation("ours", "bert-base-static", "v", "fill-mask")  # for its size
 _UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
@@ -111,15 +112,16 @@ class Benchmark:
     def run(self) -> tuple[Results, limits.Limits]:
         """Measure everything that was asked for, and the machine's limits before and after it."""
         self.say("limits of this machine")
-        machine = limits.measure_in_child(self.settings.threads, self.environment)
+        machine = self._measure_limits()
         self._prepare_everything()
         for case in self.settings.cases:
             for task, heads in self._tasks(case):
                 self._run_task(case, task, heads)
-            if case == "bert-base" and "ours" in self.settings.contestants and self._prepare(_STATIC):
+            is_sized = case == "bert-base" and self._is_on_cpu and "ours" in self.settings.contestants
+            if is_sized and self._prepare(_STATIC):
                 self._note_sizes(_STATIC, "full", None)
         self.say("limits of this machine once more")
-        machine = machine.best(limits.measure_in_child(self.settings.threads, self.environment))
+        machine = machine.best(self._measure_limits())
         found = self.found
         results = Results(
             cells={
@@ -137,6 +139,14 @@ class Benchmark:
             fp32_gflops=machine.fp32_gflops,
         )
         return results, machine
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.settings.provider == CPU_PROVIDER
+
+    def _measure_limits(self) -> limits.Limits:
+        is_gpu = self.settings.provider == CUDA_PROVIDER
+        return limits.measure_in_child(self.settings.threads, self.environment, on_gpu=is_gpu)
 
     def _prepare_everything(self) -> None:
         """Make what will be timed, two at a time: an export computes on one core for most of its time.
@@ -175,7 +185,7 @@ class Benchmark:
         """The bundles of ours that are timed."""
         if "ours" not in self.settings.contestants:
             return ()
-        return OURS if self.settings.provider == CPU_PROVIDER else OURS[:1]  # the second is OpenVINO's
+        return OURS if self._is_on_cpu else OURS_GPU
 
     def _preparations(
         self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...]
@@ -186,9 +196,10 @@ class Benchmark:
                 yield Preparation(contestant.preparation, case, runs, task)
         for head, kind in product(heads, self._kinds_of_ours):
             yield Preparation(kind, case, experts, task, head == "candidates")
-        if self._kinds_of_ours and case == self.settings.cases[0]:
+        has_costs = self._kinds_of_ours and self._is_on_cpu
+        if has_costs and case == self.settings.cases[0]:
             yield Preparation("ours-portable", case, experts, task)
-        if self._kinds_of_ours and case == _STATIC.case.removesuffix("-static"):
+        if has_costs and case == _STATIC.case.removesuffix("-static"):
             yield _STATIC
 
     def _run_task(self, case: str, task: Task, heads: tuple[Head, ...]) -> None:
@@ -201,7 +212,8 @@ class Benchmark:
                 entries = self._entries(case, experts, task, heads, shape)
                 group = _Group(case, experts, entries, shape, self)
                 group.measure(files, Path(temporary))
-            if case == self.settings.cases[0] and task == task_of(self.settings.heads[0]):
+            is_first = case == self.settings.cases[0] and task == task_of(self.settings.heads[0])
+            if is_first and self._is_on_cpu:
                 self._footprints(case, task, entries, next(iter(files.values())), shape)
 
     def _feeds(
@@ -232,7 +244,7 @@ class Benchmark:
             feedings: tuple[Feeding, ...] = ("user", "equal")
             if contestant.kind != "torch" and runs == "none":
                 feedings = ("user",)  # the two are the same
-            if contestant.name == "compile" and not self.settings.full:
+            if contestant.name.startswith("compile") and not self.settings.full:
                 feedings = ("equal",)
             place = Place(case, runs, task, folder, threads, None, provider)
             entries.append(Entry(contestant, place, feedings, heads))
@@ -244,8 +256,11 @@ class Benchmark:
             self.found.costs.setdefault(kind, cost)
             manifest = self._note_sizes(preparation, head, shape)
             folder = preparation.folder(self.settings.cache)
-            for variant in manifest.variants_of(experts):
-                is_timed = variant.precision not in _UNTIMED or self.settings.full or provider != CPU_PROVIDER
+            timed: Sequence[Variant | Deployment] = manifest.variants_of(experts)
+            if kind == "ours-engines":
+                timed = manifest.deployments
+            for variant in timed:
+                is_timed = variant.precision not in _UNTIMED or self.settings.full or not self._is_on_cpu
                 if is_timed and ours(variant.name).runs_with(provider):
                     place = Place(case, experts, task, folder, threads, variant.name, provider)
                     entries.append(Entry(ours(variant.name), place, ("equal",), (head,)))
@@ -353,7 +368,7 @@ class _Group:
         name = entry.contestant.name
         try:
             worker = Worker(name, entry.place, self.benchmark.environment)
-            if name == "compile":  # each shape takes it half a minute on one core, while others load
+            if name.startswith("compile"):  # each shape takes it half a minute on one core, while others load
                 for file, feeding in product(files, entry.feedings):
                     worker.first(file, feeding, self.shape.clip_context)
         except XAdapterError as error:
@@ -569,7 +584,8 @@ def _check_provider(provider: str) -> None:
     "--provider",
     default=CPU_PROVIDER,
     show_default=True,
-    help="Of onnxruntime; with another, only graphs of standard operators in fp32 and fp16 take part.",
+    help="Of onnxruntime. With CUDAExecutionProvider everyone runs on the GPU, in fp32 and fp16; PyTorch and "
+    "TensorRT-RTX engines too.",
 )
 @click.option(
     "--output",
@@ -599,7 +615,7 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
     settings.cache.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(settings)
     results, machine = benchmark.run()
-    verdicts = judge(results)
+    verdicts = judge(results) if settings.provider == CPU_PROVIDER else []  # targets are for CPUs
     _print(results, machine, verdicts, benchmark.found)
     found = benchmark.found
     report.write_json(
@@ -627,7 +643,8 @@ def _print(results: Results, machine: limits.Limits, verdicts: Sequence[Verdict]
     worst = min(found.agreement.items(), key=lambda item: item[1], default=None)
     if worst is not None:
         console.print(f"lowest cosine of an answer to PyTorch eager's: {worst[1]:.4f}, {worst[0]}")
-    console.print("\nmust show")
+    if verdicts:
+        console.print("\nmust show")
     for verdict in verdicts:
         console.print(str(verdict), soft_wrap=True)
 

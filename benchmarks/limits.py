@@ -26,6 +26,7 @@ class Limits:
         int8_gops: The same in int8, the faster of onnxruntime's and PyTorch's.
         read_gb_s: Reading an array much larger than the caches, 1e9 bytes a second.
         threads: Threads that each had.
+        device: ``cpu``, or the name of a GPU.
     """
 
     fp32_gflops: float
@@ -33,14 +34,18 @@ class Limits:
     int8_gops: float
     read_gb_s: float
     threads: int
+    device: str = "cpu"
 
     def best(self, other: "Limits") -> "Limits":
         """Return the higher of both in each figure: a limit is what was reached at any time."""
         return Limits(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
 
     def peak(self, precision: str) -> float:
-        """Operations a second, in 1e9, at a precision; int4 weights are multiplied as fp32."""
-        return {"int8": self.int8_gops, "bf16": self.bf16_gflops}.get(precision, self.fp32_gflops)
+        """Operations a second, in 1e9, at a precision; int4, and fp16 on a CPU, are multiplied as fp32."""
+        peaks = {"int8": self.int8_gops, "bf16": self.bf16_gflops}
+        if self.device != "cpu":
+            peaks["fp16"] = self.bf16_gflops  # tensor cores multiply both equally fast
+        return peaks.get(precision, self.fp32_gflops)
 
     def least_ms(self, gflop: float, weight_bytes: float, precision: str) -> float:
         """Time below which no run can be: operations at the peak, or weights read once, in ms."""
@@ -78,9 +83,37 @@ def measure(
     )
 
 
-def measure_in_child(threads: int, environment: Mapping[str, str]) -> Limits:
+def measure_gpu(
+    side: int = 4 * _SIDE, read_bytes: int = 4 * _READ_BYTES, seconds: float = _SECONDS
+) -> Limits:
+    """Measure the limits of the first NVIDIA GPU; fp32 without TF32."""
+    import torch
+
+    def timed(run: Callable[[], object]) -> float:
+        def whole() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        return best_s(whole, seconds)
+
+    operations = 2 * side**3 / 1e9
+    a, b = (torch.randn(side, side, device="cuda") for _ in range(2))
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    a8, b8 = (torch.randint(-127, 127, (side, side), dtype=torch.int8, device="cuda") for _ in range(2))
+    large = torch.ones(read_bytes // 4, device="cuda")
+    return Limits(
+        fp32_gflops=operations / timed(lambda: torch.mm(a, b)),
+        bf16_gflops=operations / timed(lambda: torch.mm(a16, b16)),
+        int8_gops=operations / timed(lambda: torch._int_mm(a8, b8.t())),
+        read_gb_s=read_bytes / 1e9 / timed(large.sum),
+        threads=1,
+        device=torch.cuda.get_device_name(),
+    )
+
+
+def measure_in_child(threads: int, environment: Mapping[str, str], *, on_gpu: bool = False) -> Limits:
     """Measure the limits in a process of its own, so that its memory is given back."""
-    command = [sys.executable, "-m", "benchmarks.limits", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.limits", "gpu" if on_gpu else str(threads)]
     child = subprocess.run(command, env=dict(environment), check=True, stdout=subprocess.PIPE, text=True)
     return Limits(**json.loads(child.stdout))
 
@@ -116,4 +149,5 @@ def _int8_onnxruntime_s(side: int, threads: int, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 2))))
+    _what = sys.argv[1] if len(sys.argv) > 1 else "2"
+    print(json.dumps(asdict(measure_gpu() if _what == "gpu" else measure(int(_what)))))

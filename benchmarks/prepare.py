@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.feeds import CANDIDATES
-from xadapter_export.bundle.manifest import ExpertSet, Precision, Target, Task
+from xadapter_export.bundle.manifest import DeploymentTarget, ExpertSet, Precision, Target, Task
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.errors import XAdapterError
 
@@ -38,6 +38,7 @@ DONE: Final = "done.json"
 MODEL: Final = "model.onnx"
 _MIB = 1 << 20
 _OPSET = 18
+_PROFILE: Final = {"batch": (1, 32), "seq": (8, 128), "masks": (1, 1)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
 _OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 
@@ -240,6 +241,17 @@ def _int8(preparation: Preparation, folder: Path) -> None:
     )
 
 
+def _fp16(preparation: Preparation, folder: Path) -> None:
+    """The usual fp16 recipe: onnxruntime's converter, with inputs and outputs as they were."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    source = "fused" if preparation.kind == "fused-fp16" else "plain"
+    graph = onnx.load(_of(source, preparation, folder) / MODEL)
+    half = convert_float_to_float16(graph, keep_io_types=True)
+    onnx.save(half, folder / MODEL, save_as_external_data=True, location=f"{MODEL}.data")
+
+
 def _openvino(preparation: Preparation, folder: Path) -> None:
     """OpenVINO's own conversion of the plain export; weights stay fp32."""
     ov = import_openvino()
@@ -283,15 +295,27 @@ def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Pat
     _export(preparation, model, folder, ("fp32",), ("onnx",))
 
 
+def _ours_gpu(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Make a bundle of ours for onnxruntime on a GPU."""
+    _export(preparation, model, folder, ("fp32", "fp16"), ("onnx",))
+
+
+def _ours_engines(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Make a bundle of ours with TensorRT-RTX engines for the GPU of this machine, for every shape."""
+    _export(preparation, model, folder, ("fp32", "fp16"), ("tensorrt-rtx",))
+
+
 def _export(
     preparation: Preparation,
     model: "XAdapterModel",
     folder: Path,
     precisions: Sequence[Precision],
-    targets: Sequence[Target],
+    targets: Sequence[Target | DeploymentTarget],
 ) -> None:
     from benchmarks.cases import write_calibration
     from xadapter_export import export
+    from xadapter_export.exporters.deploy import DeployOptions
+    from xadapter_export.exporters.engines import CURRENT
 
     is_lossy = any(precision != "fp32" for precision in precisions)
     is_random = preparation.case != "builtin"  # its weights, so that no text is better than another
@@ -306,6 +330,7 @@ def _export(
         # With the gates open, so that what is below one is timed too; its row and verdict say so.
         min_agreement=0.0 if is_lossy else None,
         max_points_lost=100.0 if is_lossy else None,
+        deploy_options=DeployOptions(_PROFILE, (CURRENT,)) if "tensorrt-rtx" in targets else None,
     )
 
 
@@ -317,15 +342,21 @@ MAKERS: Final[dict[str, Maker]] = {
     "ours": _ours,
     "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
+    "ours-gpu": _ours_gpu,
+    "ours-engines": _ours_engines,
 }
 CONVERTERS: Final[dict[str, Callable[[Preparation, Path], None]]] = {  # of a graph, with no model
     "fused": _fused,
+    "fp16": _fp16,
+    "fused-fp16": _fp16,
     "int8": _int8,
     "fused-int8": _int8,
     "openvino": _openvino,
 }
 NEEDS: Final = {
     "fused": "plain",
+    "fp16": "plain",
+    "fused-fp16": "fused",
     "int8": "plain",
     "fused-int8": "fused",
     "openvino": "plain",

@@ -64,7 +64,7 @@ def _entry(results: Results, cell: Cell, row: Row) -> str:
     found = spread(rows[row].times_ms)
     text = f"{_ms(found.median)} ({_ms(found.low)}-{_ms(found.high)})"
     precision = find(row.contestant).precision
-    mine = chosen(results, "int8" if precision == "int8" else "fp32")
+    mine = chosen(results, precision if precision in ("int8", "fp16") else "fp32")
     own = next((other for other in rows if other.contestant == mine), None)
     times = f" x{ratio(rows[row].times_ms, rows[own].times_ms).value:.2f}" if own and own != row else ""
     return f"{text}{times} {rows[row].share:.0%}"
@@ -77,7 +77,10 @@ def _ms(value: float) -> str:
 def limits_table(limits: Limits) -> Table:
     """What the machine can do."""
     table = Table(
-        title=f"limits of this machine, {limits.threads} threads", title_justify="left", show_edge=False
+        title="limits of "
+        + (f"this machine, {limits.threads} threads" if limits.device == "cpu" else limits.device),
+        title_justify="left",
+        show_edge=False,
     )
     for column in ("fp32 GFLOP/s", "bf16 GFLOP/s", "int8 Gop/s", "reading GB/s"):
         table.add_column(column, justify="right")

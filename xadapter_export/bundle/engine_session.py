@@ -1,6 +1,7 @@
 """The one place where a TensorRT engine is opened and run: on the NVIDIA GPU of this machine."""
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from xadapter_export.bundle.manifest import DeploymentTarget
+from xadapter_export.bundle.manifest import Deployment, DeploymentTarget
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import BundleError, ProviderError, import_extra
 
@@ -52,8 +53,38 @@ def find_gpu() -> str:
     return f"sm{major}{minor}"
 
 
+def engine_files(made: Deployment) -> dict[str, str]:
+    """Return the file of each engine of a deployment by the GPUs that it is for, as ``sm86+sm89``."""
+    return {
+        key.removeprefix("engine "): file for key, file in made.facts.items() if key.startswith("engine ")
+    }
+
+
+def engine_file_for(made: Deployment, gpu: str) -> str:
+    """Return the file of the engine for a GPU, as ``find_gpu`` names it.
+
+    Raises:
+        ProviderError: If there is none.
+        BundleError: If the manifest does not list it.
+    """
+    for label, file in engine_files(made).items():
+        if gpu in label.split("+"):
+            if file not in made.files:  # a path of the facts is trusted no further than the files
+                raise BundleError("the manifest names an engine that is not among its files", where=file)
+            return file
+    raise ProviderError(
+        f"the bundle holds no engine for this GPU ({gpu})",
+        where=f"{made.target}, experts {made.expert_set}, {made.source}",
+        expected=f"one of {', '.join(engine_files(made))}",
+        mend=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
+    )
+
+
 class EngineSession:
-    """An engine with memory of its own on the GPU; one call at a time."""
+    """An engine with memory of its own on the GPU; one call at a time.
+
+    Memory of an input or output is kept from call to call, and grows with the largest.
+    """
 
     def __init__(self, engine: Any, library: ModuleType, cuda: ModuleType, kept: tuple[object, ...]) -> None:
         self._kept = kept  # what the engine refers to: it must outlive it
@@ -61,6 +92,8 @@ class EngineSession:
         self._context = engine.create_execution_context()
         self._stream = _check(cuda.cudaStreamCreate())
         self._lock = threading.Lock()
+        self._places: dict[str, tuple[int, int]] = {}  # address and bytes
+        weakref.finalize(self, _free, cuda, self._places, self._stream)
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         is_input = [engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in names]
         self._inputs = [name for name, chosen in zip(names, is_input, strict=True) if chosen]
@@ -68,12 +101,17 @@ class EngineSession:
 
     def fits(self, feed: Mapping[str, Array]) -> bool:
         """Whether the engine was planned for inputs of these shapes."""
+        return self._unplanned(feed) is None
+
+    def _unplanned(self, feed: Mapping[str, Array]) -> str | None:
+        """Return the first input whose shape is outside the profile, or None."""
+        name: str
         for name in self._inputs:
             least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
             shape = feed[name].shape
             if not all(a <= n <= b for a, n, b in zip(least, shape, largest, strict=True)):
-                return False
-        return True
+                return name
+        return None
 
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
         """Compute the named outputs.
@@ -82,42 +120,48 @@ class EngineSession:
             BundleError: If the engine was not planned for these shapes, or the GPU fails.
         """
         cuda, context = self._cuda, self._context
-        copy_in = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        copy_out = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        taken: list[int] = []
-
-        def bind(name: str, size_bytes: int) -> int:
-            taken.append(int(_check(cuda.cudaMalloc(max(size_bytes, 1)))))
-            context.set_tensor_address(name, taken[-1])
-            return taken[-1]
-
+        to_gpu = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        to_cpu = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         with self._lock:
-            try:
-                for name in self._inputs:
-                    array = np.ascontiguousarray(input_feed[name])
-                    if not context.set_input_shape(name, array.shape):
-                        raise BundleError(
-                            "the engine was not planned for this shape", where=name, got=array.shape
-                        )
-                    _check(
-                        cuda.cudaMemcpy(bind(name, array.nbytes), array.ctypes.data, array.nbytes, copy_in)
-                    )
-                answers, places = {}, {}
-                for name in self._outputs:
-                    dtype = self._library.nptype(self._engine.get_tensor_dtype(name))
-                    answers[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
-                    places[name] = bind(name, answers[name].nbytes)
-                if not context.execute_async_v3(int(self._stream)):
-                    raise BundleError("the engine cannot compute these inputs")
-                _check(cuda.cudaStreamSynchronize(self._stream))
-                names = self._outputs if output_names is None else output_names
-                for name in names:
-                    array = answers[name]
-                    _check(cuda.cudaMemcpy(array.ctypes.data, places[name], array.nbytes, copy_out))
-                return [answers[name] for name in names]
-            finally:
-                for address in taken:
-                    cuda.cudaFree(address)
+            if (name := self._unplanned(input_feed)) is not None:
+                least, _, largest = map(tuple, self._engine.get_tensor_profile_shape(name, 0))
+                raise BundleError(
+                    "the engine was not planned for this shape",
+                    where=name,
+                    expected=f"{least} to {largest}",
+                    got=input_feed[name].shape,
+                    mend="export again with a wider --profile, or choose another variant",
+                )
+            for name in self._inputs:
+                array = np.ascontiguousarray(input_feed[name])
+                context.set_input_shape(name, array.shape)
+                address = self._place(name, array.nbytes)
+                _check(cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, to_gpu, self._stream))
+            answers: dict[str, Array] = {}
+            for name in self._outputs:
+                dtype = self._library.nptype(self._engine.get_tensor_dtype(name))
+                answers[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
+                self._place(name, answers[name].nbytes)
+            if not context.execute_async_v3(int(self._stream)):
+                raise BundleError("the engine cannot compute these inputs")
+            names = self._outputs if output_names is None else output_names
+            for name in names:
+                array, (address, _) = answers[name], self._places[name]
+                _check(cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, to_cpu, self._stream))
+            _check(cuda.cudaStreamSynchronize(self._stream))
+            return [answers[name] for name in names]
+
+    def _place(self, name: str, size_bytes: int) -> int:
+        """Return the address of an input or output on the GPU, where there is room for so many bytes."""
+        address, capacity = self._places.get(name, (0, 0))
+        if capacity < max(size_bytes, 1):
+            if address:
+                del self._places[name]
+                _check(self._cuda.cudaFree(address))
+            address = int(_check(self._cuda.cudaMalloc(max(size_bytes, 1))))
+            self._places[name] = address, max(size_bytes, 1)
+            self._context.set_tensor_address(name, address)
+        return address
 
     def get_providers(self) -> list[str]:
         """Return the library's name and version."""
@@ -172,6 +216,13 @@ def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
         )
     cuda = import_extra("cuda.bindings.runtime", "tensorrt")
     return EngineSession(engine, library, cuda, (runtime, logger))
+
+
+def _free(cuda: ModuleType, places: dict[str, tuple[int, int]], stream: Any) -> None:
+    """Give back what a session had on the GPU."""
+    for address, _ in places.values():
+        cuda.cudaFree(address)
+    cuda.cudaStreamDestroy(stream)
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

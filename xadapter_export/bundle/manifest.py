@@ -267,7 +267,7 @@ class Variant(_Strict):
 
 
 class Deployment(_Strict):
-    """Files for a runtime that ``XAdapterSession`` does not drive, made from a proven graph of the bundle.
+    """Files for another runtime, made from a graph of the bundle; ``XAdapterSession`` drives engines alone.
 
     Attributes:
         target: The runtime.
@@ -290,6 +290,11 @@ class Deployment(_Strict):
     facts: dict[str, str]
     refused: tuple[str, ...] = ()
     prove_with: str | None
+
+    @property
+    def name(self) -> str:
+        """Name to choose it by, where a session can: ``tensorrt-rtx-fp16``."""
+        return f"{self.target}-{self.precision}"
 
 
 class FileEntry(_Strict):

@@ -169,7 +169,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     multiple=True,
     metavar="SM",
     help="NVIDIA GPUs that an engine is built for, as sm89; may be repeated, for an engine each; sm86+sm89 "
-    "is one engine for both. [default: one for all after sm75]",
+    "is one engine for both; current is the GPU of this machine. [default: one for all after sm75]",
 )
 @click.option(
     "--calibration",

@@ -54,7 +54,8 @@ BAR_COLUMNS = 24
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="Variant that answers: auto, the fastest on this machine; a name, such as cpu-int8; or a precision.",
+    help="Variant that answers: auto, the fastest on this machine; a name, such as cpu-int8, or that of "
+    "engines, tensorrt-rtx-fp16; or a precision.",
 )
 @click.option(
     "--index",
@@ -156,7 +157,7 @@ def _ask(
     if candidates is not None and task != "fill-mask":
         raise UnsupportedError("--candidates is for fill-mask", got=task)
     pairs = None if pair is None else [pair] * len(texts)
-    replies = [Reply(text, session.experts, session.variant.name) for text in texts]
+    replies = [Reply(text, session.experts, session.answered_by) for text in texts]
     if task == "fill-mask":
         filled = session.fill_mask(texts, top_k=top_k, candidates=candidates)
         replies = [replace(r, answers=answers) for r, answers in zip(replies, filled, strict=True)]

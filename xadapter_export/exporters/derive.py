@@ -125,13 +125,7 @@ def derive(
         if precision == "int8":
             quantised = quantise_qdq(portable, feeds)
             return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
-        whole = ir.external_data.load_to_model(portable.clone())
-        half = ir.from_proto(
-            convert_float_to_float16(
-                ir.to_proto(whole), keep_io_types=True, op_block_list=list(_FP32_ISLANDS)
-            )
-        )
-        half.graph.sort()
+        half = _to_half(portable)
         return half, [_bytes_saved("fp16_weights", portable, half, merged)]
     model = portable.clone()
     num_attentions, num_products = merged.projection_counts
@@ -149,6 +143,22 @@ def derive(
         quantise(model, recipe)
         done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
+
+
+def _to_half(portable: ir.Model) -> ir.Model:
+    whole = ir.to_proto(ir.external_data.load_to_model(portable.clone()))
+    half = convert_float_to_float16(whole, keep_io_types=True, op_block_list=list(_FP32_ISLANDS))
+    # onnxruntime before 1.32, and so all of onnxruntime-gpu to date, writes a cast again for every reader.
+    written: set[str] = set()
+    nodes = list(half.graph.node)
+    del half.graph.node[:]
+    for node in nodes:
+        if written.isdisjoint(node.output):
+            half.graph.node.append(node)
+            written.update(node.output)
+    model = ir.from_proto(half)
+    model.graph.sort()
+    return model
 
 
 def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from xadapter_export.bundle.engine_session import LIBRARIES
+from xadapter_export.bundle.engine_session import LIBRARIES, find_gpu
 from xadapter_export.bundle.manifest import DeploymentTarget, Precision
 from xadapter_export.errors import ConfigError, UnsupportedError, import_extra
 from xadapter_export.exporters.deploy import Say
@@ -24,6 +24,7 @@ _REASONS = {
     "CUDA initialization failure": "this library builds on the GPU that it is for, and none is here",
     "no CUDA-capable device": "this library builds on the GPU that it is for, and none is here",
 }
+CURRENT = "current"  # the GPU of this machine, also one that the library has no name for
 _PROGRAM = Path(__file__).with_name("build_engine.py")
 
 
@@ -36,7 +37,7 @@ class EngineJob:
         graph: The ONNX file, its weights beside it.
         engine: The file to write.
         shapes: Least, usual and largest shape of every input.
-        compute_capabilities: GPUs that it is for, as ``sm89``; the one that is present if empty.
+        compute_capabilities: GPUs that it is for, as ``sm89``, or ``current``; the one here if empty.
     """
 
     library: str
@@ -82,16 +83,16 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
         library: The library that builds them.
 
     Raises:
-        ConfigError: If the library does not know one, or one is named twice.
+        ConfigError: If the library does not know one, one is named twice, or ``current`` beside another.
     """
     known = [name.lower() for name in library.ComputeCapability.__members__ if name.startswith("SM")]
     groups = [tuple(item.lower().split("+")) for item in asked]
-    for name in (name for group in groups for name in group):
+    for name in (name for group in groups if group != (CURRENT,) for name in group):
         if name not in known:
             raise ConfigError(
                 f"TensorRT-RTX {library.__version__} builds no engines for this compute capability",
                 where=name or "an empty name",
-                expected=f"some of {', '.join(sorted(known, key=_number))}",
+                expected=f"some of {', '.join(sorted(known, key=_number))}, or {CURRENT} alone",
                 got=None if name else ", ".join(asked),
             )
     for number, group in enumerate(groups):
@@ -110,8 +111,11 @@ def check_capabilities(asked: Sequence[str], precisions: Sequence[Precision]) ->
     Raises:
         MissingExtraError: If TensorRT-RTX is not installed.
         ConfigError: As ``split_capabilities``, or if every engine of a precision would be refused.
+        ProviderError: If one is ``current`` and there is no GPU.
     """
     groups = split_capabilities(asked, import_library("tensorrt-rtx"))
+    if (CURRENT,) in groups:
+        find_gpu()
     if "fp32" in precisions and all("sm75" in group for group in groups):
         raise ConfigError(_NO_FP32, got=", ".join(asked))
 

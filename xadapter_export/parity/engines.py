@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bundle.engine_session import find_gpu, open_engine
+from xadapter_export.bundle.engine_session import engine_file_for, engine_files, find_gpu, open_engine
 from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, ExpertSet, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_variant
-from xadapter_export.errors import BundleError, ParityError, ProviderError
+from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Tolerance
 from xadapter_export.parity.prove import SCORES, compare_case, read_reference, reference_feeds
 from xadapter_export.parity.report import ParityReport
@@ -53,7 +53,7 @@ def prove_engines(
         made
         for made in bundle.manifest.deployments
         if made.target == target
-        and _engines(made)
+        and engine_files(made)
         and (expert_sets is None or made.expert_set in expert_sets)
         and (variants is None or made.source in variants)
     ]
@@ -64,7 +64,7 @@ def prove_engines(
             mend=f"export it with --target {target}",
         )
     gpu = find_gpu()
-    chosen = [(made, _engine_for(made, gpu)) for made in wanted]
+    chosen = [(made, engine_file_for(made, gpu)) for made in wanted]
     reference = read_reference(bundle)
     cells: list[Cell] = []
     tolerances: dict[str, Tolerance] = dict(TOLERANCES)
@@ -161,24 +161,3 @@ def measure_graph(
         for name, distance in measured.items()
     }
     return held, said
-
-
-def _engines(made: Deployment) -> dict[str, str]:
-    """Return the file of each engine by the GPUs that it is for, as ``sm86+sm89``."""
-    return {
-        key.removeprefix("engine "): file for key, file in made.facts.items() if key.startswith("engine ")
-    }
-
-
-def _engine_for(made: Deployment, gpu: str) -> str:
-    for label, file in _engines(made).items():
-        if gpu in label.split("+"):
-            if file not in made.files:  # a path of the facts is trusted no further than the files
-                raise BundleError("the manifest names an engine that is not among its files", where=file)
-            return file
-    raise ProviderError(
-        f"the bundle holds no engine for this GPU ({gpu})",
-        where=f"{made.target}, experts {made.expert_set}, {made.source}",
-        expected=f"one of {', '.join(_engines(made))}",
-        mend=f"export it with --compute-capability {gpu}",
-    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from xadapter_export.bundle.manifest import Variant
+from xadapter_export.bundle.manifest import Deployment, Variant
 from xadapter_export.errors import BundleError, ConfigError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -40,28 +40,42 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """The variant that answers, and why in a few words."""
+    """The variant that answers, and why in a few words; with ``engine``, its engines in its place."""
 
     variant: Variant
     reason: str
+    engine: Deployment | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of what answers: ``cpu-int8``, ``tensorrt-rtx-fp16``."""
+        return self.variant.name if self.engine is None else self.engine.name
 
 
-def choose(variants: Sequence[Variant], name: str, *, providers: Sequence[str], machine: Machine) -> Choice:
+def choose(
+    variants: Sequence[Variant],
+    name: str,
+    *,
+    providers: Sequence[str],
+    machine: Machine,
+    engines: Sequence[Deployment] = (),
+) -> Choice:
     """Choose among the variants of one expert set.
 
     ``auto`` takes, with a GPU provider, fp16 and else fp32 of the portable graph. On the CPU it takes the
     first of these that is there: OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8
     where the CPU has int8 dot products or AVX2; fp32, that of onnxruntime before that of OpenVINO, which
     measured slower on short texts. It never takes fp16 on a CPU, where fp16 is slower than fp32, and int4
-    only by name. Where the CPU's features are unknown it takes fp32; int8, asked for by name, gives the same
-    answers there, only more slowly.
+    only by name, as engines. Where the CPU's features are unknown it takes fp32; int8, asked for by name,
+    gives the same answers there, only more slowly.
 
     Args:
         variants: The variants of the set.
-        name: ``auto``; a variant's whole name, ``cpu-int8``; or a precision, ``int8``, which is the fastest
-            target here that has it.
+        name: ``auto``; a variant's whole name, ``cpu-int8``; a precision, ``int8``, which is the fastest
+            target here that has it; or the name of engines, ``tensorrt-rtx-fp16``.
         providers: Names of the onnxruntime providers that were asked for.
         machine: The machine.
+        engines: The deployments of the set that are engines.
 
     Raises:
         BundleError: If the set has no such variant, or for ``auto`` none that suits.
@@ -69,6 +83,15 @@ def choose(variants: Sequence[Variant], name: str, *, providers: Sequence[str], 
     """
     by_name = {variant.name: variant for variant in variants}
     on_cpu = set(providers) <= {CPU_PROVIDER}
+    if engine := next((made for made in engines if made.name == name), None):
+        if not on_cpu:
+            raise ConfigError(
+                "an engine runs on the GPU by itself, with no execution provider",
+                where=name,
+                got=", ".join(providers),
+                mend="leave the provider out, or choose a variant whose name starts with onnx",
+            )
+        return Choice(by_name[engine.source], "named", engine)
     if name == "auto":
         rules = _rules(providers, machine)
         mend = "name one of those with variant=, or export with --precision fp32"
@@ -80,7 +103,8 @@ def choose(variants: Sequence[Variant], name: str, *, providers: Sequence[str], 
         mend = "choose one of those, or export with its --precision and --target"
     else:
         rules, mend = [(name, "named")], "choose one of those, or export with its --precision and --target"
-    if name.endswith("fp16") and not GPU_PROVIDERS & set(providers):
+    is_engine = name.startswith("tensorrt")  # of which there is none, or it would be chosen
+    if name.endswith("fp16") and not is_engine and not GPU_PROVIDERS & set(providers):
         raise ConfigError(
             "fp16 is slower than fp32 on a CPU, and no GPU provider was asked for",
             where=name,
@@ -101,9 +125,14 @@ def choose(variants: Sequence[Variant], name: str, *, providers: Sequence[str], 
         if name == "auto"
         else "the bundle does not hold this variant",
         where=f"{name}, experts {variants[0].expert_set}",
-        expected=f"one of {', '.join(by_name)}",
+        expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
         mend=mend,
     )
+
+
+def runs_on_cpu(name: str) -> bool:
+    """Whether what is named, ``auto`` included, can be had on a CPU."""
+    return not name.endswith("fp16") and not name.startswith("tensorrt")
 
 
 def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:

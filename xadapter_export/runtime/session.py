@@ -15,8 +15,17 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.bundle.engine_session import engine_file_for, engine_files, find_gpu, open_engine
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
-from xadapter_export.bundle.manifest import Candidate, ExpertSet, ExpertSetSpec, Manifest, Task, Variant
+from xadapter_export.bundle.manifest import (
+    Candidate,
+    Deployment,
+    ExpertSet,
+    ExpertSetSpec,
+    Manifest,
+    Task,
+    Variant,
+)
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.bundle.retrieval import PictureIndex
@@ -24,7 +33,14 @@ from xadapter_export.errors import BundleError, ConfigError, ProviderError, Unsu
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, int8_overflows, read_machine
+from xadapter_export.runtime.choose import (
+    CPU_PROVIDER,
+    Choice,
+    choose,
+    int8_overflows,
+    read_machine,
+    runs_on_cpu,
+)
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
 from xadapter_export.runtime.loaded import open_shared
@@ -74,9 +90,9 @@ class XAdapterSession:
         self._pairs = SplitPairs(bundle, index, cache_size, verify=verify)
         names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
         self._choose_variant = partial(choose, providers=names, machine=read_machine())
-        first = self._choose_variant(manifest.variants_of(self.experts), variant)
+        first = self._choose_for(self.experts, variant)
         self._choices = {self.experts: first}
-        self._preferred = first.variant.name
+        self._preferred = first.name
         self._sessions: dict[ExpertSet, OnnxSession] = {}
         self._lock = threading.Lock()
         self._session(self.experts)  # what can go wrong goes wrong now, not at the first question
@@ -103,9 +119,10 @@ class XAdapterSession:
             bundle: Its folder.
             experts: The expert set that answers; the bundle's default if None.
             variant: Which of the set's graphs answers: ``auto``, the fastest on this machine; a whole name,
-                ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``; or a precision, ``fp32`` or ``int8``, the
-                fastest here that has it. The rule is that of ``runtime.choose``. Another expert set of the
-                session gets the same, or where it lacks it what ``auto`` gives.
+                ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``; a precision, ``fp32`` or ``int8``, the
+                fastest here that has it; or engines, ``tensorrt-rtx-fp16``, for the GPU of this machine. The
+                rule is that of ``runtime.choose``. Another expert set of the session gets the same, or where
+                it lacks it what ``auto`` gives.
             providers: onnxruntime execution providers in order of preference; the CPU if None. One that does
                 not start is an error, never a silent fallback.
             num_threads: Threads inside one operator; the engine's choice if None: onnxruntime's is one for
@@ -128,8 +145,9 @@ class XAdapterSession:
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
             HashMismatchError: If a file was changed.
-            ProviderError: If a provider is not there or does not start.
-            MissingExtraError: If onnxruntime, or OpenVINO for a variant of it, is not installed.
+            ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
+                no engine for it.
+            MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
             ConfigError: If ``num_threads`` or ``batch_size`` is below 1 or ``cache_size`` below 0, the
                 variant cannot go with the providers: fp16 runs on no CPU; or there is an index and nothing
                 to use it, or it is not one of the bundle's bank.
@@ -138,7 +156,6 @@ class XAdapterSession:
             cls,
             read_bundle(bundle, verify=False),
             experts=experts,
-            variant=variant,
             num_threads=num_threads,
             batch_size=batch_size,
             share_weights=share_weights,
@@ -147,12 +164,12 @@ class XAdapterSession:
             verify=verify,
         )
         try:
-            return make(providers=providers)
+            return make(variant=variant, providers=providers)
         except ProviderError as error:
             if not allow_fallback:
                 raise
             warnings.warn(f"{error}; the CPU answers instead", UserWarning, stacklevel=2)
-            return make(providers=[CPU_PROVIDER])
+            return make(variant=variant if runs_on_cpu(variant) else "auto", providers=[CPU_PROVIDER])
 
     @property
     def manifest(self) -> Manifest:
@@ -163,6 +180,11 @@ class XAdapterSession:
     def variant(self) -> Variant:
         """The variant that answers for the session's expert set."""
         return self._choice(self.experts).variant
+
+    @property
+    def answered_by(self) -> str:
+        """Name of what answers for the session's expert set: that of the variant, or of its engines."""
+        return self._choice(self.experts).name
 
     @property
     def variant_reason(self) -> str:
@@ -407,15 +429,33 @@ class XAdapterSession:
     def _choice(self, experts: ExpertSet) -> Choice:
         """Return what answers for an expert set: the variant that the first set has, or the next best."""
         if experts not in self._choices:
-            variants = self.manifest.variants_of(experts)
-            has_it = any(variant.name == self._preferred for variant in variants)
-            self._choices[experts] = self._choose_variant(variants, self._preferred if has_it else "auto")
+            names = [variant.name for variant in self.manifest.variants_of(experts)]
+            names += [made.name for made in self._engines_of(experts)]
+            has_it = self._preferred in names
+            self._choices[experts] = self._choose_for(experts, self._preferred if has_it else "auto")
         return self._choices[experts]
+
+    def _choose_for(self, experts: ExpertSet, name: str) -> Choice:
+        variants = self.manifest.variants_of(experts)
+        return self._choose_variant(variants, name, engines=self._engines_of(experts))
+
+    def _engines_of(self, experts: ExpertSet) -> tuple[Deployment, ...]:
+        """Return the deployments of a set that are engines, made from graphs that are in the bundle."""
+        sources = {variant.name for variant in self.manifest.variants_of(experts)}
+        return tuple(
+            made
+            for made in self.manifest.deployments
+            if made.expert_set == experts and made.source in sources and engine_files(made)
+        )
 
     def _session(self, experts: ExpertSet) -> OnnxSession:
         with self._lock:
             if experts not in self._sessions:
-                variant = self._choice(experts).variant
+                choice = self._choice(experts)
+                if choice.engine is not None:
+                    self._sessions[experts] = self._open_engine(choice.engine)
+                    return self._sessions[experts]
+                variant = choice.variant
                 open_graph = partial(
                     open_shared if self._share_weights else open_variant,
                     self.bundle,
@@ -428,6 +468,11 @@ class XAdapterSession:
                     session = self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
                 self._sessions[experts] = session
             return self._sessions[experts]
+
+    def _open_engine(self, made: Deployment) -> OnnxSession:
+        file = engine_file_for(made, find_gpu())
+        with self._verifying((file,)):
+            return open_engine(self.bundle.file(file), made.target)
 
     def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return verifying(self.bundle, names) if self._verify else nullcontext()
