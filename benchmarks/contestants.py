@@ -71,7 +71,7 @@ class Contestant:
         if provider == CPU_PROVIDER:
             return not self.is_for_gpu
         if self.kind == "ours":
-            return self.name.startswith(("ours-onnx-fp", "ours-tensorrt-rtx-fp"))
+            return self.name.startswith(("ours-onnx-fp", "ours-cuda-fp", "ours-tensorrt-rtx-fp"))
         if self.kind == "torch":
             return provider == CUDA_PROVIDER
         return self.load is _load_onnxruntime and self.preparation in _GPU_PREPARATIONS

@@ -4,6 +4,7 @@ Each figure is the best of several runs: a limit is what was reached, so a run t
 nothing about it.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -21,9 +22,10 @@ class Limits:
     """Peaks of the machine.
 
     Attributes:
-        fp32_gflops: Multiplying large fp32 matrices, 2 operations to a multiply-add.
-        bf16_gflops: The same in bf16.
-        int8_gops: The same in int8, the faster of onnxruntime's and PyTorch's.
+        fp32_gflops: Multiplying large fp32 matrices, 2 operations to a multiply-add; the faster of
+            onnxruntime and PyTorch.
+        bf16_gflops: The same in bf16, by PyTorch.
+        int8_gops: The same in int8, the faster of both.
         read_gb_s: Reading an array much larger than the caches, 1e9 bytes a second.
         threads: Threads that each had.
         device: ``cpu``, or the name of a GPU.
@@ -74,10 +76,11 @@ def measure(
     a, b = torch.randn(side, side), torch.randn(side, side)
     a16, b16 = a.bfloat16(), b.bfloat16()
     large = torch.ones(read_bytes // 4)
+    onnxruntime_s = functools.partial(_onnxruntime_s, side, threads, seconds)
     return Limits(
-        fp32_gflops=operations / best_s(lambda: torch.mm(a, b), seconds),
+        fp32_gflops=operations / min(best_s(lambda: torch.mm(a, b), seconds), onnxruntime_s(is_int8=False)),
         bf16_gflops=operations / best_s(lambda: torch.mm(a16, b16), seconds),
-        int8_gops=operations / min(_int8_torch_s(side, seconds), _int8_onnxruntime_s(side, threads, seconds)),
+        int8_gops=operations / min(_int8_torch_s(side, seconds), onnxruntime_s(is_int8=True)),
         read_gb_s=read_bytes / 1e9 / best_s(large.sum, seconds),
         threads=threads,
     )
@@ -125,27 +128,32 @@ def _int8_torch_s(side: int, seconds: float) -> float:
     return best_s(lambda: torch._int_mm(a, b), seconds)
 
 
-def _int8_onnxruntime_s(side: int, threads: int, seconds: float) -> float:
-    """MatMulInteger, activations uint8 and weights int8, the weights known in advance as in a model."""
+def _onnxruntime_s(side: int, threads: int, seconds: float, *, is_int8: bool) -> float:
+    """MatMul, or MatMulInteger of uint8 activations; the weights known in advance as in a model."""
     import numpy as np
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(0)
-    weights = numpy_helper.from_array(rng.integers(-127, 127, (side, side), dtype=np.int8), "w")
+    if is_int8:
+        x: np.ndarray = rng.integers(0, 127, (side, side), dtype=np.uint8)
+        w: np.ndarray = rng.integers(0, 127, (side, side), dtype=np.int8)
+        op_type, taken, given = "MatMulInteger", TensorProto.UINT8, TensorProto.INT32
+    else:
+        x, w = (rng.standard_normal((side, side), np.float32) for _ in range(2))
+        op_type, taken, given = "MatMul", TensorProto.FLOAT, TensorProto.FLOAT
     graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
-        "int8",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, [side, side])],
-        [helper.make_tensor_value_info("y", TensorProto.INT32, [side, side])],
-        [weights],
+        [helper.make_node(op_type, ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", taken, [side, side])],
+        [helper.make_tensor_value_info("y", given, [side, side])],
+        [numpy_helper.from_array(w, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": rng.integers(0, 255, (side, side), dtype=np.uint8)}
-    return best_s(lambda: session.run(None, feed), seconds)
+    return best_s(lambda: session.run(None, {"x": x}), seconds)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Pat
 
 def _ours_gpu(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
     """Make a bundle of ours for onnxruntime on a GPU."""
-    _export(preparation, model, folder, ("fp32", "fp16"), ("onnx",))
+    _export(preparation, model, folder, ("fp32", "fp16"), ("onnx", "cuda"))
 
 
 def _ours_engines(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:

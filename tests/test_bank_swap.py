@@ -39,7 +39,7 @@ from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
 
 D = 24
-VARIANTS = ("onnx-fp32", "cpu-fp32", "cpu-int8", "onnx-fp16")
+VARIANTS = ("onnx-fp32", "cpu-fp32", "cuda-fp32", "cpu-int8", "onnx-fp16", "cuda-fp16")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def export_both(folder: Path, sets: tuple[ExpertSet, ...], **settings: Any) -> E
             folder / name,
             sets if name == "first" else sets[:1],
             precisions=("fp32", "int8", "fp16"),
-            targets=("onnx", "cpu"),
+            targets=("onnx", "cpu", "cuda"),
             calibration=texts,
             min_agreement=0,
             max_points_lost=100,

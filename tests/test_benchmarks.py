@@ -353,7 +353,9 @@ def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
 def test_the_benchmark_measures_and_judges_the_built_in_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "measure_in_child", lambda *_, **__: Limits(100, 200, 400, 10, 1))  # a minute less
+    monkeypatch.setattr(
+        limits, "measure_in_child", lambda *_, **__: Limits(100, 200, 400, 10, 1)
+    )  # a minute less
     monkeypatch.setattr(latency, "OURS", ("ours",))  # OpenVINO's takes another half
     options = ["--case", "builtin", "--experts", "t", "--shapes", "2x12", "--heads", "full"]
     options += ["--contestants", "eager,ours", "--rounds", "3", "--seconds-per-cell", "0", "--threads", "1"]

@@ -1,20 +1,23 @@
 """Engines for NVIDIA GPUs: built for real, with no GPU; what runs them is compared through onnxruntime."""
 
+import ctypes
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.tiny_checkpoint import make_model
-from xadapter_export import export
-from xadapter_export.bundle.engine_session import find_gpu
+from tests.tiny_checkpoint import TEXTS, make_model
+from xadapter_export import XAdapterSession, export
+from xadapter_export.bundle.engine_session import EngineSession, find_gpu
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Deployment
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
@@ -26,7 +29,7 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
-from xadapter_export.exporters import deploy_tensorrt_rtx
+from xadapter_export.exporters import deploy_tensorrt_rtx, engines
 from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
 from xadapter_export.exporters.deploy import DeployOptions, check_options, sources
 from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
@@ -34,6 +37,7 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
 from xadapter_export.parity.prove import read_reference
+from xadapter_export.runtime import session as session_module
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
 pytest.importorskip("polygraphy", reason="the extra tensorrt is not installed")
@@ -90,6 +94,112 @@ def test_a_machine_without_a_gpu_says_so_in_one_line(result: ExportResult) -> No
         prove_engines(result.folder, "tensorrt-rtx")
     with pytest.raises(BundleError, match="holds no such engine: tensorrt-rtx, experts none"):
         prove_engines(result.folder, "tensorrt-rtx", ["none"])
+
+
+class _Engine:
+    """What TensorRT tells of an engine, and the memory of a GPU in the memory of this machine."""
+
+    num_io_tensors = 2
+
+    def __init__(self) -> None:
+        self.taken: dict[int, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        codes = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+        self.cuda = SimpleNamespace(
+            cudaMemcpyKind=codes,
+            cudaStreamCreate=lambda: (0, 7),
+            cudaStreamDestroy=lambda _: (0,),
+            cudaStreamSynchronize=lambda _: (0,),
+            cudaMalloc=self._take,
+            cudaFree=lambda address: (0, self.taken.pop(address))[:1],
+            cudaMemcpyAsync=lambda to, source, size, *_: (0, ctypes.memmove(to, source, size))[:1],
+        )
+        self.library = SimpleNamespace(
+            TensorIOMode=SimpleNamespace(INPUT=0), nptype=lambda _: np.float32, __name__="rt", __version__="1"
+        )
+
+    def _take(self, size: int) -> tuple[int, int]:
+        memory = ctypes.create_string_buffer(size)
+        self.taken[ctypes.addressof(memory)] = memory
+        return 0, ctypes.addressof(memory)
+
+    def create_execution_context(self) -> "_Engine":
+        return self
+
+    def get_tensor_name(self, number: int) -> str:
+        return "xy"[number]
+
+    def get_tensor_mode(self, name: str) -> int:
+        return "xy".index(name)
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return name
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+        return [[1, 2], [1, 2], [4, 2]]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes["x"]
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        size = 4 * int(np.prod(self.shapes["x"]))
+        values = np.frombuffer(ctypes.string_at(self.addresses["x"], size), np.float32)
+        ctypes.memmove(self.addresses["y"], (2 * values).ctypes.data, size)
+        return True
+
+
+def test_memory_on_the_gpu_is_kept_grows_and_is_given_back() -> None:
+    engine = _Engine()
+    session = EngineSession(engine, engine.library, engine.cuda, ())  # type: ignore[arg-type]  # stand-ins
+    for batch in (1, 3, 2):
+        feed = np.arange(2 * batch, dtype=np.float32).reshape(batch, 2)
+        (answer,) = session.run(None, {"x": feed})
+        np.testing.assert_array_equal(answer, 2 * feed)
+        assert len(engine.taken) == 2
+    assert {len(memory) for memory in engine.taken.values()} == {3 * 2 * 4}
+    with pytest.raises(BundleError, match=r"not planned for this shape: x \(expected \(1, 2\) to \(4, 2\)"):
+        session.run(None, {"x": np.zeros((5, 2), np.float32)})
+    del session
+    assert not engine.taken
+
+
+def test_a_session_without_a_gpu_says_so_or_lets_the_cpu_answer(result: ExportResult) -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ProviderError, match="an engine runs on an NVIDIA GPU, and this machine has none"):
+        XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
+    with pytest.warns(UserWarning, match="has none that CUDA can use .* the CPU answers instead"):
+        session = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16", allow_fallback=True)
+    assert session.answered_by == "onnx-fp32"
+
+
+def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is a stand-in: onnxruntime runs the graph that the engine was built from."""
+    bundle = read_bundle(result.folder)
+    opened: list[Path] = []
+
+    def open_instead(file: Path, target: str) -> OnnxSession:
+        opened.append(file)
+        return open_variant(bundle, bundle.manifest.variant("vt", "onnx-fp16"))
+
+    monkeypatch.setattr(session_module, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(session_module, "open_engine", open_instead)
+    session = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
+    assert session.answered_by == "tensorrt-rtx-fp16"
+    assert [file.name for file in opened] == ["model_fp16_sm86-sm89.engine"]
+    fp32 = XAdapterSession.load(result.folder, variant="onnx-fp32")
+    assert session.fill_mask(TEXTS[0])[0].token == fp32.fill_mask(TEXTS[0])[0].token
+    monkeypatch.setattr(session_module, "find_gpu", lambda: "sm120")
+    with pytest.raises(ProviderError, match=r"no engine for this GPU \(sm120\).*one of sm75, sm86\+sm89"):
+        XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
 
 
 def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:
@@ -252,10 +362,15 @@ def test_ranges_suit_the_task_and_go_no_further_than_the_models_read(result: Exp
         plan_axes(manifest, {"seq": (1, 10_000)})
 
 
-def test_compute_capabilities_are_those_that_the_library_knows() -> None:
+def test_compute_capabilities_are_those_that_the_library_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_capabilities(["SM80", "sm86+sm89"], trt) == [("sm80",), ("sm86", "sm89")]
     [everything] = split_capabilities([], trt)
     assert "sm75" not in everything
+    monkeypatch.setattr(engines, "find_gpu", lambda: "sm89")
+    assert split_capabilities(["current", "sm86+current"], trt) == [("sm89",), ("sm86", "sm89")]
+    monkeypatch.setattr(engines, "find_gpu", lambda: "sm90")
+    with pytest.raises(ConfigError, match="builds no engines for this compute capability: sm90"):
+        split_capabilities(["current"], trt)
     assert set(everything) >= {"sm80", "sm86", "sm89", "sm120"}
     for asked, said in {
         ("sm86+sm90",): r"builds no engines for this compute capability: sm90 \(expected",

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
 from xadapter_export import XAdapterSession, export
@@ -20,7 +22,7 @@ from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import ConfigError, ParityError
-from xadapter_export.exporters import agreement, pipeline
+from xadapter_export.exporters import agreement, derive, pipeline
 from xadapter_export.exporters.derive import plan_variants
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.exporters.quantise import RECIPES, Recipe, quantise
@@ -67,7 +69,7 @@ def result(model: XAdapterModel, texts: Path, tmp_path_factory: pytest.TempPathF
     """Two expert sets in every precision; not to be changed."""
     folder = tmp_path_factory.mktemp("export") / "bundle"
     return export(
-        model, folder, SETS, precisions=PRECISIONS, targets=("onnx", "cpu"), calibration=texts, **ANY
+        model, folder, SETS, precisions=PRECISIONS, targets=("onnx", "cpu", "cuda"), calibration=texts, **ANY
     )
 
 
@@ -180,6 +182,45 @@ def test_fp16_halves_the_weights_and_keeps_its_inputs_and_outputs(result: Export
     assert kinds["input_ids"] == "tensor(int64)"
 
 
+def test_the_fp16_graph_for_cuda_is_fused_and_casts_only_for_the_search(result: ExportResult) -> None:
+    graph = load(result, "cuda-fp16")
+    fused = load(result, "cuda-fp32")
+    for op_type in ("MultiHeadAttention", "BiasGelu", "LayerNormalization"):
+        assert len(products(graph, op_type)) == len(products(fused, op_type)) > 0
+    assert not products(graph, "Softmax")
+    # The mask of either memory, the norm of the query, bank and outputs; the portable graph has far more.
+    casts = len(products(graph, "Cast"))
+    assert casts <= 10 < len(products(load(result, "onnx-fp16"), "Cast")) / 3
+    (top,) = products(graph, "TopK")
+    scores = top.inputs[0].producer() if top.inputs[0] is not None else None
+    assert scores is not None
+    assert scores.op_type == "MatMul"  # no cast between the two: scores are fp32
+    weights = arrays(graph)
+    assert weights["bank"].dtype == np.float16
+    assert all(array.dtype == np.float16 for name, array in weights.items() if array.dtype.kind == "f")
+
+
+def test_no_number_goes_to_fp16_and_back_between_operators_that_stay_fp32(result: ExportResult) -> None:
+    for name in ("onnx-fp16", "cuda-fp16"):
+        for node in products(load(result, name), "Cast"):
+            before = node.inputs[0].producer() if node.inputs[0] is not None else None
+            assert before is None or before.op_type != "Cast"
+
+
+def test_casts_that_onnxruntime_writes_twice_stand_once(
+    model: XAdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*args: Any, **options: Any) -> Any:
+        half = convert_float_to_float16(*args, **options)
+        for node in [node for node in half.graph.node if node.op_type == "Cast"]:  # as 1.31 does
+            half.graph.node.append(node)
+        return half
+
+    monkeypatch.setattr(derive, "convert_float_to_float16", convert)
+    twice = export(model, tmp_path / "bundle", "t", precisions=["fp16"], **ANY)
+    onnx.checker.check_model(twice.folder / "onnx/model_fp16.onnx")
+
+
 def graph_of(table: NDArray[np.float32], matrix: NDArray[np.float32], bias: NDArray[np.float32]) -> ir.Model:
     """``table[ids] @ matrix + bias``, and that times the transposed table."""
 
@@ -286,7 +327,9 @@ def test_files_have_the_names_that_transformers_js_looks_for(result: ExportResul
     assert {v.name: v.file for v in manifest.variants_of("vt")} == {
         "onnx-fp32": "onnx/model.onnx",
         "cpu-fp32": "onnx/model_cpu.onnx",
+        "cuda-fp32": "onnx/model_cuda.onnx",
         "onnx-fp16": "onnx/model_fp16.onnx",
+        "cuda-fp16": "onnx/model_cuda_fp16.onnx",
         "onnx-int8": "onnx/model_int8.onnx",
         "cpu-int8": "onnx/model_quantized.onnx",
         "cpu-int4": "onnx/model_q4.onnx",
@@ -300,7 +343,8 @@ def test_files_have_the_names_that_transformers_js_looks_for(result: ExportResul
 
 def test_expert_sets_and_fp32_variants_share_their_weights(result: ExportResult) -> None:
     named = {v.name: v.weight_files for v in result.manifest.variants}
-    assert named["onnx-fp32"] == named["cpu-fp32"] == ("onnx/model.onnx_data",)
+    assert named["onnx-fp32"] == named["cpu-fp32"] == named["cuda-fp32"] == ("onnx/model.onnx_data",)
+    assert named["onnx-fp16"] == named["cuda-fp16"] == ("onnx/model_fp16.onnx_data",)
     assert len(set(named.values())) == 5
     for variant in result.manifest.variants_of("vt"):
         places: dict[str, set[int]] = {}
@@ -315,7 +359,7 @@ def test_expert_sets_and_fp32_variants_share_their_weights(result: ExportResult)
 
 
 def test_lossy_variants_carry_agreement_and_fp32_ones_a_proof(result: ExportResult) -> None:
-    assert len(result.manifest.variants) == 6 * len(SETS)
+    assert len(result.manifest.variants) == 8 * len(SETS)
     for variant in result.manifest.variants:
         assert (variant.parity is None) == (variant.precision != "fp32")
         assert (variant.agreement is None) == (variant.precision == "fp32")
@@ -329,7 +373,7 @@ def test_lossy_variants_carry_agreement_and_fp32_ones_a_proof(result: ExportResu
             assert step.after < step.before
             known = {"fp16_weights", "int8_qdq"} | {r.name for recipes in RECIPES.values() for r in recipes}
             assert step.name in known
-    assert {cell.variant for cell in result.parity.cells} == {"onnx-fp32", "cpu-fp32"}
+    assert {cell.variant for cell in result.parity.cells} == {"onnx-fp32", "cpu-fp32", "cuda-fp32"}
 
 
 def test_every_variant_answers_like_the_fp32_one(result: ExportResult) -> None:
@@ -440,6 +484,7 @@ def test_a_recipe_that_fails_its_gate_gives_way_to_the_next(
         ((), ("openvino",), [("openvino", "fp32")]),
         (("int8", "int8"), ("openvino", "cpu"), [("cpu", "int8"), ("openvino", "int8")]),
         (("fp16",), ("onnx",), [("onnx", "fp16")]),
+        (("fp32", "fp16"), ("cuda",), [("cuda", "fp32"), ("cuda", "fp16")]),
     ],
 )
 def test_every_precision_goes_to_every_target_that_takes_it(
@@ -458,7 +503,7 @@ def test_every_precision_goes_to_every_target_that_takes_it(
         (
             ("fp16",),
             ("cpu",),
-            r"precision fp16 is not written for target cpu \(expected one of onnx\); add --t",
+            r"precision fp16 is not written for target cpu \(expected one of onnx, cuda\); add --t",
         ),
         (("int4",), ("onnx",), r"precision int4 is not written for target onnx .*; add --target cpu"),
         (("fp32", "fp16"), ("openvino",), "precision fp16 is not written for target openvino"),

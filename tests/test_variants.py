@@ -8,7 +8,7 @@ from onnx import numpy_helper
 
 from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.manifest import Precision, Target, Variant
+from xadapter_export.bundle.manifest import Deployment, Precision, Target, Variant
 from xadapter_export.errors import BundleError, ConfigError
 from xadapter_export.runtime import loaded
 from xadapter_export.runtime.choose import (
@@ -71,6 +71,16 @@ def test_auto_with_another_provider() -> None:
     assert chosen(ALL, "auto", OPENVINO, CUDA, CPU) == "onnx-fp16"
     assert chosen(("onnx-fp32", "cpu-int8", "openvino-int8"), "auto", OPENVINO, CUDA) == "onnx-fp32"
     assert chosen(ALL, "auto", OPENVINO, "XnnpackExecutionProvider") == "onnx-fp32"
+    both = (*ALL, "cuda-fp32", "cuda-fp16")
+    assert chosen(both, "auto", OPENVINO, CUDA, CPU) == "cuda-fp16"
+    assert chosen((*ALL, "cuda-fp32"), "auto", OPENVINO, CUDA) == "cuda-fp32"
+    assert chosen(both, "auto", OPENVINO, "DmlExecutionProvider") == "onnx-fp16"
+    assert chosen(both, "auto", VNNI) == "cpu-int8"
+    assert chosen(both, "fp32", OPENVINO, CUDA) == "cuda-fp32"
+    for name in ("cuda-fp32", "cuda-fp16"):
+        assert chosen(both, name, VNNI, CUDA) == name
+    with pytest.raises(ConfigError, match=r"for onnxruntime's CUDA provider: cuda-fp32 \(got CPUExec"):
+        chosen(both, "cuda-fp32", VNNI)
 
 
 def test_a_precision_alone_takes_the_fastest_target() -> None:
@@ -95,6 +105,32 @@ def test_fp16_on_a_cpu_is_refused_whether_it_is_there_or_not(name: str) -> None:
     for names in (ALL, ("onnx-fp32",)):
         with pytest.raises(ConfigError, match=rf"fp16 is slower than fp32 on a CPU.*: {name}; ask for one"):
             chosen(names, name, VNNI)
+
+
+def test_engines_answer_where_they_are_named() -> None:
+    engines = [
+        Deployment(
+            target="tensorrt-rtx",
+            expert_set="t",
+            precision="fp16",
+            source="onnx-fp16",
+            files=("e",),
+            size_bytes=1,
+            seconds=1.0,
+            facts={"engine sm89": "e"},
+            prove_with=None,
+        )
+    ]
+    variants = [make_variant(name) for name in ALL]
+    found = choose(variants, "tensorrt-rtx-fp16", providers=(CPU,), machine=VNNI, engines=engines)
+    assert (found.name, found.variant.name, found.engine) == ("tensorrt-rtx-fp16", "onnx-fp16", engines[0])
+    assert choose(variants, "auto", providers=(CUDA,), machine=VNNI, engines=engines).engine is None
+    with pytest.raises(BundleError, match=r"variant: tensorrt-rtx-fp32, .*, tensorrt-rtx-fp16\)"):
+        choose(variants, "tensorrt-rtx-fp32", providers=(CPU,), machine=VNNI, engines=engines)
+    with pytest.raises(BundleError, match="does not hold this variant: tensorrt-rtx-fp16"):
+        choose(variants, "tensorrt-rtx-fp16", providers=(CPU,), machine=VNNI)
+    with pytest.raises(ConfigError, match="an engine runs on the GPU by itself"):
+        choose(variants, "tensorrt-rtx-fp16", providers=(CUDA,), machine=VNNI, engines=engines)
 
 
 def test_what_is_not_there() -> None:

@@ -127,7 +127,7 @@ class GraphFile:
         """
         searched = {"bank", "bank_search"}
         for node in self.nodes():
-            if node.op_type == "Transpose" and searched & set(node.inputs):
+            if node.op_type in {"Transpose", "Cast"} and searched & set(node.inputs):
                 searched |= set(node.outputs)
             if node.op_type in {"MatMul", "Gemm", "MatMulNBits"} and searched & set(node.inputs[1:2]):
                 return node.inputs[0]

@@ -18,7 +18,7 @@ Expert = Literal["v", "t"]
 Task = Literal["fill-mask", "text-classification", "feature-extraction"]
 Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
-Target = Literal["onnx", "cpu", "openvino"]
+Target = Literal["onnx", "cpu", "cuda", "openvino"]
 DeploymentTarget = Literal["tensorrt-rtx", "tensorrt", "mobile", "triton"]
 
 FORMAT_VERSION = 1
@@ -228,8 +228,8 @@ class Variant(_Strict):
     """One graph file, or two where the set is split.
 
     Attributes:
-        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` onnxruntime's CPU
-            provider, ``openvino`` OpenVINO.
+        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` and ``cuda`` these
+            providers of onnxruntime, ``openvino`` OpenVINO.
         file: The graph; of a set that is split, the answer graph.
         query_file: The query graph of a set that is split.
         weight_files: Files with the weights that the graph refers to; shared between variants.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-TARGETS = ("onnx", "cpu", "openvino", "tensorrt-rtx", "tensorrt", "mobile", "triton")
+TARGETS = ("onnx", "cpu", "cuda", "openvino", "tensorrt-rtx", "tensorrt", "mobile", "triton")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
@@ -151,9 +151,9 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     "targets",
     type=click.Choice(TARGETS),
     multiple=True,
-    help="Who runs it; may be repeated: onnx any runtime, cpu onnxruntime's CPU provider, openvino OpenVINO "
-    "on x86, tensorrt-rtx and tensorrt NVIDIA GPUs, mobile onnxruntime on phones (.ort), triton a model "
-    "repository for Triton Inference Server. [default: onnx, and cpu for int8 and int4]",
+    help="Who runs it; may be repeated: onnx any runtime, cpu and cuda these providers of onnxruntime, "
+    "openvino OpenVINO on x86, tensorrt-rtx and tensorrt NVIDIA GPUs, mobile onnxruntime on phones (.ort), "
+    "triton a model repository for Triton Inference Server. [default: onnx, and cpu for int8 and int4]",
 )
 @click.option(
     "--profile",

@@ -2,18 +2,11 @@
 
 from pathlib import Path
 
-from xadapter_export.bundle.engine_session import find_gpu
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.deploy import DeployOptions, Say
-from xadapter_export.exporters.engines import (
-    CURRENT,
-    EngineJob,
-    build_engine,
-    import_library,
-    split_capabilities,
-)
+from xadapter_export.exporters.engines import EngineJob, build_engine, import_library, split_capabilities
 
 _TARGET: DeploymentTarget = "tensorrt-rtx"
 
@@ -38,11 +31,8 @@ def deploy(
     seconds = 0.0
     size_bytes = 0
     for capabilities in split_capabilities(options.compute_capabilities, library):
-        gpus = (find_gpu(),) if capabilities == (CURRENT,) else capabilities
-        label = "+".join(gpus)
-        if f"engine {label}" in facts:  # it was named, and is current too
-            continue
-        file = engine_file(variant, gpus)
+        label = "+".join(capabilities)
+        file = engine_file(variant, capabilities)
         job = EngineJob(
             library=library.__name__,
             graph=folder / variant.file,

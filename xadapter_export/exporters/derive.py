@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
@@ -17,8 +18,8 @@ from xadapter_export.exporters.quantise import Recipe, quantise
 
 # Targets that take a precision; DEFAULT_TARGETS are written where the user names none.
 TARGETS: dict[Precision, tuple[Target, ...]] = {
-    "fp32": ("onnx", "cpu", "openvino"),
-    "fp16": ("onnx",),
+    "fp32": ("onnx", "cpu", "cuda", "openvino"),
+    "fp16": ("onnx", "cuda"),
     "int8": ("cpu", "openvino", "onnx"),
     "int4": ("cpu", "openvino"),
 }
@@ -34,12 +35,17 @@ _SUFFIXES: dict[tuple[Target, Precision], str] = {
     ("onnx", "fp32"): "",
     ("onnx", "fp16"): "_fp16",
     ("onnx", "int8"): "_int8",
+    ("cuda", "fp32"): "_cuda",
+    ("cuda", "fp16"): "_cuda_fp16",
     ("cpu", "fp32"): "_cpu",
     ("cpu", "int8"): "_quantized",
     ("cpu", "int4"): "_q4",
 }
 # Operators that stay fp32 in an fp16 graph: norms, attention's weights and masks, and the search of the bank.
-_FP32_ISLANDS = ("LayerNormalization", "Softmax", "TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
+# Of these CUDA's kernels compute the first two in fp32 whatever they are given.
+_FP32_SEARCH = ("TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
+_SCORES = "bank_scores"
+_FP32_ISLANDS = ("LayerNormalization", "Softmax", *_FP32_SEARCH)
 
 
 def plan_variants(
@@ -91,8 +97,9 @@ def variant_file(
 
 
 def weights_file(target: Target, precision: Precision) -> str:
-    """Path of the weights that the expert sets of a variant share; the fp32 graphs share them too."""
-    return f"onnx/model{'' if precision == 'fp32' else _SUFFIXES[target, precision]}.onnx_data"
+    """Path of the weights that the sets of a variant share; fp32 graphs share theirs, and fp16 graphs."""
+    floats = {"fp32": "", "fp16": "_fp16"}
+    return f"onnx/model{floats.get(precision, _SUFFIXES[target, precision])}.onnx_data"
 
 
 def derive(
@@ -108,7 +115,7 @@ def derive(
     Args:
         portable: The portable graph; it is not changed.
         merged: What it was traced from.
-        target: ``onnx`` or ``cpu``.
+        target: ``onnx``, ``cpu`` or ``cuda``.
         precision: One that the target takes.
         recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
         feeds: Inputs to calibrate Q/DQ int8 with.
@@ -125,7 +132,7 @@ def derive(
         if precision == "int8":
             quantised = quantise_qdq(portable, feeds)
             return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
-        half = _to_half(portable)
+        half = _to_half(portable, _FP32_ISLANDS)
         return half, [_bytes_saved("fp16_weights", portable, half, merged)]
     model = portable.clone()
     num_attentions, num_products = merged.projection_counts
@@ -135,19 +142,33 @@ def derive(
         run_pass("fused_gelu", model, _count(model, "Erf")),
         run_pass("fused_quick_gelu", model, _count(model, "Sigmoid")),
     ]
-    if merged.searches:
+    if merged.searches and target == "cpu":
         search_bank(model, "fp32" if recipe is None else "int8")
     if recipe is None:
         done.append(run_pass("fused_bias_gelu", model, _num_exact_gelus(model)))
+        if precision == "fp16":
+            model = _to_half(model, _FP32_SEARCH, exact_scores=True)
+            done.append(_bytes_saved("fp16_weights", portable, model, merged))
     else:
         quantise(model, recipe)
         done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
 
 
-def _to_half(portable: ir.Model) -> ir.Model:
-    whole = ir.to_proto(ir.external_data.load_to_model(portable.clone()))
-    half = convert_float_to_float16(whole, keep_io_types=True, op_block_list=list(_FP32_ISLANDS))
+def _to_half(model: ir.Model, islands: Sequence[str], *, exact_scores: bool = False) -> ir.Model:
+    """A copy in fp16, but for operators of these names and, if ``exact_scores``, those of the bank's rows.
+
+    Scores of two pictures that differ by less than fp16 tells would change what is retrieved. They are not
+    exact in the portable graph, because TensorRT has no fp32 products for Turing.
+    """
+    copy = ir.external_data.load_to_model(model.clone())
+    for node in copy.graph if exact_scores else ():
+        scores = node.inputs[0].producer() if node.op_type == "TopK" and node.inputs[0] is not None else None
+        if scores is not None:
+            scores.name = _SCORES
+    half = convert_float_to_float16(
+        ir.to_proto(copy), keep_io_types=True, op_block_list=list(islands), node_block_list=[_SCORES]
+    )
     # onnxruntime before 1.32, and so all of onnxruntime-gpu to date, writes a cast again for every reader.
     written: set[str] = set()
     nodes = list(half.graph.node)
@@ -156,9 +177,21 @@ def _to_half(portable: ir.Model) -> ir.Model:
         if written.isdisjoint(node.output):
             half.graph.node.append(node)
             written.update(node.output)
-    model = ir.from_proto(half)
-    model.graph.sort()
-    return model
+    converted: ir.Model = ir.from_proto(half)
+    for node in converted.graph:  # from fp32 to fp16 and back, between two operators that stay fp32
+        there = node.inputs[0].producer() if _casts_to(node, ir.DataType.FLOAT) and node.inputs[0] else None
+        if there is not None and _casts_to(there, ir.DataType.FLOAT16) and there.inputs[0] is not None:
+            if node.outputs[0].is_graph_output():  # its name is the output's
+                node.replace_input_with(0, there.inputs[0])
+            else:
+                ir.convenience.replace_all_uses_with(node.outputs[0], there.inputs[0])
+    RemoveUnusedNodesPass()(converted)
+    converted.graph.sort()
+    return converted
+
+
+def _casts_to(node: ir.Node, dtype: ir.DataType) -> bool:
+    return node.op_type == "Cast" and node.attributes["to"].as_int() == dtype
 
 
 def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:

@@ -24,7 +24,7 @@ _REASONS = {
     "CUDA initialization failure": "this library builds on the GPU that it is for, and none is here",
     "no CUDA-capable device": "this library builds on the GPU that it is for, and none is here",
 }
-CURRENT = "current"  # the GPU of this machine, also one that the library has no name for
+CURRENT = "current"  # stands for the GPU of this machine
 _PROGRAM = Path(__file__).with_name("build_engine.py")
 
 
@@ -37,7 +37,7 @@ class EngineJob:
         graph: The ONNX file, its weights beside it.
         engine: The file to write.
         shapes: Least, usual and largest shape of every input.
-        compute_capabilities: GPUs that it is for, as ``sm89``, or ``current``; the one here if empty.
+        compute_capabilities: GPUs that it is for, as ``sm89``; the one that is present if empty.
     """
 
     library: str
@@ -83,16 +83,19 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
         library: The library that builds them.
 
     Raises:
-        ConfigError: If the library does not know one, one is named twice, or ``current`` beside another.
+        ConfigError: If the library does not know one, or one is named twice.
+        ProviderError: If one is ``current``, the GPU of this machine, and there is none.
     """
     known = [name.lower() for name in library.ComputeCapability.__members__ if name.startswith("SM")]
-    groups = [tuple(item.lower().split("+")) for item in asked]
-    for name in (name for group in groups if group != (CURRENT,) for name in group):
+    groups = [
+        tuple(find_gpu() if part == CURRENT else part for part in item.lower().split("+")) for item in asked
+    ]
+    for name in (name for group in groups for name in group):
         if name not in known:
             raise ConfigError(
                 f"TensorRT-RTX {library.__version__} builds no engines for this compute capability",
                 where=name or "an empty name",
-                expected=f"some of {', '.join(sorted(known, key=_number))}, or {CURRENT} alone",
+                expected=f"some of {', '.join(sorted(known, key=_number))}",
                 got=None if name else ", ".join(asked),
             )
     for number, group in enumerate(groups):
@@ -114,8 +117,6 @@ def check_capabilities(asked: Sequence[str], precisions: Sequence[Precision]) ->
         ProviderError: If one is ``current`` and there is no GPU.
     """
     groups = split_capabilities(asked, import_library("tensorrt-rtx"))
-    if (CURRENT,) in groups:
-        find_gpu()
     if "fp32" in precisions and all("sm75" in group for group in groups):
         raise ConfigError(_NO_FP32, got=", ".join(asked))
 
@@ -148,7 +149,7 @@ def build_engine(job: EngineJob, say: Say) -> BuiltEngine:
     except OSError as error:
         raise UnsupportedError("the process that builds engines does not start", got=error) from error
     events: dict[str, object] = {}
-    complaint = ""
+    complaint = said = ""
     with process:  # closes its output, and waits for its end
         try:
             assert process.stdout is not None  # asked for above
@@ -159,8 +160,9 @@ def build_engine(job: EngineJob, say: Say) -> BuiltEngine:
                     complaint = line.strip() or complaint
                     continue
                 events.update(event)
-                if phase := event.get("phase"):
-                    say(f"{job.engine.name}: {str(phase).lower()}")
+                if (phase := str(event.get("phase", said)).lower()) != said:  # it repeats itself
+                    said = phase
+                    say(f"{job.engine.name}: {said}")
             process.wait()
         finally:
             process.kill()  # of a process that has ended this does nothing

@@ -22,6 +22,8 @@ _TASKS: dict[Task, tuple[Task, ...]] = {
 _SPLIT: tuple[tuple[Target, Precision], ...] = (
     ("onnx", "fp32"),
     ("onnx", "fp16"),
+    ("cuda", "fp32"),
+    ("cuda", "fp16"),
     ("cpu", "fp32"),
     ("cpu", "int8"),
     ("cpu", "int4"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import Deployment, Variant
 from xadapter_export.errors import BundleError, ConfigError
 
@@ -62,12 +63,13 @@ def choose(
 ) -> Choice:
     """Choose among the variants of one expert set.
 
-    ``auto`` takes, with a GPU provider, fp16 and else fp32 of the portable graph. On the CPU it takes the
-    first of these that is there: OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8
-    where the CPU has int8 dot products or AVX2; fp32, that of onnxruntime before that of OpenVINO, which
-    measured slower on short texts. It never takes fp16 on a CPU, where fp16 is slower than fp32, and int4
-    only by name, as engines. Where the CPU's features are unknown it takes fp32; int8, asked for by name,
-    gives the same answers there, only more slowly.
+    ``auto`` takes, with a GPU provider, fp16 and else fp32: of the graphs for CUDA where that is the provider
+    and they are there, else of the portable ones. On the CPU it takes the first of these that is there:
+    OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8 where the CPU has int8 dot
+    products or AVX2; fp32, that of onnxruntime before that of OpenVINO, which measured slower on short texts.
+    It never takes fp16 on a CPU, where fp16 is slower than fp32; int4, and engines, only by name. Where the
+    CPU's features are unknown it takes fp32; int8, asked for by name, gives the same answers there, only more
+    slowly.
 
     Args:
         variants: The variants of the set.
@@ -97,8 +99,7 @@ def choose(
         mend = "name one of those with variant=, or export with --precision fp32"
     elif name in _PRECISIONS:
         rules = [
-            (f"{target}-{name}", f"the fastest {name} here")
-            for target in _targets(name, machine, on_cpu=on_cpu)
+            (f"{target}-{name}", f"the fastest {name} here") for target in _targets(name, machine, providers)
         ]
         mend = "choose one of those, or export with its --precision and --target"
     else:
@@ -117,6 +118,13 @@ def choose(
             got=", ".join(providers),
             mend="leave the provider out, or choose a variant whose name starts with onnx",
         )
+    if name.startswith("cuda-") and CUDA_PROVIDER not in providers:
+        raise ConfigError(
+            "this variant is for onnxruntime's CUDA provider",
+            where=name,
+            got=", ".join(providers),
+            mend=f"ask for {CUDA_PROVIDER}, or choose a variant whose name starts with onnx",
+        )
     for wanted, reason in rules:
         if wanted in by_name:
             return Choice(by_name[wanted], reason)
@@ -132,14 +140,15 @@ def choose(
 
 def runs_on_cpu(name: str) -> bool:
     """Whether what is named, ``auto`` included, can be had on a CPU."""
-    return not name.endswith("fp16") and not name.startswith("tensorrt")
+    return not name.endswith("fp16") and not name.startswith(("tensorrt", "cuda"))
 
 
 def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
     """Return the names that ``auto`` may take, the best first, each with the reason."""
     if GPU_PROVIDERS & set(providers):
         reason = "a GPU provider was asked for"
-        return [("onnx-fp16", reason), ("onnx-fp32", reason)]
+        precisions = ("fp16", "fp32")
+        return [(f"{t}-{p}", reason) for t in _gpu_targets(providers) for p in precisions]
     if set(providers) - {CPU_PROVIDER}:
         return [("onnx-fp32", "the portable graph runs on any provider")]
     rules = []
@@ -153,10 +162,14 @@ def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
     return [*rules, ("openvino-fp32", reason)] if machine.has_openvino else rules
 
 
-def _targets(precision: str, machine: Machine, *, on_cpu: bool) -> list[str]:
+def _gpu_targets(providers: Sequence[str]) -> list[str]:
+    return ["cuda", "onnx"] if CUDA_PROVIDER in providers else ["onnx"]
+
+
+def _targets(precision: str, machine: Machine, providers: Sequence[str]) -> list[str]:
     """Return the targets for a precision that was asked for, the fastest first."""
-    if not on_cpu:
-        return ["onnx"]
+    if set(providers) - {CPU_PROVIDER}:
+        return _gpu_targets(providers)
     if machine.has_openvino and machine.architecture == "x86-64" and precision != "fp32":
         return ["openvino", "cpu", "onnx"]
     return ["cpu", "onnx", "openvino"]  # one that is not installed says so when it is opened
