@@ -113,10 +113,6 @@ def _load_compiled(place: Place) -> Run:
     return _torch_run(place, is_compiled=True)
 
 
-def _load_compiled_fp16(place: Place) -> Run:
-    return _torch_run(place, is_compiled=True, is_half=True)
-
-
 def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False) -> Run:
     import torch
 
@@ -232,9 +228,6 @@ THEIRS: Final = (
         "ort-fused-int8", "onnxruntime, quantize_dynamic, fused", "int8", "exporter", "fused-int8", _ORT
     ),
     Contestant("eager-fp16", "PyTorch eager, fp16", "fp16", "torch", None, _load_eager_fp16, is_for_gpu=True),
-    Contestant(
-        "compile-fp16", "torch.compile, fp16", "fp16", "torch", None, _load_compiled_fp16, is_for_gpu=True
-    ),
     Contestant("ort-fused", "onnxruntime, fused", "fp32", "exporter", "fused", _ORT, is_for_gpu=True),
     Contestant(
         "ort-fp16",

@@ -22,6 +22,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
@@ -58,7 +59,7 @@ def prove_bundle(
         expert_sets: The sets to prove; all of them if None.
         variants: Names of the variants to prove, ``onnx-fp32``; every fp32 one if None.
         providers: Execution providers in order of preference; the CPU if None. On any other only the portable
-            graph is proven: the others are made for the CPU.
+            graph is proven, and with CUDA the one made for it: the others are made for the CPU.
         num_threads: Threads inside one operator; the engine's choice if None.
         verify: Whether to check the files' hashes first.
 
@@ -76,7 +77,9 @@ def prove_bundle(
     chosen = [
         variant
         for variant in _choose(bundle, expert_sets, variants)
-        if variant.target == "onnx" or set(names) <= {CPU_PROVIDER}
+        if variant.target == "onnx"
+        or set(names) <= {CPU_PROVIDER}
+        or (variant.target == "cuda" and CUDA_PROVIDER in names)
     ]
     reference = read_reference(bundle)
     old_bank = read_proven_bank(bundle)
