@@ -71,7 +71,8 @@ class Contestant:
         if provider == CPU_PROVIDER:
             return not self.is_for_gpu
         if self.kind == "ours":
-            return self.name.startswith(("ours-onnx-fp", "ours-cuda-fp", "ours-tensorrt-rtx-fp"))
+            is_for_nvidia = self.name.startswith(("ours-cuda-", "ours-tensorrt-rtx-"))
+            return self.name.startswith("ours-onnx-fp") or (is_for_nvidia and provider == CUDA_PROVIDER)
         if self.kind == "torch":
             return provider == CUDA_PROVIDER
         return self.load is _load_onnxruntime and self.preparation in _GPU_PREPARATIONS

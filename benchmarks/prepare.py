@@ -38,7 +38,7 @@ DONE: Final = "done.json"
 MODEL: Final = "model.onnx"
 _MIB = 1 << 20
 _OPSET = 18
-_PROFILE: Final = {"batch": (1, 32), "seq": (8, 128), "masks": (1, 1)}  # of engines: ``feeds.SHAPES``
+_PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
 _OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 

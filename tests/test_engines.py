@@ -3,9 +3,10 @@
 import ctypes
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_sessi
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
+    HashMismatchError,
     ParityError,
     ProviderError,
     UnsupportedError,
@@ -37,7 +39,7 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
 from xadapter_export.parity.prove import read_reference
-from xadapter_export.runtime import session as session_module
+from xadapter_export.runtime import loaded
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
 pytest.importorskip("polygraphy", reason="the extra tensorrt is not installed")
@@ -185,21 +187,51 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
     """The GPU is a stand-in: onnxruntime runs the graph that the engine was built from."""
     bundle = read_bundle(result.folder)
     opened: list[Path] = []
+    sizes: list[int] = []
 
-    def open_instead(file: Path, target: str) -> OnnxSession:
-        opened.append(file)
-        return open_variant(bundle, bundle.manifest.variant("vt", "onnx-fp16"))
+    class Spy:
+        def __init__(self, file: Path, target: str) -> None:
+            opened.append(file)
+            self._graph = open_variant(bundle, bundle.manifest.variant("vt", "onnx-fp16"))
 
-    monkeypatch.setattr(session_module, "find_gpu", lambda: "sm89")
-    monkeypatch.setattr(session_module, "open_engine", open_instead)
+        def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+            sizes.append(len(feed["input_ids"]))
+            return self._graph.run(names, feed)
+
+    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(loaded, "open_engine", Spy)
     session = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
     assert session.answered_by == "tensorrt-rtx-fp16"
     assert [file.name for file in opened] == ["model_fp16_sm86-sm89.engine"]
+    again = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
+    assert len(opened) == 1  # sessions share an engine
     fp32 = XAdapterSession.load(result.folder, variant="onnx-fp32")
-    assert session.fill_mask(TEXTS[0])[0].token == fp32.fill_mask(TEXTS[0])[0].token
-    monkeypatch.setattr(session_module, "find_gpu", lambda: "sm120")
+    texts = [TEXTS[0]] * 9
+    answers = [answer[0].token for answer in again.fill_mask(texts)]
+    assert answers == [answer[0].token for answer in fp32.fill_mask(texts)]
+    assert max(sizes) == 4  # which the engine was planned for
+    with pytest.raises(BundleError, match=r"the engine cannot compute this: tensorrt-rtx-fp16 \(got"):
+        session.run(session._encoder_for(None).encode(TEXTS[:1]), outputs=["nonsense"])
+    with pytest.raises(ConfigError, match="num_threads must be at least 1"):
+        XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16", num_threads=0)
+    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm120")
     with pytest.raises(ProviderError, match=r"no engine for this GPU \(sm120\).*one of sm75, sm86\+sm89"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
+
+
+def test_an_engine_that_was_changed_is_never_opened(
+    result: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(result.folder, tmp_path / "bundle")
+    with (folder / "tensorrt-rtx/model_fp16_sm86-sm89.engine").open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last[0] ^ 1]))
+    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(loaded, "open_engine", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(HashMismatchError, match=r"model_fp16_sm86-sm89\.engine"):
+        XAdapterSession.load(folder, variant="tensorrt-rtx-fp16")
 
 
 def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:

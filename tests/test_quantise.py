@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
-from xadapter_export.errors import ConfigError, ParityError
+from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.exporters import agreement, derive, pipeline
 from xadapter_export.exporters.derive import plan_variants
 from xadapter_export.exporters.pipeline import ExportResult
@@ -205,6 +206,42 @@ def test_no_number_goes_to_fp16_and_back_between_operators_that_stay_fp32(result
         for node in products(load(result, name), "Cast"):
             before = node.inputs[0].producer() if node.inputs[0] is not None else None
             assert before is None or before.op_type != "Cast"
+
+
+def test_numbers_that_were_integers_are_still_cast_before_an_operator_that_stays_fp32() -> None:
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["f"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceSum", ["f"], ["s"], keepdims=1),
+        onnx.helper.make_node("Div", ["s", "s"], ["y"]),
+    ]
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["n"])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    whole = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]), opset_imports=opset)
+    half = derive._to_half(ir.from_proto(whole), derive._FP32_ISLANDS)
+    proto = ir.to_proto(half)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.array([2, 3])})[0].item() == 1
+    sums = products(half, "ReduceSum")[0].outputs[0]
+    assert all(use.node.op_type == "Div" for use in sums.uses())  # and nothing between two that stay
+
+
+def test_a_bundle_for_cuda_alone_says_how_it_is_asked(model: XAdapterModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "checkpoint", self_contained=True)
+    flags = ["--experts", "none", "--precision", "fp16", "--target", "cuda", "--min-agreement", "0"]
+    out = tmp_path / "bundle"
+    done = call(export_command, str(tmp_path / "checkpoint"), *flags, "-o", str(out), "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert '[MASK]." --provider CUDAExecutionProvider' in done.stdout.replace("\n", " ")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert 'pip install "xadapter-export[gpu]"' in card
+    assert "--provider CUDAExecutionProvider" in card
+    assert "standard operators" not in card
+    with pytest.raises(
+        BundleError, match=r"no variant that suits this machine.*ask for the GPU \(--provider"
+    ):
+        XAdapterSession.load(out)
 
 
 def test_casts_that_onnxruntime_writes_twice_stand_once(

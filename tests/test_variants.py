@@ -75,6 +75,7 @@ def test_auto_with_another_provider() -> None:
     assert chosen(both, "auto", OPENVINO, CUDA, CPU) == "cuda-fp16"
     assert chosen((*ALL, "cuda-fp32"), "auto", OPENVINO, CUDA) == "cuda-fp32"
     assert chosen(both, "auto", OPENVINO, "DmlExecutionProvider") == "onnx-fp16"
+    assert chosen(both, "auto", OPENVINO, "TensorrtExecutionProvider", CUDA) == "onnx-fp16"
     assert chosen(both, "auto", VNNI) == "cpu-int8"
     assert chosen(both, "fp32", OPENVINO, CUDA) == "cuda-fp32"
     for name in ("cuda-fp32", "cuda-fp16"):

@@ -80,6 +80,11 @@ def engine_file_for(made: Deployment, gpu: str) -> str:
     )
 
 
+def largest_batch(made: Deployment) -> int:
+    """Return how many texts the engines of a deployment take together at most."""
+    return int(made.facts["profile batch"].rpartition("..")[2])
+
+
 class EngineSession:
     """An engine with memory of its own on the GPU; one call at a time.
 
@@ -90,6 +95,10 @@ class EngineSession:
         self._kept = kept  # what the engine refers to: it must outlive it
         self._engine, self._library, self._cuda = engine, library, cuda
         self._context = engine.create_execution_context()
+        if self._context is None:
+            raise ProviderError(
+                "the GPU has no room for the engine", got=f"{engine.device_memory_size_v2} bytes"
+            )
         self._stream = _check(cuda.cudaStreamCreate())
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}  # address and bytes
@@ -189,8 +198,7 @@ def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
 
     Raises:
         MissingExtraError: If the library, or CUDA's Python bindings, are not installed.
-        ProviderError: If there is no GPU.
-        BundleError: If the library cannot load the engine here.
+        ProviderError: If there is no GPU, or the library cannot load the engine on it.
     """
     library = import_extra(LIBRARIES[target], "tensorrt")
     gpu = find_gpu()
@@ -208,7 +216,7 @@ def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
     runtime = library.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     if engine is None:
-        raise BundleError(
+        raise ProviderError(
             f"{library.__name__} {library.__version__} cannot load the engine on this GPU ({gpu})",
             where=file,
             got=complaints[0] if complaints else "no reason given",

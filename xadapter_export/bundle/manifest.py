@@ -256,6 +256,11 @@ class Variant(_Strict):
         return f"{self.target}-{self.precision}"
 
     @property
+    def is_for_gpu(self) -> bool:
+        """Whether no CPU runs it as fast as fp32."""
+        return self.target == "cuda" or self.precision == "fp16"
+
+    @property
     def graph_files(self) -> tuple[str, ...]:
         """Its graph, or both in the order in which they run."""
         return (self.file,) if self.query_file is None else (self.query_file, self.file)

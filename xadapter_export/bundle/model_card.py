@@ -6,19 +6,22 @@ from xadapter_export.bundle.manifest import Manifest
 def model_card(manifest: Manifest, name: str) -> str:
     """Writes the bundle's README: what it is, how to run it, what was proven."""
     sets = " | ".join(manifest.expert_sets)
+    is_portable = any(variant.target == "onnx" for variant in manifest.variants)
+    needs_gpu = all(variant.is_for_gpu for variant in manifest.variants)
+    extra, provider = ("gpu", " --provider CUDAExecutionProvider") if needs_gpu else ("cpu", "")
     lines = [
         f"# {name}",
         "",
         f"An X-adapter bundle for {manifest.task}: "
         f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
-        "through a trained plug-in, as ONNX graphs of standard operators, "
+        f"through a trained plug-in, as ONNX graphs{' of standard operators' if is_portable else ''}, "
         f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
         "",
         "## Run",
         "",
         "```console",
-        'pip install "xadapter-export[cpu]"',
-        f'xad-run . "{_example(manifest)}"',
+        f'pip install "xadapter-export[{extra}]"',
+        f'xad-run . "{_example(manifest)}"{provider}',
         "xad-parity .",
         "```",
         "",
@@ -46,7 +49,7 @@ def model_card(manifest: Manifest, name: str) -> str:
     for made in manifest.deployments:
         shown = "proven" if made.prove_with is None else f"`{made.prove_with}`"
         size = f"{made.size_bytes / 1e6:.1f}"
-        row = (made.target, made.expert_set, made.source, str(len(made.files)), size, shown)
+        row = (made.name, made.expert_set, made.source, str(len(made.files)), size, shown)
         lines.append(f"| {' | '.join(row)} |")
     refused = [f"- {made.target}: {line}" for made in manifest.deployments for line in made.refused]
     if refused:

@@ -110,7 +110,7 @@ def _deployments(manifest: "Manifest") -> "Table":
     table = _table("experts", "deployment", "made from", "files", "MiB", "prove with")
     for made in manifest.deployments:
         files, size = _shorten(made.files), f"{made.size_bytes / MIB:.1f}"
-        table.add_row(made.expert_set, made.target, made.source, files, size, made.prove_with or "proven")
+        table.add_row(made.expert_set, made.name, made.source, files, size, made.prove_with or "proven")
     return table
 
 

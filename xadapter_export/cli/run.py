@@ -66,7 +66,7 @@ BAR_COLUMNS = 24
 @click.option(
     "--allow-fallback",
     is_flag=True,
-    help="Let the CPU answer, with a warning, where --provider does not start.",
+    help="Let the CPU answer, with a warning, where --provider does not start or an engine cannot be run.",
 )
 @session_options
 @json_option

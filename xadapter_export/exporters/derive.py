@@ -45,6 +45,7 @@ _SUFFIXES: dict[tuple[Target, Precision], str] = {
 # Of these CUDA's kernels compute the first two in fp32 whatever they are given.
 _FP32_SEARCH = ("TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
 _SCORES = "bank_scores"
+_TO_FP16 = "_cast_to_fp16_node"  # how onnxruntime's converter names a cast of what stays fp32
 _FP32_ISLANDS = ("LayerNormalization", "Softmax", *_FP32_SEARCH)
 
 
@@ -147,7 +148,7 @@ def derive(
     if recipe is None:
         done.append(run_pass("fused_bias_gelu", model, _num_exact_gelus(model)))
         if precision == "fp16":
-            model = _to_half(model, _FP32_SEARCH, exact_scores=True)
+            model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", portable, model, merged))
     else:
         quantise(model, recipe)
@@ -155,14 +156,14 @@ def derive(
     return model, [step for step in done if step is not None]
 
 
-def _to_half(model: ir.Model, islands: Sequence[str], *, exact_scores: bool = False) -> ir.Model:
-    """A copy in fp16, but for operators of these names and, if ``exact_scores``, those of the bank's rows.
+def _to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = False) -> ir.Model:
+    """A copy in fp16, but for operators of these names and, if ``fp32_scores``, the product with the bank.
 
-    Scores of two pictures that differ by less than fp16 tells would change what is retrieved. They are not
-    exact in the portable graph, because TensorRT has no fp32 products for Turing.
+    The bank's rows are fp16 in either case; scores that are rounded to it too swap more neighbours. In the
+    portable graph they are, because TensorRT has no fp32 products for Turing.
     """
     copy = ir.external_data.load_to_model(model.clone())
-    for node in copy.graph if exact_scores else ():
+    for node in copy.graph if fp32_scores else ():
         scores = node.inputs[0].producer() if node.op_type == "TopK" and node.inputs[0] is not None else None
         if scores is not None:
             scores.name = _SCORES
@@ -174,24 +175,21 @@ def _to_half(model: ir.Model, islands: Sequence[str], *, exact_scores: bool = Fa
     nodes = list(half.graph.node)
     del half.graph.node[:]
     for node in nodes:
-        if written.isdisjoint(node.output):
+        if node.op_type != "Cast" or written.isdisjoint(node.output):
             half.graph.node.append(node)
             written.update(node.output)
     converted: ir.Model = ir.from_proto(half)
     for node in converted.graph:  # from fp32 to fp16 and back, between two operators that stay fp32
-        there = node.inputs[0].producer() if _casts_to(node, ir.DataType.FLOAT) and node.inputs[0] else None
-        if there is not None and _casts_to(there, ir.DataType.FLOAT16) and there.inputs[0] is not None:
-            if node.outputs[0].is_graph_output():  # its name is the output's
-                node.replace_input_with(0, there.inputs[0])
-            else:
-                ir.convenience.replace_all_uses_with(node.outputs[0], there.inputs[0])
+        there = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] is not None else None
+        if there is None or not str(there.name).endswith(_TO_FP16) or there.inputs[0] is None:
+            continue
+        if node.outputs[0].is_graph_output():  # its name is the output's
+            node.replace_input_with(0, there.inputs[0])
+        elif node.attributes.get_int("to") == ir.DataType.FLOAT:
+            ir.convenience.replace_all_uses_with(node.outputs[0], there.inputs[0])
     RemoveUnusedNodesPass()(converted)
     converted.graph.sort()
     return converted
-
-
-def _casts_to(node: ir.Node, dtype: ir.DataType) -> bool:
-    return node.op_type == "Cast" and node.attributes["to"].as_int() == dtype
 
 
 def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:

@@ -91,12 +91,14 @@ def choose(
                 "an engine runs on the GPU by itself, with no execution provider",
                 where=name,
                 got=", ".join(providers),
-                mend="leave the provider out, or choose a variant whose name starts with onnx",
+                mend="leave the provider out, or choose another variant",
             )
         return Choice(by_name[engine.source], "named", engine)
     if name == "auto":
         rules = _rules(providers, machine)
         mend = "name one of those with variant=, or export with --precision fp32"
+        if on_cpu and not any(runs_on_cpu(known) for known in by_name):
+            mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
     elif name in _PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here") for target in _targets(name, machine, providers)
@@ -123,7 +125,7 @@ def choose(
             "this variant is for onnxruntime's CUDA provider",
             where=name,
             got=", ".join(providers),
-            mend=f"ask for {CUDA_PROVIDER}, or choose a variant whose name starts with onnx",
+            mend=f"ask for it (--provider {CUDA_PROVIDER}), or choose another variant",
         )
     for wanted, reason in rules:
         if wanted in by_name:
@@ -163,7 +165,9 @@ def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
 
 
 def _gpu_targets(providers: Sequence[str]) -> list[str]:
-    return ["cuda", "onnx"] if CUDA_PROVIDER in providers else ["onnx"]
+    """Return the targets for the first GPU provider, the fastest first."""
+    first = next((name for name in providers if name in GPU_PROVIDERS), None)
+    return ["cuda", "onnx"] if first == CUDA_PROVIDER else ["onnx"]
 
 
 def _targets(precision: str, machine: Machine, providers: Sequence[str]) -> list[str]:

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
-from xadapter_export.bundle.folder import Bundle
-from xadapter_export.bundle.manifest import Variant
+from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
+from xadapter_export.bundle.folder import Bundle, verify_files
+from xadapter_export.bundle.manifest import Deployment, Variant
 from xadapter_export.bundle.onnx_session import OnnxSession, Provider, open_variant
 
 _loaded: WeakValueDictionary[tuple[object, ...], OnnxSession] = WeakValueDictionary()
@@ -35,8 +36,7 @@ def open_shared(
     Raises:
         As ``open_variant``.
     """
-    stats = [bundle.file(path).stat() for path in (variant.file, *variant.weight_files)]
-    files = tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    files = _identify(bundle, variant.file, *variant.weight_files)
     key = (variant.target, files, repr(list(providers or [])), num_threads)
     with _lock:
         session = _loaded.get(key)
@@ -46,3 +46,34 @@ def open_shared(
             )
             _loaded[key] = session
         return session
+
+
+def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> OnnxSession:
+    """Open the engine of a deployment for the GPU of this machine, or return it if this process has it open.
+
+    Its hash is compared before it is read: an engine is a program for the GPU.
+
+    Args:
+        bundle: The bundle.
+        made: One of its deployments, with engines.
+        verify: Whether to compare the hash.
+
+    Raises:
+        HashMismatchError: If the file was changed.
+        As ``open_engine``, and ``engine_file_for``.
+    """
+    file = engine_file_for(made, find_gpu())
+    if verify:
+        verify_files(bundle, (file,))
+    key = (made.target, _identify(bundle, file))
+    with _lock:
+        session = _loaded.get(key)
+        if session is None:
+            session = open_engine(bundle.file(file), made.target)
+            _loaded[key] = session
+        return session
+
+
+def _identify(bundle: Bundle, *files: str) -> tuple[tuple[int, ...], ...]:
+    stats = [bundle.file(file).stat() for file in files]
+    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)

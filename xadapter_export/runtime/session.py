@@ -15,7 +15,7 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.engine_session import engine_file_for, engine_files, find_gpu, open_engine
+from xadapter_export.bundle.engine_session import engine_files, largest_batch
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
 from xadapter_export.bundle.manifest import (
     Candidate,
@@ -29,7 +29,14 @@ from xadapter_export.bundle.manifest import (
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.bundle.retrieval import PictureIndex
-from xadapter_export.errors import BundleError, ConfigError, ProviderError, UnsupportedError, XAdapterError
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    MissingExtraError,
+    ProviderError,
+    UnsupportedError,
+    XAdapterError,
+)
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
@@ -43,7 +50,7 @@ from xadapter_export.runtime.choose import (
 )
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
-from xadapter_export.runtime.loaded import open_shared
+from xadapter_export.runtime.loaded import open_shared, open_shared_engine
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
 
@@ -72,8 +79,13 @@ class XAdapterSession:
         cache_size: int = CACHE_SIZE,
         verify: bool = False,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("cache_size", cache_size, 0)):
-            if value < least:
+        limits = (
+            ("batch_size", batch_size, 1),
+            ("cache_size", cache_size, 0),
+            ("num_threads", num_threads, 1),
+        )
+        for name, value, least in limits:
+            if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}", got=value)
         manifest = bundle.manifest
         self.bundle = bundle
@@ -140,7 +152,9 @@ class XAdapterSession:
                 the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
                 a few hundred.
             verify: Whether to compare every file that is used with its hash first.
-            allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start.
+            allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
+                an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
+                gives.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
@@ -165,11 +179,14 @@ class XAdapterSession:
         )
         try:
             return make(variant=variant, providers=providers)
-        except ProviderError as error:
-            if not allow_fallback:
+        except (ProviderError, MissingExtraError) as error:
+            is_for_gpu = not runs_on_cpu(variant)
+            if not allow_fallback or (isinstance(error, MissingExtraError) and not is_for_gpu):
                 raise
-            warnings.warn(f"{error}; the CPU answers instead", UserWarning, stacklevel=2)
-            return make(variant=variant if runs_on_cpu(variant) else "auto", providers=[CPU_PROVIDER])
+            session = make(variant="auto" if is_for_gpu else variant, providers=[CPU_PROVIDER])
+            what = f", with {session.answered_by}" if is_for_gpu else ""
+            warnings.warn(f"{error}; the CPU answers instead{what}", UserWarning, stacklevel=2)
+            return session
 
     @property
     def manifest(self) -> Manifest:
@@ -178,7 +195,7 @@ class XAdapterSession:
 
     @property
     def variant(self) -> Variant:
-        """The variant that answers for the session's expert set."""
+        """The variant that answers for the session's expert set, or that its engines were made from."""
         return self._choice(self.experts).variant
 
     @property
@@ -417,12 +434,14 @@ class XAdapterSession:
         session = self._session(experts or self.experts)
         try:
             values = session.run(names, feed)
-        except XAdapterError:  # of an index
+        except XAdapterError:  # of an index, or an engine
             raise
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
-            variant = self._choice(experts or self.experts).variant
-            engine = "OpenVINO" if variant.target == "openvino" else "onnxruntime"
-            file = self.bundle.folder / variant.file
+            choice = self._choice(experts or self.experts)
+            engine = {"openvino": "OpenVINO"}.get(choice.variant.target, "onnxruntime")
+            if choice.engine is not None:
+                raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
+            file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
         return dict(zip(names, values, strict=True))
 
@@ -453,8 +472,8 @@ class XAdapterSession:
             if experts not in self._sessions:
                 choice = self._choice(experts)
                 if choice.engine is not None:
-                    self._sessions[experts] = self._open_engine(choice.engine)
-                    return self._sessions[experts]
+                    session = open_shared_engine(self.bundle, choice.engine, verify=self._verify)
+                    return self._sessions.setdefault(experts, session)
                 variant = choice.variant
                 open_graph = partial(
                     open_shared if self._share_weights else open_variant,
@@ -468,11 +487,6 @@ class XAdapterSession:
                     session = self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
                 self._sessions[experts] = session
             return self._sessions[experts]
-
-    def _open_engine(self, made: Deployment) -> OnnxSession:
-        file = engine_file_for(made, find_gpu())
-        with self._verifying((file,)):
-            return open_engine(self.bundle.file(file), made.target)
 
     def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return verifying(self.bundle, names) if self._verify else nullcontext()
@@ -505,7 +519,9 @@ class XAdapterSession:
         """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
         encoder = self._encoder_for(experts)
         tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
-        for numbers in plan_batches([len(text.input_ids) for text in tokenized], self._batch_size):
+        engine = self._choice(experts or self.experts).engine
+        size = self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))
+        for numbers in plan_batches([len(text.input_ids) for text in tokenized], size):
             yield numbers, encoder.collate([tokenized[number] for number in numbers])
 
     def _require_task(self, task: Task) -> None:
