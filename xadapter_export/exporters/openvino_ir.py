@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -75,6 +76,7 @@ def convert_to_ir(
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
         if is_calibrated:
             _unpack_products(model)
+            _copy_axes(model)
             model = _quantise(model, calibration)
         elif precision == "int4":
             model = _compress_int4(model)
@@ -147,6 +149,23 @@ def _unpack_products(model: Any) -> None:
         factor = ops.constant(columns.copy(), name=f"{weight.get_friendly_name()}.{start}")
         part = ops.matmul(product.input_value(0), factor, flags["transpose_a"], flags["transpose_b"])
         _replace(node, ops.add(part, ops.constant(bias.data[..., start:stop].copy())))
+
+
+def _copy_axes(model: Any) -> None:
+    """Has a reshape of the axes behind batch and tokens, to heads and back, copy these two by position.
+
+    Whatever waits for a shape that is computed at each run costs a short text as much as a small product.
+    """
+    ops = _ops()
+    for node in _nodes(model, "Reshape"):
+        before = list(node.get_input_partial_shape(0))[2:]
+        after = list(node.get_output_partial_shape(0))[2:]
+        if not before or not after or any(axis.is_dynamic for axis in before + after):
+            continue
+        sizes = [axis.get_length() for axis in after]
+        if math.prod(axis.get_length() for axis in before) == math.prod(sizes):
+            target = ops.constant(np.array([0, 0, *sizes]))
+            _replace(node, ops.reshape(node.input_value(0), target, special_zero=True))
 
 
 def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
