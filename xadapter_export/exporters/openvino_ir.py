@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -39,9 +40,10 @@ def convert_to_ir(
 
     Below fp32 the search of the bank stays exact, and every other large matrix and table is of few bits:
     int8 with a scale for each row, or int4 with one for each 64 numbers. In int8 the activations are int8
-    too, but not those of experts and heads, of a decoder that shares the word table, and, where a bank is
-    searched, of CLIP, whose rounding would change what is found. In int4 the word table, experts, heads and,
-    where a bank is searched, CLIP are int8. A table is read row by row; only those rows become float32.
+    too: those of experts, heads and a decoder that shares the word table are rounded at each run, in groups
+    of 64. Where a bank is searched these stay float32, as do CLIP's, whose rounding would change what is
+    found. In int4 the word table, experts, heads and, where a bank is searched, CLIP are int8. A table is
+    read row by row; only those rows become float32.
 
     Args:
         model_file: The portable graph.
@@ -73,11 +75,14 @@ def convert_to_ir(
         _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
         if is_calibrated:
+            _unpack_products(model)
+            _copy_axes(model)
             model = _quantise(model, calibration)
         elif precision == "int4":
             model = _compress_int4(model)
-    # Whether activations are rounded on the fly: faster, and never where the ranges were measured.
-    group = "0" if precision == "fp32" or is_calibrated else str(_GROUP_SIZE)
+    # Whether activations whose ranges were not measured are rounded on the fly, which is faster.
+    is_exact = precision == "fp32" or (is_calibrated and _searches_bank(model))
+    group = "0" if is_exact else str(_GROUP_SIZE)
     model.set_rt_info(group, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     for old in (output, output.with_suffix(".bin")):  # writing over a file that is mapped can crash
         old.unlink(missing_ok=True)
@@ -122,6 +127,45 @@ def _select_masks(model: Any) -> None:
         if _is_float(lowest) and lowest.data.size == 1 and lowest.data.item() < _LOWEST_MASK:
             is_masked = ops.greater(node.input_value(0), ops.constant(np.float32(0.5)))
             _replace(node, ops.select(is_masked, lowest, ops.constant(np.float32(0))))
+
+
+def _unpack_products(model: Any) -> None:
+    """Makes a packed product whose columns are sliced, query, key and value, one product for each slice.
+
+    Behind a packed int8 product OpenVINO slices float32 and rounds each slice in a pass of its own; a product
+    that is apart writes the int8 numbers that attention reads.
+    """
+    ops = _ops()
+    for node in _nodes(model, "Slice"):
+        add = node.input_value(0).get_node()
+        if add.get_type_name() != "Add" or add.input_value(0).get_node().get_type_name() != "MatMul":
+            continue
+        product, bias = (port.get_node() for port in add.input_values())
+        weight, flags = product.input_value(1).get_node(), product.get_attributes()
+        start, stop, _, axis = (port.get_node().data.item() for port in node.input_values()[1:])
+        if not _is_float(weight) or axis != 2:
+            continue
+        columns = weight.data[start:stop] if flags["transpose_b"] else weight.data[:, start:stop]
+        factor = ops.constant(columns.copy(), name=f"{weight.get_friendly_name()}.{start}")
+        part = ops.matmul(product.input_value(0), factor, flags["transpose_a"], flags["transpose_b"])
+        _replace(node, ops.add(part, ops.constant(bias.data[..., start:stop].copy())))
+
+
+def _copy_axes(model: Any) -> None:
+    """Has a reshape of the axes behind batch and tokens, to heads and back, copy these two by position.
+
+    Whatever waits for a shape that is computed at each run costs a short text as much as a small product.
+    """
+    ops = _ops()
+    for node in _nodes(model, "Reshape"):
+        before = list(node.get_input_partial_shape(0))[2:]
+        after = list(node.get_output_partial_shape(0))[2:]
+        if not before or not after or any(axis.is_dynamic for axis in before + after):
+            continue
+        sizes = [axis.get_length() for axis in after]
+        if math.prod(axis.get_length() for axis in before) == math.prod(sizes):
+            target = ops.constant(np.array([0, 0, *sizes]))
+            _replace(node, ops.reshape(node.input_value(0), target, special_zero=True))
 
 
 def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
