@@ -231,7 +231,7 @@ def test_a_bundle_for_cuda_alone_says_how_it_is_asked(model: XAdapterModel, tmp_
     model.save_pretrained(tmp_path / "checkpoint", self_contained=True)
     flags = ["--experts", "none", "--precision", "fp16", "--target", "cuda", "--min-agreement", "0"]
     out = tmp_path / "bundle"
-    done = call(export_command, str(tmp_path / "checkpoint"), *flags, "-o", str(out), "--quiet")
+    done = call(tmp_path / "checkpoint", *flags, "-o", out)
     assert done.exit_code == 0, done.stderr
     assert '[MASK]." --provider CUDAExecutionProvider' in done.stdout.replace("\n", " ")
     card = (out / "README.md").read_text(encoding="utf-8")

@@ -142,8 +142,11 @@ def _unpack_products(model: Any) -> None:
             continue
         product, bias = (port.get_node() for port in add.input_values())
         weight, flags = product.input_value(1).get_node(), product.get_attributes()
-        start, stop, _, axis = (port.get_node().data.item() for port in node.input_values()[1:])
-        if not _is_float(weight) or axis != 2:
+        bounds = [port.get_node() for port in node.input_values()[1:]]
+        if not _is_float(weight) or not _is_float(bias) or not all(map(_is_constant, bounds)):
+            continue
+        start, stop, step, axis = (bound.data.item() for bound in bounds)
+        if (step, axis) != (1, 2):
             continue
         columns = weight.data[start:stop] if flags["transpose_b"] else weight.data[:, start:stop]
         factor = ops.constant(columns.copy(), name=f"{weight.get_friendly_name()}.{start}")
@@ -294,9 +297,13 @@ def _nodes(model: Any, kind: str) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
 
 
+def _is_constant(node: Any) -> bool:
+    return bool(node.get_type_name() == "Constant")
+
+
 def _is_float(node: Any) -> bool:
     """Whether a node is a constant of float32."""
-    return bool(node.get_type_name() == "Constant" and node.get_element_type().get_type_name() == "f32")
+    return _is_constant(node) and bool(node.get_element_type().get_type_name() == "f32")
 
 
 def _is_left_table(node: Any) -> bool:
