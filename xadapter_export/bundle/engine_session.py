@@ -53,13 +53,6 @@ def find_gpu() -> str:
     return f"sm{major}{minor}"
 
 
-def engine_files(made: Deployment) -> dict[str, str]:
-    """Return the file of each engine of a deployment by the GPUs that it is for, as ``sm86+sm89``."""
-    return {
-        key.removeprefix("engine "): file for key, file in made.facts.items() if key.startswith("engine ")
-    }
-
-
 def engine_file_for(made: Deployment, gpu: str) -> str:
     """Return the file of the engine for a GPU, as ``find_gpu`` names it.
 
@@ -67,7 +60,7 @@ def engine_file_for(made: Deployment, gpu: str) -> str:
         ProviderError: If there is none.
         BundleError: If the manifest does not list it.
     """
-    for label, file in engine_files(made).items():
+    for label, file in made.engines.items():
         if gpu in label.split("+"):
             if file not in made.files:  # a path of the facts is trusted no further than the files
                 raise BundleError("the manifest names an engine that is not among its files", where=file)
@@ -75,7 +68,7 @@ def engine_file_for(made: Deployment, gpu: str) -> str:
     raise ProviderError(
         f"the bundle holds no engine for this GPU ({gpu})",
         where=f"{made.target}, experts {made.expert_set}, {made.source}",
-        expected=f"one of {', '.join(engine_files(made))}",
+        expected=f"one of {', '.join(made.engines)}",
         mend=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
     )
 

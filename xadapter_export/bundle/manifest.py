@@ -297,9 +297,15 @@ class Deployment(_Strict):
     prove_with: str | None
 
     @property
+    def engines(self) -> dict[str, str]:
+        """The file of each engine by the GPUs that it is for, as ``sm86+sm89``; empty of another runtime."""
+        start = "engine "
+        return {key.removeprefix(start): file for key, file in self.facts.items() if key.startswith(start)}
+
+    @property
     def name(self) -> str:
-        """Name to choose it by, where a session can: ``tensorrt-rtx-fp16``."""
-        return f"{self.target}-{self.precision}"
+        """``tensorrt-rtx-fp16`` where a session can be asked for it, else the runtime."""
+        return f"{self.target}-{self.precision}" if self.engines else self.target
 
 
 class FileEntry(_Strict):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bundle.engine_session import engine_file_for, engine_files, find_gpu, open_engine
+from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
 from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, ExpertSet, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_variant
@@ -53,7 +53,7 @@ def prove_engines(
         made
         for made in bundle.manifest.deployments
         if made.target == target
-        and engine_files(made)
+        and made.engines
         and (expert_sets is None or made.expert_set in expert_sets)
         and (variants is None or made.source in variants)
     ]

@@ -15,7 +15,7 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.engine_session import engine_files, largest_batch
+from xadapter_export.bundle.engine_session import largest_batch
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
 from xadapter_export.bundle.manifest import (
     Candidate,
@@ -464,7 +464,7 @@ class XAdapterSession:
         return tuple(
             made
             for made in self.manifest.deployments
-            if made.expert_set == experts and made.source in sources and engine_files(made)
+            if made.expert_set == experts and made.source in sources and made.engines
         )
 
     def _session(self, experts: ExpertSet) -> OnnxSession:
