@@ -222,6 +222,28 @@ def test_int8_leaves_no_large_fp32_weight(t: Case, t_int8: Path, t_int4: Path) -
         assert [c.get_element_type().get_type_name() for c in tables] == ["i8"]  # table and decoder are one
 
 
+def test_int8_has_a_product_for_each_slice_and_reshapes_that_copy_their_axes(
+    t: Case, t_int8: Path, vt_fp32: Path
+) -> None:
+    def sliced(file: Path) -> int:
+        """Slices of what a product and its bias give."""
+        sums = [node.input_value(0).get_node() for node in nodes(file, "Slice")]
+        return sum(
+            node.get_type_name() == "Add" and node.input_value(0).get_node().get_type_name() == "MatMul"
+            for node in sums
+        )
+
+    def computed(file: Path) -> int:
+        """Reshapes to heads, or back, whose target is computed at each run."""
+        reshapes = [node for node in nodes(file, "Reshape") if len(node.get_output_partial_shape(0)) >= 3]
+        targets = [node.input_value(1).get_node().get_type_name() for node in reshapes]
+        return sum(kind != "Constant" for kind in targets)
+
+    assert sliced(vt_fp32) >= 3 * 4  # query, key and value of every layer
+    assert sliced(t_int8) == 0
+    assert computed(t_int8) < computed(vt_fp32) / 2
+
+
 def test_openvino_keeps_int8_in_memory(t_int8: Path) -> None:
     ov = import_openvino()
     compiled = ov.Core().compile_model(str(t_int8), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
