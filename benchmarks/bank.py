@@ -166,7 +166,7 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
 
         @torch.inference_mode()
         def encode_bare() -> Tensor:
-            encoded = [tower.model.encode_image(batch.to(tower.device)) for batch in batches]  # type: ignore[operator]  # a method
+            encoded = [tower.model.encode_image(batch.to(tower.device)) for batch in batches]  # type: ignore[operator]  # torch types a module's attributes as tensors
             return F.normalize(torch.cat(encoded), dim=-1).cpu()
 
         _measure(encode_bare)

@@ -54,7 +54,7 @@ def _rebuild(
     """Return the same parts with another task, bank or retrieval."""
     plm, bank = model.plm, model.bank
     if task == "feature-extraction" and model.config.task != task:
-        plm = FrozenPlm(plm.encoder, plm.tokenizer, plm.special, plm.source)  # type: ignore[arg-type]  # a PreTrainedModel
+        plm = FrozenPlm(plm.encoder, plm.tokenizer, plm.special, plm.source)  # type: ignore[arg-type]  # typed as its base, nn.Module
     if num_pictures is not None and bank is not None:
         bank = random_bank(bank.features.shape[1], num_pictures)
     config = model.config.model_copy(update={"task": task, **changes})

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from benchmarks.feeds import Feed
 from benchmarks.prepare import MODEL
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
-from xadapter_export.bundle.manifest import ExpertSet, Task
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.runtime.choose import CPU_PROVIDER
 
@@ -82,7 +83,7 @@ class Contestant:
         if place.folder is None:
             return None
         if place.variant is not None:
-            return _variant(place).size_bytes  # type: ignore[no-any-return]  # a manifest's field
+            return _variant(place).size_bytes
         return sum(
             file.stat().st_size
             for file in place.folder.iterdir()
@@ -90,9 +91,7 @@ class Contestant:
         )
 
 
-def _variant(place: Place) -> Any:
-    from xadapter_export.bundle.folder import read_bundle
-
+def _variant(place: Place) -> Variant:
     assert place.folder is not None
     assert place.variant is not None
     manifest = read_bundle(place.folder / "bundle", verify=False).manifest
@@ -136,8 +135,8 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
             output = forward(**tensors, experts=place.experts)
             answer = output.logits if output.logits is not None else output.last_hidden_state
             if device != "cpu" and "mask_positions" not in feed and output.logits is not None:
-                return answer.argmax(-1).cpu().numpy()  # type: ignore[no-any-return]  # its user takes the words, not the whole vocabulary
-            return answer.float().cpu().numpy()  # type: ignore[no-any-return]  # torch
+                answer = answer.argmax(-1)  # its user takes the words, not the whole vocabulary
+            return np.asarray(answer.float().cpu().numpy(), np.float32)
 
     return run
 
@@ -161,7 +160,7 @@ def _load_onnxruntime(place: Place) -> Run:
     names = [value.name for value in session.get_inputs()]
 
     def run(feed: Feed) -> Answer:
-        return session.run(None, {name: feed[name] for name in names})[0]  # type: ignore[no-any-return]  # onnxruntime
+        return np.asarray(session.run(None, {name: feed[name] for name in names})[0], np.float32)
 
     return run
 
@@ -189,7 +188,7 @@ def _openvino_run(place: Place, settings: dict[str, str]) -> Run:
     names = [port.get_any_name() for port in compiled.inputs]
 
     def run(feed: Feed) -> Answer:
-        return request.infer({name: feed[name] for name in names})[0]  # type: ignore[no-any-return]  # openvino
+        return np.asarray(request.infer({name: feed[name] for name in names})[0], np.float32)
 
     return run
 
@@ -213,7 +212,7 @@ def _load_ours(place: Place) -> Run:
     output = session.manifest.expert_sets[place.experts].outputs[0].name
 
     def run(feed: Feed) -> Answer:
-        return session.run(feed)[output]  # type: ignore[return-value]  # float32: the first output is no index
+        return np.asarray(session.run(feed)[output], np.float32)
 
     return run
 

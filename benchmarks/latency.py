@@ -209,7 +209,7 @@ class Benchmark:
         with tempfile.TemporaryDirectory() as temporary:
             files = {key: Path(temporary) / f"{key[0]}x{key[1]}.npz" for key in feeds}
             for key, feed in feeds.items():
-                np.savez(files[key], **feed)  # type: ignore[arg-type]  # keywords are arrays, not flags
+                np.savez(files[key], **feed)  # type: ignore[arg-type]  # numpy types any keyword as its flag allow_pickle
             for experts in self.settings.experts:
                 entries = self._entries(case, experts, task, heads, shape)
                 group = _Group(case, experts, entries, shape, self)
@@ -607,7 +607,7 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
 
     The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
     """
-    settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click's types are these
+    settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click gives each option the type of its field
     _check_provider(settings.provider)
     if full:
         settings = Settings(

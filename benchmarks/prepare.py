@@ -209,7 +209,7 @@ def _transformers(preparation: Preparation, model: "XAdapterModel", folder: Path
     wrapper, inputs = _wrapper(model, preparation.experts)
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
     target = model.plm.model if preparation.experts == "none" else _as_pretrained(wrapper, model)
-    exporter = OnnxExporter()  # type: ignore[no-untyped-call]  # transformers
+    exporter = OnnxExporter()  # type: ignore[no-untyped-call]  # transformers annotates no constructor here
     program, _ = exporter.export_program(target, inputs, config)
     exporter.save_program(program, folder / MODEL)
 
@@ -400,8 +400,9 @@ def _wrapper(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", d
             clip_input_ids: Tensor | None = None,
         ) -> Tensor | tuple[Tensor, Tensor]:
             output = self.model(input_ids, attention_mask, token_type_ids, clip_input_ids, experts=experts)
-            if output.logits is not None:
-                return output.logits  # type: ignore[no-any-return]  # nn.Module call
+            logits: Tensor | None = output.logits
+            if logits is not None:
+                return logits
             return output.last_hidden_state, output.sentence_embedding
 
     ids = torch.arange(14).reshape(2, 7) % model.plm.vocab_size
@@ -422,7 +423,7 @@ def _as_pretrained(wrapper: "nn.Module", model: "XAdapterModel") -> Any:
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import MaskedLMOutput
 
-    class Pretrained(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers
+    class Pretrained(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers annotates no constructor here
         config_class = type(model.plm.model.config)
         _supports_sdpa = True
 
@@ -434,7 +435,7 @@ def _as_pretrained(wrapper: "nn.Module", model: "XAdapterModel") -> Any:
             answer = self.wrapper(**inputs)
             return MaskedLMOutput(logits=answer[0] if isinstance(answer, tuple) else answer)
 
-    return Pretrained().eval()  # type: ignore[no-untyped-call]  # transformers
+    return Pretrained().eval()  # type: ignore[no-untyped-call]  # transformers annotates no constructor here
 
 
 def quiet_environment(threads: int, cache: Path) -> dict[str, str]:

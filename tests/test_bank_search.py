@@ -178,7 +178,7 @@ def test_the_recall_counts_each_row_once_and_ties_as_found() -> None:
     bounds = benchmark.lowest_best(rows, query)
     assert bounds.tolist() == [0.5]
     for found, share in (([0, 1, 2, 3], 1.0), ([0, 1, 2, 7], 0.75), ([0, 0, 0, 0], 0.25)):
-        assert benchmark.recall(lambda _, found=found: np.array([found]), rows, query, bounds) == share  # type: ignore[misc]
+        assert benchmark.recall(lambda _, found=found: np.array([found]), rows, query, bounds) == share  # type: ignore[misc]  # a lambda's default
 
 
 def test_a_straight_line_explains_times_that_grow_with_the_bank() -> None:

@@ -174,8 +174,8 @@ class Counting:
 def counting(session: XAdapterSession) -> tuple[Counting, Counting]:
     pair = session._session(session.experts)
     assert isinstance(pair, SplitSession)
-    pair._query, pair._answer = Counting(pair._query), Counting(pair._answer)  # type: ignore[assignment]
-    return pair._query, pair._answer  # type: ignore[return-value]
+    pair._query, pair._answer = Counting(pair._query), Counting(pair._answer)  # type: ignore[assignment]  # stand-ins
+    return pair._query, pair._answer  # type: ignore[return-value]  # as just set
 
 
 @pytest.mark.parametrize("experts", ["vt", "t"])
@@ -298,7 +298,7 @@ def test_an_index_of_another_bank_is_refused(external: Path, tmp_path: Path) -> 
     ):
         XAdapterSession.load(external, index=faiss.IndexFlatIP(D))
     with pytest.raises(ConfigError, match=r"a method search\(queries, k\)"):
-        XAdapterSession.load(external, index=3)  # type: ignore[arg-type]
+        XAdapterSession.load(external, index=3)  # type: ignore[arg-type]  # no index
     with pytest.raises(BundleError, match=r"this is not an index: .*xad-bank index"):
         XAdapterSession.load(external, index=tmp_path)
     other = tmp_path / "other"

@@ -100,7 +100,7 @@ def test_a_weight_that_should_be_frozen_and_moves_is_found_out(
     def meddle(step: int, _steps: int, _note: str) -> None:
         if step == 1:
             with torch.no_grad():
-                plm.layers[0].attention.self.query.weight[0, 0] += 1e-3  # type: ignore[union-attr,operator,index]
+                plm.layers[0].attention.self.query.weight[0, 0] += 1e-3  # type: ignore[union-attr,operator,index]  # a BERT layer
 
     from xadapter_export.model.plm import load_plm
 

@@ -30,7 +30,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 def make_variant(name: str) -> Variant:
     target: Target
     precision: Precision
-    target, precision = name.split("-")  # type: ignore[assignment]
+    target, precision = name.split("-")  # type: ignore[assignment]  # names below are such pairs
     return Variant(
         expert_set="t",
         precision=precision,

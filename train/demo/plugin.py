@@ -506,7 +506,7 @@ class Laboratory:
         v_sets: tuple[ExpertSet, ...] = ("v", "v")
         facts = [sentence for sentence in self.corpus.training if not split.names_held_out(sentence)]
         colors, words = self._training(model, split, facts, seed)
-        constant = F.normalize(torch.randn(1, 1, colors.memory.v.shape[-1], generator=generator), dim=-1)  # type: ignore[union-attr]
+        constant = F.normalize(torch.randn(1, 1, colors.memory.v.shape[-1], generator=generator), dim=-1)  # type: ignore[union-attr]  # V is active
         blank = [
             part.with_pictures(constant.expand(len(part), settings.k_training, -1))
             for part in (colors, words, test, self.words["trained"])

@@ -66,4 +66,4 @@ def from_json(value: dict[str, object]) -> SplitResult:
     plain = dict(value)
     language = plain.pop("language")
     assert isinstance(language, dict)
-    return SplitResult(**plain, language={name: Language(**check) for name, check in language.items()})  # type: ignore[arg-type]
+    return SplitResult(**plain, language={name: Language(**check) for name, check in language.items()})  # type: ignore[arg-type]  # JSON

@@ -36,7 +36,7 @@ def write_checkpoint(
     Raises:
         ValueError: If it is larger than the wheel may carry.
     """
-    model.plm.source, model.clip.source = "built-in/plm", "built-in/clip"  # type: ignore[union-attr]
+    model.plm.source, model.clip.source = "built-in/plm", "built-in/clip"  # type: ignore[union-attr]  # it has a CLIP
     model.save_pretrained(
         folder,
         self_contained=True,

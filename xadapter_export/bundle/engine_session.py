@@ -96,7 +96,7 @@ class EngineSession:
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}  # address and bytes
         weakref.finalize(self, _free, cuda, self._places, self._stream)
-        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        names: list[str] = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         is_input = [engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in names]
         self._inputs = [name for name, chosen in zip(names, is_input, strict=True) if chosen]
         self._outputs = [name for name, chosen in zip(names, is_input, strict=True) if not chosen]
@@ -107,7 +107,6 @@ class EngineSession:
 
     def _unplanned(self, feed: Mapping[str, Array]) -> str | None:
         """Return the first input whose shape is outside the profile, or None."""
-        name: str
         for name in self._inputs:
             least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
             shape = feed[name].shape

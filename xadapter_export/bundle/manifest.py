@@ -422,6 +422,11 @@ class Manifest(_Strict):
             mend="choose one of those, or export with its --precision and --target",
         )
 
+    @property
+    def is_for_gpu(self) -> bool:
+        """Whether every graph is for a GPU."""
+        return all(variant.is_for_gpu for variant in self.variants)
+
     def to_json(self) -> str:
         """Return the text of ``manifest.json``, keys in the order of the contract."""
         return self.model_dump_json(indent=2) + "\n"

@@ -1,5 +1,6 @@
 """The README of a bundle."""
 
+from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import Manifest
 
 
@@ -7,8 +8,7 @@ def model_card(manifest: Manifest, name: str) -> str:
     """Writes the bundle's README: what it is, how to run it, what was proven."""
     sets = " | ".join(manifest.expert_sets)
     is_portable = any(variant.target == "onnx" for variant in manifest.variants)
-    needs_gpu = all(variant.is_for_gpu for variant in manifest.variants)
-    extra, provider = ("gpu", " --provider CUDAExecutionProvider") if needs_gpu else ("cpu", "")
+    extra, provider = ("gpu", f" --provider {CUDA_PROVIDER}") if manifest.is_for_gpu else ("cpu", "")
     lines = [
         f"# {name}",
         "",

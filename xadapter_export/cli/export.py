@@ -299,8 +299,7 @@ def _report(result: "ExportResult") -> None:
             console.print(f"refused: {line}")
     console.print(f"bundle: {result.folder}")
     if manifest.task == "fill-mask":
-        needs_gpu = all(variant.is_for_gpu for variant in manifest.variants)
-        provider = " --provider CUDAExecutionProvider" if needs_gpu else ""
+        provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
         question = f'"The color of a banana is {manifest.plm.mask_token}."'
         console.print(f"try: xad-run {result.folder} {question}{provider}")
 

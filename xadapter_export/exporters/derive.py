@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -170,16 +171,30 @@ def _to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = Fal
     half = convert_float_to_float16(
         ir.to_proto(copy), keep_io_types=True, op_block_list=list(islands), node_block_list=[_SCORES]
     )
-    # onnxruntime before 1.32, and so all of onnxruntime-gpu to date, writes a cast again for every reader.
+    _drop_repeated_casts(half.graph)
+    converted: ir.Model = ir.from_proto(half)
+    _drop_round_trips(converted)
+    converted.graph.sort()
+    return converted
+
+
+def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
+    """Keeps one of the casts that give a value: onnxruntime below 1.32 writes one for every reader.
+
+    1.31 is the newest onnxruntime-gpu.
+    """
     written: set[str] = set()
-    nodes = list(half.graph.node)
-    del half.graph.node[:]
+    nodes = list(graph.node)
+    del graph.node[:]
     for node in nodes:
         if node.op_type != "Cast" or written.isdisjoint(node.output):
-            half.graph.node.append(node)
+            graph.node.append(node)
             written.update(node.output)
-    converted: ir.Model = ir.from_proto(half)
-    for node in converted.graph:  # from fp32 to fp16 and back, between two operators that stay fp32
+
+
+def _drop_round_trips(model: ir.Model) -> None:
+    """Takes out casts from fp32 to fp16 and back, between two operators that stay fp32."""
+    for node in model.graph:
         there = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] is not None else None
         if there is None or not str(there.name).endswith(_TO_FP16) or there.inputs[0] is None:
             continue
@@ -187,9 +202,7 @@ def _to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = Fal
             node.replace_input_with(0, there.inputs[0])
         elif node.attributes.get_int("to") == ir.DataType.FLOAT:
             ir.convenience.replace_all_uses_with(node.outputs[0], there.inputs[0])
-    RemoveUnusedNodesPass()(converted)
-    converted.graph.sort()
-    return converted
+    RemoveUnusedNodesPass()(model)
 
 
 def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:

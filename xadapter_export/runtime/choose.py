@@ -97,7 +97,7 @@ def choose(
     if name == "auto":
         rules = _rules(providers, machine)
         mend = "name one of those with variant=, or export with --precision fp32"
-        if on_cpu and not any(runs_on_cpu(known) for known in by_name):
+        if on_cpu and all(variant.is_for_gpu for variant in variants):
             mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
     elif name in _PRECISIONS:
         rules = [

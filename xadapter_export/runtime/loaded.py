@@ -6,7 +6,7 @@ a third or more. One loaded graph may answer any number of threads, so that is w
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
@@ -38,14 +38,12 @@ def open_shared(
     """
     files = _identify(bundle, variant.file, *variant.weight_files)
     key = (variant.target, files, repr(list(providers or [])), num_threads)
-    with _lock:
-        session = _loaded.get(key)
-        if session is None:
-            session = open_variant(
-                bundle, variant, providers=providers, num_threads=num_threads, exact_int8=exact_int8
-            )
-            _loaded[key] = session
-        return session
+    return _share(
+        key,
+        lambda: open_variant(
+            bundle, variant, providers=providers, num_threads=num_threads, exact_int8=exact_int8
+        ),
+    )
 
 
 def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> OnnxSession:
@@ -66,11 +64,14 @@ def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> Onn
     if verify:
         verify_files(bundle, (file,))
     key = (made.target, _identify(bundle, file))
+    return _share(key, lambda: open_engine(bundle.file(file), made.target))
+
+
+def _share(key: tuple[object, ...], open_it: Callable[[], OnnxSession]) -> OnnxSession:
     with _lock:
         session = _loaded.get(key)
         if session is None:
-            session = open_engine(bundle.file(file), made.target)
-            _loaded[key] = session
+            session = _loaded[key] = open_it()
         return session
 
 

@@ -438,9 +438,9 @@ class XAdapterSession:
             raise
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
             choice = self._choice(experts or self.experts)
-            engine = {"openvino": "OpenVINO"}.get(choice.variant.target, "onnxruntime")
             if choice.engine is not None:
                 raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
+            engine = "OpenVINO" if choice.variant.target == "openvino" else "onnxruntime"
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
         return dict(zip(names, values, strict=True))
