@@ -3,10 +3,10 @@
 Nothing heavy is imported here: a worker imports only the engine of its contestant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Place:
         threads: Threads inside one operator.
         variant: Name of a variant of ours.
         provider: onnxruntime's execution provider.
+        cache_dir: Where ours keeps what OpenVINO compiled; nowhere if None.
     """
 
     case: str
@@ -43,6 +44,17 @@ class Place:
     threads: int
     variant: str | None = None
     provider: str = CPU_PROVIDER
+    cache_dir: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for another process."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return what ``as_json`` was called on."""
+        paths = {name: Path(values[name]) for name in ("folder", "cache_dir") if values[name] is not None}
+        return cls(**{**values, **paths})
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,7 @@ def _load_ours(place: Place) -> Run:
         variant=place.variant,
         providers=None if has_no_provider else [place.provider],
         num_threads=place.threads,
+        cache_dir=place.cache_dir,
     )
     output = session.manifest.expert_sets[place.experts].outputs[0].name
 

@@ -21,6 +21,7 @@ from benchmarks.contestants import Place, find
 from benchmarks.feeds import feed_as
 from benchmarks.prepare import ROOT
 
+KEPT = ", compiled graph kept"  # after the name of a contestant that is loaded with a ``cache_dir``
 _IMPORTS = {
     "eager": ("benchmarks.cases",),
     "compile": ("benchmarks.cases",),
@@ -53,8 +54,7 @@ def measure(
     contestant: str, place: Place, feed: Path, context: int | None, env: Mapping[str, str]
 ) -> Footprint:
     """Measure in a child process."""
-    setup = {**vars(place), "folder": None if place.folder is None else str(place.folder)}
-    arguments = json.dumps([contestant, setup, str(feed), context])
+    arguments = json.dumps([contestant, place.as_json(), str(feed), context])
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.footprint", arguments],
         cwd=ROOT, env=dict(env), check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -99,6 +99,4 @@ def _resident_mib() -> float:
 
 if __name__ == "__main__":
     _name, _setup, _feed, _context = json.loads(sys.argv[1])
-    _folder = _setup.pop("folder")
-    _place = Place(folder=None if _folder is None else Path(_folder), **_setup)
-    print(json.dumps(asdict(_measure_here(_name, _place, Path(_feed), _context))))
+    print(json.dumps(asdict(_measure_here(_name, Place.from_json(_setup), Path(_feed), _context))))

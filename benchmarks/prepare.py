@@ -287,7 +287,7 @@ def _ours(preparation: Preparation, model: "XAdapterModel", folder: Path) -> Non
 
 def _ours_openvino(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
     """Make a bundle of ours for OpenVINO."""
-    _export(preparation, model, folder, ("int8",), ("openvino",))
+    _export(preparation, model, folder, ("fp32", "int8"), ("openvino",))
 
 
 def _ours_portable(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from benchmarks.contestants import find
 from benchmarks.feeds import Cell, Feeding
-from benchmarks.footprint import Footprint
+from benchmarks.footprint import KEPT, Footprint
 from benchmarks.intervals import Ratio, geometric_mean, ratio, spread
 from benchmarks.prepare import Cost
 
@@ -321,7 +321,11 @@ def _sizes(results: Results) -> Iterable[Verdict]:
 
 
 def _footprint(results: Results) -> Iterable[Verdict]:
-    names = [name for name in results.footprints if name.startswith("ours-") and name.endswith("int8")]
+    names = [
+        name
+        for name in results.footprints
+        if name.startswith("ours-") and name.removesuffix(KEPT).endswith("int8")
+    ]
     for name in names or [""]:
         found, files = results.footprints.get(name), results.file_mib.get(name)
         title = name or "int8"

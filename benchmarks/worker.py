@@ -44,8 +44,7 @@ class Worker:
 
     def __init__(self, contestant: str, place: Place, environment: Mapping[str, str]) -> None:
         self.contestant = contestant
-        setup = {**vars(place), "folder": None if place.folder is None else str(place.folder)}
-        command = [sys.executable, "-m", "benchmarks.worker", json.dumps([contestant, setup])]
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps([contestant, place.as_json()])]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process; a full pipe would stop it
         self._process = subprocess.Popen(
             command,
@@ -174,8 +173,7 @@ def _at_masks(answer: np.ndarray, positions: np.ndarray | None, feed: Feed) -> n
 
 def _main() -> None:
     name, setup = json.loads(sys.argv[1])
-    folder = setup.pop("folder")
-    serve(name, Place(folder=None if folder is None else Path(folder), **setup))
+    serve(name, Place.from_json(setup))
 
 
 if __name__ == "__main__":

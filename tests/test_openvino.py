@@ -15,7 +15,11 @@ import pytest
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Precision
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
-from xadapter_export.bundle.openvino_session import create_openvino_session, import_openvino
+from xadapter_export.bundle.openvino_session import (
+    _OpenVinoSession,
+    create_openvino_session,
+    import_openvino,
+)
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.openvino_ir import convert_to_ir
 from xadapter_export.exporters.pipeline import ExportResult
@@ -222,8 +226,8 @@ def test_int8_leaves_no_large_fp32_weight(t: Case, t_int8: Path, t_int4: Path) -
         assert [c.get_element_type().get_type_name() for c in tables] == ["i8"]  # table and decoder are one
 
 
-def test_int8_has_a_product_for_each_slice_and_reshapes_that_copy_their_axes(
-    t: Case, t_int8: Path, vt_fp32: Path
+def test_int8_has_a_product_for_each_slice_and_all_have_reshapes_that_copy_their_axes(
+    t: Case, t_int8: Path, vt: Case, vt_fp32: Path
 ) -> None:
     def sliced(file: Path) -> int:
         """Slices of what a product and its bias give."""
@@ -241,7 +245,8 @@ def test_int8_has_a_product_for_each_slice_and_reshapes_that_copy_their_axes(
 
     assert sliced(vt_fp32) >= 3 * 4  # query, key and value of every layer
     assert sliced(t_int8) == 0
-    assert computed(t_int8) < computed(vt_fp32) / 2
+    assert computed(t_int8) < computed(t.portable) / 2
+    assert computed(vt_fp32) < computed(vt.portable) / 2
 
 
 def test_openvino_keeps_int8_in_memory(t_int8: Path) -> None:
@@ -276,6 +281,37 @@ def test_a_failed_call_does_not_break_the_session(t: Case, t_int8: Path) -> None
     with pytest.raises(RuntimeError, match="no_such"):
         session.run(["logits"], feed | {"no_such": feed["input_ids"]})
     np.testing.assert_array_equal(session.run(["logits"], feed)[0], want)
+
+
+def test_a_compiled_graph_is_kept_where_it_is_asked_for(t: Case, t_int8: Path, tmp_path: Path) -> None:
+    def load(cache_dir: Path | None = tmp_path / "new" / "cache") -> tuple[Array, bool]:
+        session = create_openvino_session(t_int8, num_threads=1, cache_dir=cache_dir)
+        assert isinstance(session, _OpenVinoSession)
+        from_cache = session._compiled.get_property("LOADED_FROM_CACHE")
+        return answers(session, "logits", t.feeds(t.texts[:8], 4)), from_cache
+
+    want, from_cache = load(None)
+    assert not from_cache
+    assert not list(tmp_path.iterdir())
+    before = t_int8.stat().st_mtime_ns
+    assert [load()[1] for _ in range(2)] == [False, True]
+    np.testing.assert_array_equal(load()[0], want)
+    (blob,) = (tmp_path / "new" / "cache").iterdir()
+    assert blob.stat().st_size < t_int8.with_suffix(".bin").stat().st_size  # the weights are not in it
+    for damage in (b"", b"garbage", blob.read_bytes()[:50_000]):
+        blob.chmod(0o600)
+        blob.write_bytes(damage)
+        got, from_cache = load()
+        assert not from_cache
+        np.testing.assert_array_equal(got, want)
+    assert load()[1]
+    assert t_int8.stat().st_mtime_ns == before
+
+
+def test_a_place_for_compiled_graphs_that_cannot_be_written(t_int8: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"compiled graphs cannot be written: .*file.*leave cache_dir"):
+        create_openvino_session(t_int8, cache_dir=tmp_path / "file")
 
 
 def test_a_file_that_cannot_be_loaded(vt_fp32: Path, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 import gc
 import json
+from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.manifest import Deployment, Precision, Target, Variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Precision, Target, Variant
+from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError
 from xadapter_export.runtime import loaded
 from xadapter_export.runtime.choose import (
@@ -57,7 +60,8 @@ def chosen(names: tuple[str, ...], name: str, machine: Machine, *providers: str)
         (Machine("x86-64", frozenset({"avx2"}), has_openvino=False), ALL, "cpu-int8"),
         (OLD, ALL, "cpu-fp32"),
         (OPENVINO, ("onnx-fp32", "cpu-int8"), "cpu-int8"),
-        (OPENVINO, ("onnx-fp32", "openvino-fp32"), "onnx-fp32"),
+        (OPENVINO, ("onnx-fp32", "openvino-fp32"), "openvino-fp32"),
+        (Machine("arm64", frozenset(), has_openvino=True), ("onnx-fp32", "openvino-fp32"), "onnx-fp32"),
         (OPENVINO, ("onnx-fp16", "openvino-fp32"), "openvino-fp32"),
         (VNNI, ("onnx-fp32", "onnx-fp16", "cpu-int4", "openvino-int8"), "onnx-fp32"),
     ],
@@ -89,7 +93,8 @@ def test_a_precision_alone_takes_the_fastest_target() -> None:
     assert chosen(ALL, "int8", VNNI) == "cpu-int8"
     assert chosen(ALL, "int8", OLD) == "cpu-int8"
     assert chosen(("onnx-fp32", "openvino-int8"), "int8", VNNI) == "openvino-int8"
-    assert chosen(ALL, "fp32", OPENVINO) == "cpu-fp32"
+    assert chosen(ALL, "fp32", OPENVINO) == "openvino-fp32"
+    assert chosen(ALL, "fp32", VNNI) == "cpu-fp32"
     assert chosen(ALL, "int4", OPENVINO) == "cpu-int4"
     assert chosen(ALL, "fp32", OPENVINO, CUDA) == "onnx-fp32"
     assert chosen(ALL, "fp16", OPENVINO, CUDA) == "onnx-fp16"
@@ -239,3 +244,23 @@ def test_openvino_answers_as_onnxruntime_does(tmp_path: Path) -> None:
     answers = session.fill_mask(BANANA)
     assert [a.token for a in answers] == [a.token for a in reference]
     assert [a.logit for a in answers] == pytest.approx([a.logit for a in reference], abs=1e-4)
+
+
+def test_what_openvino_compiled_is_kept_by_the_hash_of_the_graph(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    cache, folder = tmp_path / "cache", tmp_path / "b"
+    write_bundle(folder, sets=("none", "t"), variants=("onnx-fp32", "openvino-fp32"))
+    load = partial(XAdapterSession.load, folder, variant="openvino-fp32", num_threads=1, cache_dir=str(cache))
+    sets: tuple[ExpertSet, ...] = ("none", "t", "none")
+    answers = []
+    for experts in sets:
+        answers.append(load(experts=experts, share_weights=False).fill_mask(BANANA))
+        kept = {path.parent.name for path in cache.glob("*/*.blob")}
+        assert len(kept) == min(2, len(answers))
+    assert answers[2] == answers[0] != answers[1]
+    XAdapterSession.load(folder, variant="onnx-fp32", num_threads=1, cache_dir=tmp_path / "unused")
+    assert not (tmp_path / "unused").exists()
+    arguments = [folder, BANANA, "--variant", "openvino-fp32", "--cache-dir", folder / "manifest.json"]
+    ran = CliRunner().invoke(run, [str(argument) for argument in arguments])
+    assert ran.exit_code == 1
+    assert "compiled graphs cannot be written" in ran.stderr

@@ -1,5 +1,6 @@
 """The one place where a graph is opened: the engine of its target, providers, threads and clear errors."""
 
+import hashlib
 import importlib.metadata
 import warnings
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ def open_variant(
     appended: bytes = b"",
     weights: Mapping[str, Array] | None = None,
     exact_int8: bool = False,
+    cache_dir: Path | None = None,
     retriever: "Retriever | None" = None,
 ) -> OnnxSession:
     """Open a variant of a bundle with the engine of its target; of two graphs, both, as one.
@@ -89,12 +91,14 @@ def open_variant(
         appended: As ``create_session``, for the answer graph; the target ``openvino`` takes none.
         weights: As ``create_session``, for whichever graph has them; the target ``openvino`` takes none.
         exact_int8: As ``create_session``.
+        cache_dir: Where compiled graphs of the target ``openvino`` are kept, each in a folder that is named
+            by the hash of its files; None for nowhere.
         retriever: What searches the bank where no graph does; the bundle's own features if None.
 
     Raises:
         MissingExtraError: If the engine is not installed.
         ProviderError: As ``create_session``.
-        ConfigError: If ``num_threads`` is below 1.
+        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
         BundleError: If a file is missing, or the engine cannot load the graph.
     """
     if variant.query_file is not None:
@@ -111,6 +115,7 @@ def open_variant(
                 appended=more,
                 weights=weights,
                 exact_int8=exact_int8,
+                cache_dir=cache_dir,
             )
 
         spec = bundle.manifest.expert_sets[variant.expert_set]
@@ -131,7 +136,10 @@ def open_variant(
 
     if num_threads is not None and num_threads < 1:
         raise ConfigError("num_threads must be at least 1", got=num_threads)
-    return create_openvino_session(file, num_threads=num_threads)
+    if cache_dir is not None:
+        hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
+        cache_dir = cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    return create_openvino_session(file, num_threads=num_threads, cache_dir=cache_dir)
 
 
 def create_session(

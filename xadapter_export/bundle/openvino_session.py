@@ -1,6 +1,7 @@
 """The one place where OpenVINO is imported and a session of it is made."""
 
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,34 +95,58 @@ class _OpenVinoSession:
         return [_describe(port) for port in self._compiled.outputs]
 
 
-def create_openvino_session(model_file: Path, *, num_threads: int | None = None) -> OnnxSession:
+def create_openvino_session(
+    model_file: Path, *, num_threads: int | None = None, cache_dir: Path | None = None
+) -> OnnxSession:
     """Load OpenVINO's own form of a graph into OpenVINO's CPU engine.
 
     Whatever the file does not hold as int8 or int4 is computed in float32. The weights are mapped from the
-    file. Nothing is written and nothing is sent.
+    file. Nothing is sent, and nothing is written but the compiled graph, without its weights, where there is
+    a place for it.
 
     Args:
         model_file: The ``.xml`` file; its weights are in the ``.bin`` file of the same name.
         num_threads: Threads for one call; OpenVINO's choice if None.
+        cache_dir: Where the compiled graph is kept, and read the next time instead of being compiled. What
+            another version of OpenVINO or another CPU left there, or what is damaged, is compiled anew.
 
     Returns:
         A session for several threads: inputs and outputs are int64 and float32, under the graph's names.
 
     Raises:
         MissingExtraError: If OpenVINO is not installed.
-        ConfigError: If ``num_threads`` is below 1.
+        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
         BundleError: If OpenVINO cannot load the graph.
     """
     if num_threads is not None and num_threads < 1:
         raise ConfigError("num_threads must be at least 1", got=num_threads)
     ov = import_openvino()
-    settings = _SETTINGS | ({} if num_threads is None else {"INFERENCE_NUM_THREADS": str(num_threads)})
+    settings = dict(_SETTINGS)
+    if num_threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = str(num_threads)
+    if cache_dir is not None:
+        _make_writable(cache_dir)
+        settings |= {"CACHE_DIR": str(cache_dir), "CACHE_MODE": "OPTIMIZE_SIZE"}  # without the weights
     try:
-        core = ov.Core()
-        compiled = core.compile_model(core.read_model(str(model_file)), "CPU", settings)
+        compiled = ov.Core().compile_model(str(model_file), "CPU", settings)
     except Exception as error:  # OpenVINO raises RuntimeError for most, and its own error for a frontend
         raise BundleError("OpenVINO cannot load the graph", where=model_file, got=error) from error
     return _OpenVinoSession(compiled)
+
+
+def _make_writable(cache_dir: Path) -> None:
+    """Make the folder; OpenVINO itself says nothing where it cannot write there."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "the folder for compiled graphs cannot be written",
+            where=cache_dir,
+            got=error.strerror or error,
+            mend="choose one that you may write to, or leave cache_dir (--cache-dir) out",
+        ) from error
 
 
 def _describe(port: Any) -> _Value:

@@ -64,6 +64,11 @@ BAR_COLUMNS = 24
     "exact search]",
 )
 @click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of yours where OpenVINO keeps compiled graphs, so that the next start is faster.",
+)
+@click.option(
     "--allow-fallback",
     is_flag=True,
     help="Let the CPU answer, with a warning, where --provider does not start or an engine cannot be run.",
@@ -80,6 +85,7 @@ def run(
     pair: str | None,
     variant: str,
     index: Path | None,
+    cache_dir: Path | None,
     allow_fallback: bool,
     providers: tuple[str, ...],
     threads: int | None,
@@ -102,6 +108,7 @@ def run(
         providers=providers or None,
         num_threads=threads,
         index=index,
+        cache_dir=cache_dir,
         allow_fallback=allow_fallback,
     )
     words = None if candidates is None else candidates.split(",")

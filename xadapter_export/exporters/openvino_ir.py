@@ -69,14 +69,14 @@ def convert_to_ir(
     model = ov.Core().read_model(str(model_file))
     _fold_transposes(model)
     _gather_whole_rows(model)
+    _select_masks(model)
+    _copy_axes(model)
     if precision != "fp32":
-        _select_masks(model)
         clip = (_CLIP,) if _searches_bank(model) else ()
         _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
         if is_calibrated:
             _unpack_products(model)
-            _copy_axes(model)
             model = _quantise(model, calibration)
         elif precision == "int4":
             model = _compress_int4(model)

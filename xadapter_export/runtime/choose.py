@@ -66,10 +66,9 @@ def choose(
     ``auto`` takes, with a GPU provider, fp16 and else fp32: of the graphs for CUDA where that is the provider
     and they are there, else of the portable ones. On the CPU it takes the first of these that is there:
     OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8 where the CPU has int8 dot
-    products or AVX2; fp32, that of onnxruntime before that of OpenVINO, which measured slower on short texts.
-    It never takes fp16 on a CPU, where fp16 is slower than fp32; int4, and engines, only by name. Where the
-    CPU's features are unknown it takes fp32; int8, asked for by name, gives the same answers there, only more
-    slowly.
+    products or AVX2; fp32, where OpenVINO is installed on x86-64 its own first. It never takes fp16
+    on a CPU, where fp16 is slower than fp32; int4, and engines, only by name. Where the CPU's features are
+    unknown it takes fp32; int8, asked for by name, gives the same answers there, only more slowly.
 
     Args:
         variants: The variants of the set.
@@ -101,7 +100,8 @@ def choose(
             mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
     elif name in _PRECISIONS:
         rules = [
-            (f"{target}-{name}", f"the fastest {name} here") for target in _targets(name, machine, providers)
+            (f"{target}-{name}", f"the fastest {name} here")
+            for target in (_cpu_targets(machine) if on_cpu else _gpu_targets(providers))
         ]
         mend = "choose one of those, or export with its --precision and --target"
     else:
@@ -160,8 +160,8 @@ def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
     if known:
         rules.append(("cpu-int8", f"the CPU has {known[0]}"))
     reason = "no faster variant suits this CPU"
-    rules += [("cpu-fp32", reason), ("onnx-fp32", reason)]
-    return [*rules, ("openvino-fp32", reason)] if machine.has_openvino else rules
+    targets = [t for t in _cpu_targets(machine) if t != "openvino" or machine.has_openvino]
+    return rules + [(f"{target}-fp32", reason) for target in targets]
 
 
 def _gpu_targets(providers: Sequence[str]) -> list[str]:
@@ -170,11 +170,9 @@ def _gpu_targets(providers: Sequence[str]) -> list[str]:
     return ["cuda", "onnx"] if first == CUDA_PROVIDER else ["onnx"]
 
 
-def _targets(precision: str, machine: Machine, providers: Sequence[str]) -> list[str]:
-    """Return the targets for a precision that was asked for, the fastest first."""
-    if set(providers) - {CPU_PROVIDER}:
-        return _gpu_targets(providers)
-    if machine.has_openvino and machine.architecture == "x86-64" and precision != "fp32":
+def _cpu_targets(machine: Machine) -> list[str]:
+    """Return the targets for the CPU, the fastest first."""
+    if machine.has_openvino and machine.architecture == "x86-64":
         return ["openvino", "cpu", "onnx"]
     return ["cpu", "onnx", "openvino"]  # one that is not installed says so when it is opened
 

@@ -7,6 +7,7 @@ a third or more. One loaded graph may answer any number of threads, so that is w
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
@@ -25,6 +26,7 @@ def open_shared(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     exact_int8: bool = False,
+    cache_dir: Path | None = None,
 ) -> OnnxSession:
     """Open a variant as ``open_variant`` does, or return it if this process has it open already.
 
@@ -41,7 +43,12 @@ def open_shared(
     return _share(
         key,
         lambda: open_variant(
-            bundle, variant, providers=providers, num_threads=num_threads, exact_int8=exact_int8
+            bundle,
+            variant,
+            providers=providers,
+            num_threads=num_threads,
+            exact_int8=exact_int8,
+            cache_dir=cache_dir,
         ),
     )
 

@@ -77,6 +77,7 @@ class XAdapterSession:
         share_weights: bool = True,
         index: PictureIndex | Path | str | None = None,
         cache_size: int = CACHE_SIZE,
+        cache_dir: Path | str | None = None,
         verify: bool = False,
     ) -> None:
         limits = (
@@ -99,6 +100,7 @@ class XAdapterSession:
         self._providers = providers
         self._num_threads = num_threads
         self._share_weights = share_weights
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._pairs = SplitPairs(bundle, index, cache_size, verify=verify)
         names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
         self._choose_variant = partial(choose, providers=names, machine=read_machine())
@@ -122,6 +124,7 @@ class XAdapterSession:
         share_weights: bool = True,
         index: PictureIndex | Path | str | None = None,
         cache_size: int = CACHE_SIZE,
+        cache_dir: Path | str | None = None,
         verify: bool = True,
         allow_fallback: bool = False,
     ) -> Self:
@@ -151,6 +154,9 @@ class XAdapterSession:
                 external``) keeps what CLIP said and what was retrieved, so that a text that comes again runs
                 the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
                 a few hundred.
+            cache_dir: A folder, which nobody else may write to, where OpenVINO keeps the graphs that it
+                compiled, a few MB each: the next load takes a third of the time. None for nothing written;
+                of no use to other engines.
             verify: Whether to compare every file that is used with its hash first.
             allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
                 an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
@@ -162,9 +168,9 @@ class XAdapterSession:
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
             MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
-            ConfigError: If ``num_threads`` or ``batch_size`` is below 1 or ``cache_size`` below 0, the
-                variant cannot go with the providers: fp16 runs on no CPU; or there is an index and nothing
-                to use it, or it is not one of the bundle's bank.
+            ConfigError: If ``num_threads`` or ``batch_size`` is below 1, ``cache_size`` is below 0 or
+                ``cache_dir`` cannot be written; the variant cannot go with the providers: fp16 runs on no
+                CPU; or there is an index and nothing to use it, or it is not one of the bundle's bank.
         """
         make = partial(
             cls,
@@ -175,6 +181,7 @@ class XAdapterSession:
             share_weights=share_weights,
             index=index,
             cache_size=cache_size,
+            cache_dir=cache_dir,
             verify=verify,
         )
         try:
@@ -481,6 +488,7 @@ class XAdapterSession:
                     providers=self._providers,
                     num_threads=self._num_threads,
                     exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
+                    cache_dir=self._cache_dir,
                 )
                 with self._verifying(variant.all_files):
                     is_split = variant.query_file is not None
