@@ -164,6 +164,20 @@ def test_ctrl_c_is_one_line_and_130(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "xad run: stopped\n")
 
 
+def test_a_command_is_named_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "venv" / "bin" / "xad-run"
+    file.parent.mkdir(parents=True)
+    file.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(file.with_name("python")))
+    monkeypatch.setenv("PATH", "")
+    assert command.as_typed("xad-run") == str(file)
+    monkeypatch.chdir(tmp_path)
+    assert command.as_typed("xad-run") == str(Path("venv/bin/xad-run"))
+    assert command.as_typed("xad-eval") == "xad-eval"
+    monkeypatch.setenv("PATH", str(file.parent))
+    assert command.as_typed("xad-run") == "xad-run"
+
+
 def test_a_reader_that_goes_away_gets_no_traceback(tiny: Path) -> None:
     python = f"{sys.executable} -c 'from xadapter_export.cli.main import xad; xad()'"
     line = f"{python} run {tiny} - --json | head -c 1"

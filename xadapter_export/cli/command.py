@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -135,6 +137,15 @@ def session_options(function: F) -> F:
 def json_option(function: F) -> F:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")(function)
+
+
+def as_typed(command: str) -> str:
+    """Return how a command of this installation is typed here: by its path where its name is not enough."""
+    beside = Path(sys.executable).with_name(command)
+    if shutil.which(command) or not beside.is_file():
+        return command
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def example(*lines: str) -> str:

@@ -13,6 +13,7 @@ from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.cli.command import (
     EXPERT_SETS,
     XadCommand,
+    as_typed,
     example,
     json_option,
     make_console,
@@ -301,7 +302,7 @@ def _report(result: "ExportResult") -> None:
     if manifest.task == "fill-mask":
         provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
         question = f'"The color of a banana is {manifest.plm.mask_token}."'
-        console.print(f"try: xad-run {result.folder} {question}{provider}")
+        console.print(f"try: {as_typed('xad-run')} {result.folder} {question}{provider}")
 
 
 def _proof(variant: "Variant") -> str:
