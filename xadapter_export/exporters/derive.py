@@ -16,6 +16,7 @@ from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.qdq import quantise_qdq
 from xadapter_export.exporters.quantise import Recipe, quantise
+from xadapter_export.exporters.rounding import Curvatures
 
 # Targets that take a precision; DEFAULT_TARGETS are written where the user names none.
 TARGETS: dict[Precision, tuple[Target, ...]] = {
@@ -111,6 +112,7 @@ def derive(
     precision: Precision,
     recipe: Recipe | None = None,
     feeds: Sequence[Mapping[str, Array]] = (),
+    curvatures: Curvatures | None = None,
 ) -> tuple[ir.Model, list[Optimisation]]:
     """Makes a variant that onnxruntime runs.
 
@@ -120,7 +122,8 @@ def derive(
         target: ``onnx``, ``cpu`` or ``cuda``.
         precision: One that the target takes.
         recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
-        feeds: Inputs to calibrate Q/DQ int8 with.
+        feeds: Inputs to calibrate Q/DQ int8 with, and to round the weights of ``cpu`` with.
+        curvatures: As ``quantise``.
 
     Returns:
         The graph, and what was done to it.
@@ -152,7 +155,7 @@ def derive(
             model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", portable, model, merged))
     else:
-        quantise(model, recipe)
+        quantise(model, recipe, feeds, curvatures)
         done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
 

@@ -51,6 +51,7 @@ from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval,
 from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
 from xadapter_export.exporters.quantise import RECIPES
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.rounding import Curvatures
 from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
@@ -220,6 +221,7 @@ class _Builder:
     variants: list[Variant] = field(default_factory=list)
     reference: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, pack.SharedWeights] = field(default_factory=dict)
+    curvatures: Curvatures = field(default_factory=dict)
     answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
 
     def build(
@@ -310,13 +312,16 @@ class _Builder:
         for target, precision in wanted:
             if target == "openvino" or (target, precision) == ("onnx", "fp32"):
                 continue
-            feeds = self._calibration(expert_set, gates) if target == "onnx" else []
+            feeds = [] if precision == "fp32" else self._calibration(expert_set, gates)
             for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
                 self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
                 graphs: Graphs = {}
                 done: list[Optimisation] = []
                 for part, merged in parts.items():
-                    graphs[part], steps = derive(portable[part], merged, target, precision, recipe, feeds)
+                    known = feeds if part != "answer" else []  # which reads what the query graph says
+                    graphs[part], steps = derive(
+                        portable[part], merged, target, precision, recipe, known, self.curvatures
+                    )
                     done += steps
                 measured = None
                 if precision != "fp32":

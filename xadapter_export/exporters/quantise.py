@@ -6,15 +6,17 @@ the rows that a text needs are taken out and expanded.
 
 In 8 bits a product is ``DynamicQuantizeMatMul``: weights symmetric with a scale for each column, activations
 quantised at each run with one scale for all. Where that misses its gate it is ``MatMulNBits`` of 8 bits: a
-scale for each block of a row, of weights and of activations. In 4 bits it is ``MatMulNBits`` too. A tied
-decoder reads the rows of the table, which stand in the file once.
+scale for each block of a row, of weights and of activations, and at last activations as they are. In 4 bits
+it is ``MatMulNBits`` too. A tied decoder reads the rows of the table, which stand in the file once.
+
+Weights of blocks are rounded together (``rounding``), those of tables each by itself.
 
 Left in fp32: the plug-in and CLIP's text projection, which are small and decide what is retrieved and how it
 is read; the bank, which ``bank_search`` sees to; CLIP's table of positions, of which a slice is read;
 vectors and small matrices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +25,14 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.bundle.manifest import Precision
+from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.fuse import CONTRIB
+from xadapter_export.exporters.rounding import Curvatures, measure_curvatures, round_weights
 
 _KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)
-_BLOCK_SIZES = {
-    4: (64, 32, 16),
-    8: (128, 64, 32, 16),
-}  # weights that share a scale: the first that divides a row
+_SMALLEST_BLOCK = 16  # that ``MatMulNBits`` takes
 _FLOAT = np.float32
 
 
@@ -44,14 +45,38 @@ class Recipe:
         tables: Bits of embedding tables, and of a decoder that is tied to one.
         clip: Bits of CLIP's products, and 32 for its table too.
         rest: Bits of the PLM's and the head's products.
-        blocks: Whether 8-bit products have a scale for each block of a row, of weights and of activations.
+        block: How many 8-bit weights of a row share a scale; 0 for all of them.
+        int4_block: How many 4-bit weights do.
+        rounds_activations: Whether what is multiplied with 8-bit weights is rounded to 8 bits too.
     """
 
     name: str
     tables: int
     clip: int
     rest: int
-    blocks: bool = False
+    block: int = 0
+    int4_block: int = 64
+    rounds_activations: bool = True
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any product has a scale for each block."""
+        return self.block > 0 or 4 in (self.clip, self.rest)
+
+    def block_size(self, row: int, bits: int) -> int:
+        """How many weights of a row of so many share a scale; 0 for all of them.
+
+        Raises:
+            ParityError: If 4 bits are asked for and the row does not divide into blocks.
+        """
+        largest = self.int4_block if bits == 4 else self.block
+        while largest > _SMALLEST_BLOCK and row % largest:
+            largest //= 2
+        if largest == 0 or row % largest == 0:
+            return largest
+        if bits == 4:
+            raise ParityError("4 bits need rows of a multiple of 16", got=row, mend="choose int8")
+        return 0
 
     def bits(self, name: str, *, is_table: bool) -> int:
         """Bits of one weight."""
@@ -65,23 +90,27 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
     "int8": (
         Recipe("int8_weights", 8, 8, 8),
         Recipe("int8_weights_clip_fp32", 8, 32, 8),
-        Recipe("int8_blocks", 8, 8, 8, blocks=True),
+        Recipe("int8_blocks", 8, 8, 8, block=32),
+        Recipe("int8_blocks_fp32_activations", 8, 8, 8, block=16, rounds_activations=False),
+        Recipe("int8_plm_products_fp32_activations", 32, 32, 8, block=16, rounds_activations=False),
     ),
     "int4": (
         Recipe("int4_weights", 4, 4, 4),
         Recipe("int4_weights_tables_int8", 8, 4, 4),
         Recipe("int4_weights_tables_and_clip_int8", 8, 8, 4),
+        Recipe("int4_small_blocks_tables_and_clip_int8", 8, 8, 4, int4_block=32),
     ),
 }
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A quantised table: rows, and their scales."""
+    """Quantised rows, and their scales: one for each ``block`` numbers, for each row if that is 0."""
 
     bits: int
     rows: ir.Value
     scales: ir.Value
+    block: int
 
 
 @dataclass(frozen=True)
@@ -100,30 +129,52 @@ class _Product:
         return _array(self.weight) if self.table is None else _array(self.weight).T
 
 
-def quantise(model: ir.Model, recipe: Recipe) -> None:
+def quantise(
+    model: ir.Model,
+    recipe: Recipe,
+    feeds: Sequence[Mapping[str, Array]] = (),
+    curvatures: Curvatures | None = None,
+) -> None:
     """Quantises in place.
+
+    Args:
+        model: A graph in fp32.
+        recipe: How many bits the weights get.
+        feeds: Inputs of texts to measure what goes into products with, which decides how weights of blocks
+            are rounded; without them each goes to the nearest number.
+        curvatures: What was measured of other graphs with the same weights, and what is measured now: a
+            weight that graphs share is rounded alike in all, and stands in the file once.
 
     Raises:
         ParityError: If a large matrix is still read in fp32 that should not be.
     """
+    curvatures = {} if curvatures is None else curvatures
+    if recipe.has_blocks and feeds:
+        _measure(model, feeds, curvatures)
     tables: dict[ir.Value, _Rows] = {}
+    kept: set[ir.Value] = set()
     for gather in [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]:
         table = gather.inputs[0]
         assert table is not None  # it is large
         if (bits := recipe.bits(str(table.name), is_table=True)) == 32:
+            kept.add(table)
             continue
         if table not in tables:
-            tables[table] = _quantise_rows(model.graph, table, bits)
-        _replace(model.graph, gather, _gather(tables[table], gather.inputs[1], _array(table).shape[1]))
+            tables[table] = _quantise_table(model.graph, table, bits, recipe)
+        _replace(model.graph, gather, _gather(tables[table], gather.inputs[1]))
     for found in list(_products(model)):
         shared = tables.get(found.weight) if found.table is not None else None
         bits = recipe.bits(str(found.weight.name), is_table=False) if shared is None else shared.bits
-        if bits != 32:
-            has_blocks = recipe.blocks and found.matrix.shape[0] % _BLOCK_SIZES[8][-1] == 0
-            if bits == 8 and (shared is not None or not has_blocks):
+        if bits != 32 and found.weight not in kept:
+            block = recipe.block_size(found.matrix.shape[0], bits) if shared is None else shared.block
+            if block == 0:
                 nodes = _multiply_int8(model.graph, found, shared)
             else:
-                nodes = _multiply_blocks(model.graph, found, shared, bits)
+                if shared is None:
+                    curvature = curvatures.get(str(found.weight.name))
+                    rows = np.ascontiguousarray(found.matrix.T)
+                    shared = _store_blocks(model.graph, found.weight, rows, bits, block, curvature)
+                nodes = _multiply_blocks(model.graph, found, shared, recipe)
             _replace(model.graph, found.last, nodes)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[CONTRIB] = 1
@@ -131,6 +182,7 @@ def quantise(model: ir.Model, recipe: Recipe) -> None:
         str(value.name)
         for value in model.graph.initializers.values()
         if is_large(value)
+        and value not in kept
         and any(use.node.op_type in {"Gather", "MatMul", "Transpose"} for use in value.uses())
         and recipe.bits(str(value.name), is_table=False) != 32
     ]
@@ -138,6 +190,18 @@ def quantise(model: ir.Model, recipe: Recipe) -> None:
         raise ParityError(
             "quantisation left large matrices in fp32", got=", ".join(left), mend="please report this"
         )
+
+
+def _measure(model: ir.Model, feeds: Sequence[Mapping[str, Array]], curvatures: Curvatures) -> None:
+    probe = model.clone()
+    inputs = {
+        str(found.weight.name): found.node.inputs[0]
+        for found in _products(probe)
+        if found.table is None and found.node.inputs[0] is not None
+    }
+    missing = {name: value for name, value in inputs.items() if name not in curvatures}
+    if missing:
+        curvatures |= measure_curvatures(probe, missing, feeds)
 
 
 def _products(model: ir.Model) -> Iterator[_Product]:
@@ -173,37 +237,53 @@ def _multiply_int8(graph: ir.Graph, found: _Product, shared: _Rows | None) -> li
     return [*before, ir.node("DynamicQuantizeMatMul", inputs[:used], domain=CONTRIB)]
 
 
-def _multiply_blocks(graph: ir.Graph, found: _Product, shared: _Rows | None, bits: int) -> list[ir.Node]:
+def _multiply_blocks(graph: ir.Graph, found: _Product, weights: _Rows, recipe: Recipe) -> list[ir.Node]:
     k, n = found.matrix.shape
-    size = _block_size(k, bits)
-    if shared is None:
-        rows, scales = _blocks(np.ascontiguousarray(found.matrix.T), bits)
-        name = str(found.weight.name)
-        shared = _Rows(
-            bits,
-            _initializer(graph, f"{name}.int{bits}", rows),
-            _initializer(graph, f"{name}.scales", scales),
-        )
-    shape = _initializer(graph, f"shape{bits}.{n}.{k}", np.array([n, k // size, size * bits // 8], np.int64))
-    blocks = ir.node("Reshape", [shared.rows, shape])
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": 4}
-    inputs = [found.node.inputs[0], blocks.outputs[0], shared.scales, None, None, found.bias]
+    bits, size = weights.bits, weights.block
+    sizes = np.array([n, k // size, size * bits // 8], np.int64)
+    shape = _initializer(graph, "shape" + ".".join(map(str, sizes)), sizes)
+    blocks = ir.node("Reshape", [weights.rows, shape])
+    level = 4 if bits == 4 or recipe.rounds_activations else 1  # int8, or float32
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": level}
+    inputs = [found.node.inputs[0], blocks.outputs[0], weights.scales, None, None, found.bias]
     used = len(inputs) if found.bias is not None else 3
     return [blocks, ir.node("MatMulNBits", inputs[:used], attributes, domain=CONTRIB)]
 
 
-def _quantise_rows(graph: ir.Graph, table: ir.Value, bits: int) -> _Rows:
-    rows, scales = _symmetric(_array(table), axis=1) if bits == 8 else _blocks(_array(table), 4)
+def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe) -> _Rows:
+    array = _array(table)
+    block = recipe.block_size(array.shape[1], bits)
+    if block:
+        return _store_blocks(graph, table, array, bits, block)
+    rows, scales = _symmetric(array, axis=1)
     return _Rows(
         bits,
-        _initializer(graph, f"{table.name}.int{bits}", rows),
+        _initializer(graph, f"{table.name}.int8", rows),
         _initializer(graph, f"{table.name}.scales", scales),
+        block,
     )
 
 
-def _gather(table: _Rows, ids: ir.Value | None, width: int) -> list[ir.Node]:
-    if table.bits == 4:
-        attributes = {"bits": 4, "block_size": _block_size(width, 4), "gather_axis": 0, "quantize_axis": 1}
+def _store_blocks(
+    graph: ir.Graph,
+    weight: ir.Value,
+    matrix: NDArray[np.float32],
+    bits: int,
+    block: int,
+    curvature: NDArray[np.float32] | None = None,
+) -> _Rows:
+    rows, scales = _blocks(matrix, bits, block, curvature)
+    return _Rows(
+        bits,
+        _initializer(graph, f"{weight.name}.int{bits}", rows),
+        _initializer(graph, f"{weight.name}.scales", scales),
+        block,
+    )
+
+
+def _gather(table: _Rows, ids: ir.Value | None) -> list[ir.Node]:
+    if table.block:
+        attributes = {"bits": table.bits, "block_size": table.block, "gather_axis": 0, "quantize_axis": 1}
         return [ir.node("GatherBlockQuantized", [table.rows, ids, table.scales], attributes, domain=CONTRIB)]
     rows = ir.node("Gather", [table.rows, ids])
     scales = ir.node("Gather", [table.scales, ids])
@@ -234,31 +314,27 @@ def _symmetric(matrix: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8]
     return np.rint(matrix / scales).astype(np.int8), scales
 
 
-def _block_size(row: int, bits: int) -> int:
-    return next((size for size in _BLOCK_SIZES[bits] if row % size == 0), row)
-
-
-def _blocks(matrix: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def _blocks(
+    matrix: NDArray[np.float32], bits: int, size: int, curvature: NDArray[np.float32] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Numbers of 4 or 8 bits, of which 8 or 128 means 0; two of 4 bits are a byte, the first in its low half.
 
     Returns:
-        ``(N, K bits / 8) uint8`` of ``(N, K)``, and scales ``(N, K / block)``.
-
-    Raises:
-        ParityError: If a row does not divide into blocks.
+        ``(N, K bits / 8) uint8`` of ``(N, K)``, and scales ``(N, K / size)``.
     """
-    size = _block_size(matrix.shape[1], bits)
-    if size not in _BLOCK_SIZES[bits]:
-        raise ParityError(f"{bits} bits need rows of a multiple of 16", got=matrix.shape, mend="choose int8")
     blocks, zero = matrix.reshape(len(matrix), -1, size), 1 << (bits - 1)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
-    scales = largest / -zero  # the largest number of a block is exact: they reach further below 0 than above
-    scales = np.where(scales == 0, 1, scales)
-    numbers = np.clip(np.rint(blocks / scales), -zero, zero - 1) + zero
-    numbers = numbers.astype(np.uint8).reshape(len(matrix), -1)
+    # Rounded to the nearest, the largest number of a block is exact: they reach further below 0 than above.
+    scales = largest / _FLOAT(-zero)
+    scales = np.where(scales == 0, _FLOAT(1), scales)
+    if curvature is None:
+        numbers = np.clip(np.rint(blocks / scales), -zero, zero - 1).reshape(matrix.shape)
+    else:
+        numbers = round_weights(matrix, scales[..., 0], curvature, zero)
+    numbers = (numbers + zero).astype(np.uint8)
     if bits == 4:
         numbers = numbers[:, 0::2] | (numbers[:, 1::2] << np.uint8(4))
-    return numbers, scales[..., 0].astype(_FLOAT)
+    return numbers, scales[..., 0]
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
