@@ -15,6 +15,8 @@ from xadapter_export.bundle.manifest import Precision
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.exporters.quantise import KEPT, Recipe, round_blocks
+from xadapter_export.exporters.rounding import Curvatures
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def convert_to_ir(
     calibration: Sequence[Mapping[str, Array]],
     *,
     weights_only: bool = False,
+    blocks: Recipe | None = None,
+    curvatures: Curvatures | None = None,
 ) -> None:
     """Write a graph as ``.xml`` and ``.bin``.
 
@@ -52,6 +56,9 @@ def convert_to_ir(
         calibration: Inputs to measure the ranges of activations with, arrays by name; for ``int8``.
         weights_only: Whether ``int8`` measures no ranges: activations are rounded at each run instead, in
             groups of 64, which is more exact and slower.
+        blocks: A recipe of ``quantise`` for ``int8``, with a scale for each few weights, whose activations
+            stay float32: the most exact, and the slowest. Its ``tables`` and ``clip`` may be 32.
+        curvatures: As ``quantise.quantise``; for ``blocks``.
 
     Raises:
         MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
@@ -62,7 +69,7 @@ def convert_to_ir(
         raise UnsupportedError(
             "OpenVINO's target has no such precision", expected=" or ".join(_PRECISIONS), got=precision
         )
-    is_calibrated = precision == "int8" and not weights_only
+    is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:
         raise ConfigError("int8 needs texts to calibrate with", got="none")
     ov = import_openvino()
@@ -71,7 +78,9 @@ def convert_to_ir(
     _gather_whole_rows(model)
     _select_masks(model)
     _copy_axes(model)
-    if precision != "fp32":
+    if blocks is not None:
+        _compress_blocks(model, blocks, curvatures or {})
+    elif precision != "fp32":
         clip = (_CLIP,) if _searches_bank(model) else ()
         _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
@@ -81,7 +90,7 @@ def convert_to_ir(
         elif precision == "int4":
             model = _compress_int4(model)
     # Whether activations whose ranges were not measured are rounded on the fly, which is faster.
-    is_exact = precision == "fp32" or (is_calibrated and _searches_bank(model))
+    is_exact = precision == "fp32" or blocks is not None or (is_calibrated and _searches_bank(model))
     group = "0" if is_exact else str(_GROUP_SIZE)
     model.set_rt_info(group, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     for old in (output, output.with_suffix(".bin")):  # writing over a file that is mapped can crash
@@ -209,6 +218,52 @@ def _compress_matrices(model: Any, prefixes: tuple[str, ...]) -> None:
         rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
         back = ops.multiply(ops.convert(rows, "f32"), scales)
         _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
+
+
+def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None:
+    """Makes tables and the weights of products int8 with a scale for each few numbers of a row."""
+    ops = _ops()
+
+    def expand(codes: Any, scales: Any, rank: int, width: int) -> Any:
+        """Makes ``(..., G, S) int8`` float32 ``(..., G x S)``."""
+        whole = ops.constant(np.array([0] * rank + [width]))
+        return ops.reshape(ops.multiply(ops.convert(codes, "f32"), scales), whole, special_zero=True)
+
+    def store(name: str, matrix: NDArray[np.float32], block: int) -> tuple[Any, Any]:
+        codes, scales = round_blocks(matrix, 8, block, curvatures.get(name))
+        numbers = (codes.astype(np.int16) - 128).astype(np.int8).reshape(len(matrix), -1, block)
+        return ops.constant(numbers, name=name), ops.constant(scales[..., None], name=name + _SCALE)
+
+    for table in _nodes(model, "Constant"):
+        name, users = table.get_friendly_name(), list(table.output(0).get_target_inputs())
+        lookups = [user.get_node() for user in users if _is_lookup(user)]
+        if not lookups or not _is_float(table) or table.data.ndim != 2 or table.data.size < _SMALL:
+            continue
+        width, wanted = (
+            table.data.shape[1],
+            recipe.bits(name, is_table=True) == 8 and not name.startswith(KEPT),
+        )
+        if not wanted or not (block := recipe.block_size(width, 8)):
+            continue
+        codes, scales = store(name, table.data, block)
+        for lookup in lookups:
+            ids, axis = lookup.input_value(1), ops.constant(np.int64(0))
+            rank = ids.get_partial_shape().rank.get_length()
+            found, steps = ops.gather(codes, ids, axis), ops.gather(scales, ids, axis)
+            _replace(lookup, expand(found, steps, rank, width))
+        for user in table.output(0).get_target_inputs():
+            user.replace_source_output(expand(codes, scales, 1, width).output(0))
+    for node, name in _products(model):
+        weight, flags = node.input_value(1).get_node(), node.get_attributes()
+        if not _is_float(weight) or weight.data.size < _SMALL or name.startswith(KEPT):
+            continue
+        rows = np.ascontiguousarray(weight.data if flags["transpose_b"] else weight.data.T)
+        block = recipe.block_size(rows.shape[1], 8)
+        is_table = any(_is_lookup(user) for user in weight.output(0).get_target_inputs())
+        if recipe.bits(name, is_table=is_table) == 8 and block and not is_table:
+            codes, scales = store(name, rows, block)
+            back = expand(codes, scales, 1, rows.shape[1])
+            _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
 
 
 def _quantise(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:

@@ -49,7 +49,7 @@ from xadapter_export.exporters.deploy import DeployOptions, check_options, deplo
 from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import RECIPES
+from xadapter_export.exporters.quantise import RECIPES, Recipe, measure_products
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.rounding import Curvatures
 from xadapter_export.exporters.savings import count_savings
@@ -66,8 +66,8 @@ OnStage = Callable[[Stage, str], None]
 Graphs = dict[Part, ir.Model]
 
 # From the fastest to the most exact; the exporter takes the first that passes its gate.
-OPENVINO_RECIPES: dict[Precision, tuple[str, ...]] = {
-    "int8": ("int8_calibrated", "int8_weights_only"),
+OPENVINO_RECIPES: dict[Precision, tuple[str | Recipe, ...]] = {
+    "int8": ("int8_calibrated", "int8_weights_only", *RECIPES["int8"][-2:]),
     "int4": ("int4_weights",),
 }
 
@@ -440,17 +440,27 @@ class _Builder:
         done = list(portable.optimisations)
         measured = None
         for recipe in OPENVINO_RECIPES.get(precision, (f"openvino-{precision}",)):
-            self.on_stage("derive", f"{expert_set}, {recipe}")
-            weights_only = recipe == "int8_weights_only"
-            file = self.folder / path
-            convert_to_ir(self.folder / portable.file, file, precision, feeds, weights_only=weights_only)
+            name = recipe.name if isinstance(recipe, Recipe) else recipe
+            self.on_stage("derive", f"{expert_set}, {name}")
+            source, file = self.folder / portable.file, self.folder / path
+            if isinstance(recipe, Recipe):
+                measure_products(ir.load(source), feeds, self.curvatures)
+            convert_to_ir(
+                source,
+                file,
+                precision,
+                feeds,
+                weights_only=name == "int8_weights_only",
+                blocks=recipe if isinstance(recipe, Recipe) else None,
+                curvatures=self.curvatures,
+            )
             size = sum((self.folder / name).stat().st_size for name in (path, weights))
             if precision == "fp32":
                 break
             self.on_stage("compare", f"{expert_set}, openvino-{precision}")
             measured = self._compare(expert_set, create_openvino_session(file), precision, gates)
             step = Optimisation(
-                name=recipe, lossless=False, unit="bytes", before=portable.size_bytes, after=size
+                name=name, lossless=False, unit="bytes", before=portable.size_bytes, after=size
             )
             done = [*portable.optimisations, step]
             if agreement.passes(measured):

@@ -6,8 +6,10 @@ the rows that a text needs are taken out and expanded.
 
 In 8 bits a product is ``DynamicQuantizeMatMul``: weights symmetric with a scale for each column, activations
 quantised at each run with one scale for all. Where that misses its gate it is ``MatMulNBits`` of 8 bits: a
-scale for each block of a row, of weights and of activations, and at last activations as they are. In 4 bits
-it is ``MatMulNBits`` too. A tied decoder reads the rows of the table, which stand in the file once.
+scale for each block of a row, of weights and of activations. At last activations stay as they are, and the
+weights are expanded when the graph is loaded: as fast as fp32, in a third of the file; ``MatMulNBits`` would
+expand them at each run. In 4 bits it is ``MatMulNBits`` too. A tied decoder reads the rows of the table,
+which stand in the file once.
 
 Weights of blocks are rounded together (``rounding``), those of tables each by itself.
 
@@ -30,7 +32,7 @@ from xadapter_export.errors import ParityError
 from xadapter_export.exporters.fuse import CONTRIB
 from xadapter_export.exporters.rounding import Curvatures, measure_curvatures, round_weights
 
-_KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
+KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)
 _SMALLEST_BLOCK = 16  # that ``MatMulNBits`` takes
 _FLOAT = np.float32
@@ -150,7 +152,7 @@ def quantise(
     """
     curvatures = {} if curvatures is None else curvatures
     if recipe.has_blocks and feeds:
-        _measure(model, feeds, curvatures)
+        measure_products(model, feeds, curvatures)
     tables: dict[ir.Value, _Rows] = {}
     kept: set[ir.Value] = set()
     for gather in [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]:
@@ -174,7 +176,8 @@ def quantise(
                     curvature = curvatures.get(str(found.weight.name))
                     rows = np.ascontiguousarray(found.matrix.T)
                     shared = _store_blocks(model.graph, found.weight, rows, bits, block, curvature)
-                nodes = _multiply_blocks(model.graph, found, shared, recipe)
+                multiply = _multiply_blocks if bits == 4 or recipe.rounds_activations else _multiply_expanded
+                nodes = multiply(model.graph, found, shared)
             _replace(model.graph, found.last, nodes)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[CONTRIB] = 1
@@ -192,7 +195,8 @@ def quantise(
         )
 
 
-def _measure(model: ir.Model, feeds: Sequence[Mapping[str, Array]], curvatures: Curvatures) -> None:
+def measure_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], curvatures: Curvatures) -> None:
+    """Add the curvatures of a graph's products to those that are known; the graph is not changed."""
     probe = model.clone()
     inputs = {
         str(found.weight.name): found.node.inputs[0]
@@ -237,17 +241,35 @@ def _multiply_int8(graph: ir.Graph, found: _Product, shared: _Rows | None) -> li
     return [*before, ir.node("DynamicQuantizeMatMul", inputs[:used], domain=CONTRIB)]
 
 
-def _multiply_blocks(graph: ir.Graph, found: _Product, weights: _Rows, recipe: Recipe) -> list[ir.Node]:
+def _multiply_blocks(graph: ir.Graph, found: _Product, weights: _Rows) -> list[ir.Node]:
     k, n = found.matrix.shape
     bits, size = weights.bits, weights.block
-    sizes = np.array([n, k // size, size * bits // 8], np.int64)
-    shape = _initializer(graph, "shape" + ".".join(map(str, sizes)), sizes)
-    blocks = ir.node("Reshape", [weights.rows, shape])
-    level = 4 if bits == 4 or recipe.rounds_activations else 1  # int8, or float32
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": level}
+    blocks = ir.node("Reshape", [weights.rows, _shape(graph, n, k // size, size * bits // 8)])
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": 4}  # int8 products
     inputs = [found.node.inputs[0], blocks.outputs[0], weights.scales, None, None, found.bias]
     used = len(inputs) if found.bias is not None else 3
     return [blocks, ir.node("MatMulNBits", inputs[:used], attributes, domain=CONTRIB)]
+
+
+def _multiply_expanded(graph: ir.Graph, found: _Product, weights: _Rows) -> list[ir.Node]:
+    """What onnxruntime folds, when it loads the graph, to the product with a float32 matrix."""
+    k, n = found.matrix.shape
+    zero = _initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
+    last = _initializer(graph, "last_axis", np.array([-1], np.int64))
+    numbers = ir.node("Cast", [weights.rows], {"to": ir.DataType.FLOAT})
+    centred = ir.node("Sub", [numbers.outputs[0], zero])
+    blocks = ir.node("Reshape", [centred.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
+    scales = ir.node("Unsqueeze", [weights.scales, last])
+    scaled = ir.node("Mul", [blocks.outputs[0], scales.outputs[0]])
+    rows = ir.node("Reshape", [scaled.outputs[0], _shape(graph, n, k)])
+    columns = ir.node("Transpose", rows.outputs, {"perm": [1, 0]})
+    product = ir.node("MatMul", [found.node.inputs[0], columns.outputs[0]])
+    nodes = [numbers, centred, blocks, scales, scaled, rows, columns, product]
+    return nodes if found.bias is None else [*nodes, ir.node("Add", [product.outputs[0], found.bias])]
+
+
+def _shape(graph: ir.Graph, *sizes: int) -> ir.Value:
+    return _initializer(graph, "shape" + ".".join(map(str, sizes)), np.array(sizes, np.int64))
 
 
 def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe) -> _Rows:
@@ -272,7 +294,7 @@ def _store_blocks(
     block: int,
     curvature: NDArray[np.float32] | None = None,
 ) -> _Rows:
-    rows, scales = _blocks(matrix, bits, block, curvature)
+    rows, scales = round_blocks(matrix, bits, block, curvature)
     return _Rows(
         bits,
         _initializer(graph, f"{weight.name}.int{bits}", rows),
@@ -293,7 +315,7 @@ def _gather(table: _Rows, ids: ir.Value | None) -> list[ir.Node]:
 
 def is_large(value: ir.Value | None) -> bool:
     """Whether a value is a matrix that is quantised where its product or table is."""
-    if value is None or value.const_value is None or str(value.name).startswith(_KEPT):
+    if value is None or value.const_value is None or str(value.name).startswith(KEPT):
         return False
     constant = value.const_value
     if constant.dtype != ir.DataType.FLOAT or len(constant.shape) != 2:
@@ -314,10 +336,16 @@ def _symmetric(matrix: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8]
     return np.rint(matrix / scales).astype(np.int8), scales
 
 
-def _blocks(
+def round_blocks(
     matrix: NDArray[np.float32], bits: int, size: int, curvature: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Numbers of 4 or 8 bits, of which 8 or 128 means 0; two of 4 bits are a byte, the first in its low half.
+
+    Args:
+        matrix: ``(N, K)``.
+        bits: 4 or 8.
+        size: How many numbers of a row share a scale.
+        curvature: What ``rounding.round_weights`` rounds with; None for the nearest numbers.
 
     Returns:
         ``(N, K bits / 8) uint8`` of ``(N, K)``, and scales ``(N, K / size)``.
