@@ -239,11 +239,9 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
         lookups = [user.get_node() for user in users if _is_lookup(user)]
         if not lookups or not _is_float(table) or table.data.ndim != 2 or table.data.size < _SMALL:
             continue
-        width, wanted = (
-            table.data.shape[1],
-            recipe.bits(name, is_table=True) == 8 and not name.startswith(KEPT),
-        )
-        if not wanted or not (block := recipe.block_size(width, 8)):
+        width = table.data.shape[1]
+        block = recipe.block_size(width, 8)
+        if name.startswith(KEPT) or recipe.bits(name, is_table=True) != 8 or not block:
             continue
         codes, scales = store(name, table.data, block)
         for lookup in lookups:
@@ -257,10 +255,10 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
         weight, flags = node.input_value(1).get_node(), node.get_attributes()
         if not _is_float(weight) or weight.data.size < _SMALL or name.startswith(KEPT):
             continue
+        is_kept_table = any(_is_lookup(user) for user in weight.output(0).get_target_inputs())
         rows = np.ascontiguousarray(weight.data if flags["transpose_b"] else weight.data.T)
         block = recipe.block_size(rows.shape[1], 8)
-        is_table = any(_is_lookup(user) for user in weight.output(0).get_target_inputs())
-        if recipe.bits(name, is_table=is_table) == 8 and block and not is_table:
+        if block and not is_kept_table and recipe.bits(name, is_table=False) == 8:
             codes, scales = store(name, rows, block)
             back = expand(codes, scales, 1, rows.shape[1])
             _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
