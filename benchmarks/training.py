@@ -161,7 +161,7 @@ class _Arm:
     def step(self) -> float:
         """Take one step; return the loss."""
         loss: Tensor = self._model(**next(self._batches))["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        loss.backward()  # type: ignore[no-untyped-call]  # torch annotates no backward
         nn.utils.clip_grad_norm_(self._trained, TrainConfig.model_fields["max_grad_norm"].default)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

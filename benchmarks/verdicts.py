@@ -176,8 +176,11 @@ def _worst(
         for row, measured in rows.items()
         if wanted(cell, row)
     ]
-    key: Callable[[_Pair], float] = lambda pair: pair.ratio.high if by_high else pair.ratio.value  # noqa: E731
-    return min(pairs, key=key, default=None)
+
+    def figure(pair: _Pair) -> float:
+        return pair.ratio.high if by_high else pair.ratio.value
+
+    return min(pairs, key=figure, default=None)
 
 
 def _verdict(number: str, text: str, target: float, pair: _Pair | None, mine: str | None) -> Verdict:
@@ -198,6 +201,10 @@ def _is(kind: str, precision: str | None = None) -> Callable[[Row], bool]:
     return fits
 
 
+def _eager_at(shape: str) -> Callable[[Cell, Row], bool]:
+    return lambda cell, row: row.contestant == "eager" and cell.shape == shape
+
+
 def _fp32(results: Results) -> Iterable[Verdict]:
     mine = chosen(results, "fp32")
     others = (_is("exporter", "fp32"), _is("torch"))
@@ -209,7 +216,7 @@ def _fp32(results: Results) -> Iterable[Verdict]:
         note = f"{mine} against {worst.against} at {worst.cell}, ratio {worst.ratio}"
         yield Verdict("1", text, "at least", 1.0, worst.ratio.high, note)
     for shape in ("1x12", "1x32"):
-        pair = _worst(results, mine, lambda cell, row: row.contestant == "eager" and cell.shape == shape)  # noqa: B023
+        pair = _worst(results, mine, _eager_at(shape))
         yield _verdict("1", f"fp32 times PyTorch eager at {shape}", 2.0, pair, mine)
     pair = _worst(results, mine, lambda cell, row: cell.head == "candidates" and _is("exporter", "fp32")(row))
     yield _verdict("1", "fp32 times the best other exporter, 11 candidates", 1.3, pair, mine)
@@ -245,19 +252,20 @@ def _int8(results: Results) -> Iterable[Verdict]:
 
 def _openvino(results: Results) -> Iterable[Verdict]:
     mine = chosen(results, "int8", "openvino")
-    for target, feeding, words in ((1.8, "user", "as its user feeds it"), (1.25, "equal", "at our lengths")):
-        pair = _worst(
-            results,
-            mine,
-            lambda cell, row: cell.experts == "t" and row == Row("openvino-int8", feeding),  # type: ignore[arg-type]  # noqa: B023
-        )
+
+    def nncf(feeding: Feeding) -> Callable[[Cell, Row], bool]:
+        return lambda cell, row: cell.experts == "t" and row == Row("openvino-int8", feeding)
+
+    asked: tuple[tuple[float, Feeding, str], ...] = (
+        (1.8, "user", "as its user feeds it"),
+        (1.25, "equal", "at our lengths"),
+    )
+    for target, feeding, words in asked:
+        pair = _worst(results, mine, nncf(feeding))
         text = f"int8 on OpenVINO, experts t, times OpenVINO and NNCF {words}"
         yield _verdict("2", text, target, pair, mine)
-    pair = _worst(
-        results,
-        mine,
-        lambda cell, row: cell.experts == "t" and cell.shape == "1x12" and row.contestant == "eager",
-    )
+    at_1x12 = _eager_at("1x12")
+    pair = _worst(results, mine, lambda cell, row: cell.experts == "t" and at_1x12(cell, row))
     yield _verdict("2", "int8 on OpenVINO, experts t, times PyTorch eager at 1x12", 8.0, pair, mine)
     over = {
         cell: 1 / measured.share

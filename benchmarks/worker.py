@@ -45,7 +45,7 @@ class Worker:
     def __init__(self, contestant: str, place: Place, environment: Mapping[str, str]) -> None:
         self.contestant = contestant
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps([contestant, place.as_json()])]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process; a full pipe would stop it
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open until ``close``: a pipe that fills up would stop the process
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
