@@ -187,22 +187,17 @@ def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
     OpenVINO makes all of it float32 at load where activations are quantised.
     """
     ops = _ops()
-    for table in _nodes(model, "Constant"):
-        name = table.get_friendly_name()
-        users = list(table.output(0).get_target_inputs())
-        lookups = [user for user in users if _is_lookup(user)]
-        is_table = lookups and _is_float(table) and table.data.ndim == 2 and table.data.size >= _SMALL
-        if not is_table or name.startswith((_BANK, *skip)):
+    for table, name, lookups in _tables(model):
+        if name.startswith((_BANK, *skip)):
             continue
         rows, scales = _rowwise_int8(table.data)
         rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
-        for lookup in [user.get_node() for user in lookups]:
+        for lookup in lookups:
             ids, axis = lookup.input_value(1), ops.constant(np.int64(0))
             found = ops.convert(ops.gather(rows, ids, axis), "f32")
             _replace(lookup, ops.multiply(found, ops.gather(scales, ids, axis)))
-        for user in users:
-            if user not in lookups:
-                user.replace_source_output(ops.multiply(ops.convert(rows, "f32"), scales).output(0))
+        for user in table.output(0).get_target_inputs():  # those that are left: the decoder
+            user.replace_source_output(ops.multiply(ops.convert(rows, "f32"), scales).output(0))
 
 
 def _compress_matrices(model: Any, prefixes: tuple[str, ...]) -> None:
@@ -234,11 +229,7 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
         numbers = (codes.astype(np.int16) - 128).astype(np.int8).reshape(len(matrix), -1, block)
         return ops.constant(numbers, name=name), ops.constant(scales[..., None], name=name + _SCALE)
 
-    for table in _nodes(model, "Constant"):
-        name, users = table.get_friendly_name(), list(table.output(0).get_target_inputs())
-        lookups = [user.get_node() for user in users if _is_lookup(user)]
-        if not lookups or not _is_float(table) or table.data.ndim != 2 or table.data.size < _SMALL:
-            continue
+    for table, name, lookups in _tables(model):
         width = table.data.shape[1]
         block = recipe.block_size(width, 8)
         if name.startswith(KEPT) or recipe.bits(name, is_table=True) != 8 or not block:
@@ -322,6 +313,15 @@ def _kept(model: Any) -> list[str]:
 
 def _searches_bank(model: Any) -> bool:
     return any("retrieved" in port.names for port in model.outputs)
+
+
+def _tables(model: Any) -> Iterator[tuple[Any, str, list[Any]]]:
+    """Yields each large float32 table, its name, and the lookups of its rows."""
+    for table in _nodes(model, "Constant"):
+        users = table.output(0).get_target_inputs()
+        lookups = [user.get_node() for user in users if _is_lookup(user)]
+        if lookups and _is_float(table) and table.data.ndim == 2 and table.data.size >= _SMALL:
+            yield table, table.get_friendly_name(), lookups
 
 
 def _products(model: Any) -> Iterator[tuple[Any, str]]:
