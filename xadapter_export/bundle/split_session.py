@@ -92,11 +92,18 @@ class SplitSession:
         memory = self._memory(input_feed[_CLIP_IDS])
         given = [name for name in names if name not in memory]
         if given:
-            feed = {
-                name: input_feed[name] if name in input_feed else memory[name] for name in self._answer_inputs
-            }
+            feed = self._answer_feed(input_feed, memory)
             memory |= dict(zip(given, self._answer.run(given, feed), strict=True))
         return [memory[name] for name in names]
+
+    def answer_feed(self, input_feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the answer graph reads for these inputs of the whole."""
+        return self._answer_feed(input_feed, self._memory(input_feed[_CLIP_IDS]))
+
+    def _answer_feed(self, input_feed: Mapping[str, Array], memory: Memory) -> dict[str, Array]:
+        return {
+            name: input_feed[name] if name in input_feed else memory[name] for name in self._answer_inputs
+        }
 
     def get_providers(self) -> list[str]:
         """Return the active execution providers."""

@@ -15,8 +15,7 @@ from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.qdq import quantise_qdq
-from xadapter_export.exporters.quantise import Recipe, quantise
-from xadapter_export.exporters.rounding import Curvatures
+from xadapter_export.exporters.quantise import Recipe, Rounding, quantise
 
 # Targets that take a precision; DEFAULT_TARGETS are written where the user names none.
 TARGETS: dict[Precision, tuple[Target, ...]] = {
@@ -112,7 +111,7 @@ def derive(
     precision: Precision,
     recipe: Recipe | None = None,
     feeds: Sequence[Mapping[str, Array]] = (),
-    curvatures: Curvatures | None = None,
+    rounding: Rounding | None = None,
 ) -> tuple[ir.Model, list[Optimisation]]:
     """Makes a variant that onnxruntime runs.
 
@@ -122,8 +121,8 @@ def derive(
         target: ``onnx``, ``cpu`` or ``cuda``.
         precision: One that the target takes.
         recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
-        feeds: Inputs to calibrate Q/DQ int8 with, and to round the weights of ``cpu`` with.
-        curvatures: As ``quantise``.
+        feeds: Inputs to calibrate int8 with, and to round weights with.
+        rounding: As ``quantise``.
 
     Returns:
         The graph, and what was done to it.
@@ -135,7 +134,7 @@ def derive(
         if precision == "fp32":
             return portable, []
         if precision == "int8":
-            quantised = quantise_qdq(portable, feeds)
+            quantised = quantise_qdq(portable, feeds, rounding)
             return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
         half = _to_half(portable, _FP32_ISLANDS)
         return half, [_bytes_saved("fp16_weights", portable, half, merged)]
@@ -155,7 +154,7 @@ def derive(
             model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", portable, model, merged))
     else:
-        quantise(model, recipe, feeds, curvatures)
+        quantise(model, recipe, feeds, rounding)
         done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
 

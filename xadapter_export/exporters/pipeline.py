@@ -49,9 +49,8 @@ from xadapter_export.exporters.deploy import DeployOptions, check_options, deplo
 from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import RECIPES, Recipe, measure_products
+from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, measure_products
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
-from xadapter_export.exporters.rounding import Curvatures
 from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
@@ -221,7 +220,7 @@ class _Builder:
     variants: list[Variant] = field(default_factory=list)
     reference: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, pack.SharedWeights] = field(default_factory=dict)
-    curvatures: Curvatures = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=Rounding)
     answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
 
     def build(
@@ -312,15 +311,14 @@ class _Builder:
         for target, precision in wanted:
             if target == "openvino" or (target, precision) == ("onnx", "fp32"):
                 continue
-            feeds = [] if precision == "fp32" else self._calibration(expert_set, gates)
+            feeds = self._part_feeds(expert_set, parts, gates if precision in RECIPES else None)
             for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
                 self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
                 graphs: Graphs = {}
                 done: list[Optimisation] = []
                 for part, merged in parts.items():
-                    known = feeds if part != "answer" else []  # which reads what the query graph says
                     graphs[part], steps = derive(
-                        portable[part], merged, target, precision, recipe, known, self.curvatures
+                        portable[part], merged, target, precision, recipe, feeds[part], self.rounding
                     )
                     done += steps
                 measured = None
@@ -363,12 +361,15 @@ class _Builder:
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         spec, task = self.specs[expert_set], self.plan.task
         probe = agreement.make_probe(encoder, spec, task, gates.compared_on, gates.questions)
+        session = self._open_portable(expert_set)
+        self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+
+    def _open_portable(self, expert_set: ExpertSet) -> OnnxSession:
         variant = self._portable(expert_set)
         files: dict[Part, Path] = {"whole": self.folder / variant.file}
         if variant.query_file is not None:
             files = {"query": self.folder / variant.query_file, "answer": self.folder / variant.file}
-        session = self._open(expert_set, files)
-        self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+        return self._open(expert_set, files)
 
     def _open(
         self, expert_set: ExpertSet, files: Mapping[Part, Path], *, exact_int8: bool = False
@@ -424,6 +425,18 @@ class _Builder:
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
         return calibration_feeds(encoder, gates.made_with, names)
 
+    def _part_feeds(
+        self, expert_set: ExpertSet, parts: Collection[Part], gates: Gates | None
+    ) -> dict[Part, list[dict[str, Array]]]:
+        """Inputs to calibrate each graph with; without gates none."""
+        feeds = [] if gates is None else self._calibration(expert_set, gates)
+        by_part: dict[Part, list[dict[str, Array]]] = dict.fromkeys(parts, feeds)
+        if "answer" in by_part and feeds:  # it reads what the query graph says
+            session = self._open_portable(expert_set)
+            assert isinstance(session, SplitSession)  # it has an answer graph
+            by_part["answer"] = [session.answer_feed(feed) for feed in feeds]
+        return by_part
+
     def _portable(self, expert_set: ExpertSet) -> Variant:
         return next(v for v in self.variants if (v.expert_set, v.name) == (expert_set, "onnx-fp32"))
 
@@ -444,7 +457,7 @@ class _Builder:
             self.on_stage("derive", f"{expert_set}, {name}")
             source, file = self.folder / portable.file, self.folder / path
             if isinstance(recipe, Recipe):
-                measure_products(ir.load(source), feeds, self.curvatures)
+                measure_products(ir.load(source), feeds, self.rounding)
             convert_to_ir(
                 source,
                 file,
@@ -452,7 +465,7 @@ class _Builder:
                 feeds,
                 weights_only=name == "int8_weights_only",
                 blocks=recipe if isinstance(recipe, Recipe) else None,
-                curvatures=self.curvatures,
+                curvatures=self.rounding.curvatures,
             )
             size = sum((self.folder / name).stat().st_size for name in (path, weights))
             if precision == "fp32":

@@ -1,38 +1,40 @@
 """Q/DQ int8: standard operators with calibrated scales, for engines that plan with them (TensorRT, NPUs).
 
-onnxruntime's static quantiser does it. Weights and activations are symmetric, as TensorRT wants them; weights
-have a scale for each column. What ``quantise`` leaves in fp32 stays so here, and so does a tied decoder,
-whose table is int8.
+The weights are those of ``cpu-int8``. Activations are symmetric, as TensorRT wants them. What ``quantise``
+leaves in fp32 stays so here, and so does a tied decoder, whose table is int8.
 """
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.quantise import is_large
+from xadapter_export.exporters.quantise import (
+    Product,
+    Rounding,
+    add_initializer,
+    find_products,
+    is_large,
+    measure_products,
+    quantise_rows,
+    replace_node,
+    round_product,
+)
+from xadapter_export.exporters.rounding import Range
 
 
-class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
-    def __init__(self, feeds: Sequence[Mapping[str, Array]]) -> None:
-        self._feeds: Iterator[Mapping[str, Array]] = iter(feeds)
-
-    def get_next(self) -> Mapping[str, Array] | None:
-        """Returns the next inputs, as onnxruntime's calibrator asks for them."""
-        return next(self._feeds, None)
-
-
-def quantise_qdq(portable: ir.Model, feeds: Sequence[Mapping[str, Array]]) -> ir.Model:
-    """Makes an int8 graph of standard operators.
+def quantise_qdq(
+    portable: ir.Model, feeds: Sequence[Mapping[str, Array]], rounding: Rounding | None = None
+) -> ir.Model:
+    """Make an int8 graph of standard operators.
 
     Args:
         portable: The portable graph; it is not changed.
         feeds: Inputs to calibrate with, by name.
+        rounding: What graphs with the same weights have in common; it is added to.
 
     Returns:
         The graph, its weights in memory.
@@ -40,40 +42,43 @@ def quantise_qdq(portable: ir.Model, feeds: Sequence[Mapping[str, Array]]) -> ir
     Raises:
         ParityError: If nothing was quantised.
     """
-    model = portable.clone()
-    kept = []
-    for number, node in enumerate(model.graph):
-        node.name = f"node_{number}"
-        matrix = node.inputs[{"MatMul": 1, "Gather": 0}.get(node.op_type, 0)] if node.inputs else None
-        if node.op_type in {"MatMul", "Gather"} and not is_large(matrix):
-            kept.append(node.name)
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it advises fusions that engines do themselves
-    try:
-        with TemporaryDirectory() as folder:
-            source, output = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-            ir.save(model, source, external_data="fp32.onnx_data")
-            quantize_static(
-                source,
-                output,
-                _Feeds(feeds),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["MatMul", "Gather"],
-                nodes_to_exclude=kept,
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=True,
-                extra_options={
-                    "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
-                    "MatMulConstBOnly": True,
-                },
-            )
-            quantised = ir.external_data.load_to_model(ir.load(output))
-    finally:
-        logging.disable(level)
-    if not any(node.op_type == "QuantizeLinear" for node in quantised.graph):
-        raise ParityError("the static quantiser quantised nothing", mend="please report this")
-    quantised.graph.sort()
-    return quantised
+    model = ir.external_data.load_to_model(portable.clone())
+    rounding = rounding or Rounding()
+    ranges = measure_products(model, feeds, rounding)
+    lookups = [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]
+    for table in dict.fromkeys(node.inputs[0] for node in lookups):
+        assert table is not None  # it is large
+        rows, scales = quantise_rows(table)
+        expanded = _dequantise(model.graph, str(table.name), rows, scales.ravel(), axis=0)
+        model.graph.insert_before(lookups[0], expanded)
+        ir.convenience.replace_all_uses_with(table, expanded.outputs[0])
+    products = [found for found in find_products(model) if found.table is None]
+    if not products:
+        raise ParityError("there is no product to quantise", mend="please report this")
+    for found in products:
+        nodes = _multiply(model.graph, found, ranges[str(found.weight.name)], rounding)
+        replace_node(model.graph, found.node, nodes)
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+    return model
+
+
+def _multiply(graph: ir.Graph, found: Product, inputs: Range, rounding: Rounding) -> list[ir.Node]:
+    name = str(found.weight.name)
+    value, nodes, inputs, rounded = round_product(graph, found, inputs, rounding)
+    step = np.array(float(inputs.largest.max()) / 127 or 1.0, np.float32)
+    scale = add_initializer(graph, f"{name}.inputs.scale", step)
+    zero = add_initializer(graph, f"{name}.inputs.zero", np.array(0, np.int8))
+    numbers = ir.node("QuantizeLinear", [value, scale, zero])
+    back = ir.node("DequantizeLinear", [numbers.outputs[0], scale, zero])
+    weights = _dequantise(graph, name, rounded.numbers.T, rounded.scales.ravel(), axis=1)
+    product = ir.node("MatMul", [back.outputs[0], weights.outputs[0]])
+    return [*nodes, numbers, back, weights, product]
+
+
+def _dequantise(graph: ir.Graph, name: str, numbers: np.ndarray, scales: np.ndarray, axis: int) -> ir.Node:
+    operands = [
+        add_initializer(graph, f"{name}.int8", numbers),
+        add_initializer(graph, f"{name}.scales", scales),
+    ]
+    return ir.node("DequantizeLinear", operands, {"axis": axis})

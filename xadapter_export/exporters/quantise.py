@@ -4,14 +4,16 @@ The usual recipe leaves the tied decoder in fp32 and makes the runtime expand wh
 run. Here every product with a large constant matrix is quantised, the decoder among them, and of a table only
 the rows that a text needs are taken out and expanded.
 
-In 8 bits a product is ``DynamicQuantizeMatMul``: weights symmetric with a scale for each column, activations
-quantised at each run with one scale for all. Where that misses its gate it is ``MatMulNBits`` of 8 bits: a
-scale for each block of a row, of weights and of activations. At last activations stay as they are, and the
-weights are expanded when the graph is loaded: as fast as fp32, in a third of the file; ``MatMulNBits`` would
-expand them at each run. In 4 bits it is ``MatMulNBits`` too. A tied decoder reads the rows of the table,
-which stand in the file once.
+In 8 bits a product is ``MatMulIntegerToFloat``: activations are ``uint8`` with one scale and zero point that
+were measured at export, weights are ``int8`` with a scale for each column, rounded so that no processor can
+overflow (``rounding``). So a text's answer depends neither on the texts beside it nor on the processor. Where
+that misses its gate a product is ``MatMulNBits`` of 8 bits: a scale for each block of a row, of weights and,
+measured at each run, of activations; first only those that narrow, then all. At last activations stay as
+they are, and the weights are expanded when the graph is loaded: as fast as fp32, in a third of the file;
+``MatMulNBits`` would expand them at each run. In 4 bits it is ``MatMulNBits`` too. A tied decoder reads the
+rows of the table, which are stored once.
 
-Weights of blocks are rounded together (``rounding``), those of tables each by itself.
+Weights of products are rounded together (``rounding``), those of tables each by itself.
 
 Left in fp32: the plug-in and CLIP's text projection, which are small and decide what is retrieved and how it
 is read; the bank, which ``bank_search`` sees to; CLIP's table of positions, of which a slice is read;
@@ -19,7 +21,7 @@ vectors and small matrices.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -30,12 +32,22 @@ from xadapter_export.bundle.manifest import Precision
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.fuse import CONTRIB
-from xadapter_export.exporters.rounding import Curvatures, measure_curvatures, round_weights
+from xadapter_export.exporters.rounding import (
+    Curvatures,
+    Range,
+    SmoothRows,
+    measure_inputs,
+    round_rows,
+    round_weights,
+    smooth_rows,
+)
 
 KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)
 _SMALLEST_BLOCK = 16  # that ``MatMulNBits`` takes
 _FLOAT = np.float32
+
+Ranges = dict[str, Range]  # of what goes into each product, by the name of its weight
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Recipe:
         clip: Bits of CLIP's products, and 32 for its table too.
         rest: Bits of the PLM's and the head's products.
         block: How many 8-bit weights of a row share a scale; 0 for all of them.
+        narrowing_block: Likewise for products with fewer outputs than inputs, where that is smaller: what
+            feed-forward layers close with, whose inputs are the hardest to round.
         int4_block: How many 4-bit weights do.
         rounds_activations: Whether what is multiplied with 8-bit weights is rounded to 8 bits too.
     """
@@ -57,21 +71,19 @@ class Recipe:
     clip: int
     rest: int
     block: int = 0
+    narrowing_block: int = 0
     int4_block: int = 64
     rounds_activations: bool = True
 
-    @property
-    def has_blocks(self) -> bool:
-        """Whether any product has a scale for each block."""
-        return self.block > 0 or 4 in (self.clip, self.rest)
-
-    def block_size(self, row: int, bits: int) -> int:
+    def block_size(self, row: int, bits: int, *, is_narrowing: bool = False) -> int:
         """How many weights of a row of so many share a scale; 0 for all of them.
 
         Raises:
             ParityError: If 4 bits are asked for and the row does not divide into blocks.
         """
         largest = self.int4_block if bits == 4 else self.block
+        if bits == 8 and largest == 0 and is_narrowing:
+            largest = self.narrowing_block
         while largest > _SMALLEST_BLOCK and row % largest:
             largest //= 2
         if largest == 0 or row % largest == 0:
@@ -92,6 +104,7 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
     "int8": (
         Recipe("int8_weights", 8, 8, 8),
         Recipe("int8_weights_clip_fp32", 8, 32, 8),
+        Recipe("int8_weights_narrowing_blocks", 8, 8, 8, narrowing_block=32),
         Recipe("int8_blocks", 8, 8, 8, block=32),
         Recipe("int8_blocks_fp32_activations", 8, 8, 8, block=16, rounds_activations=False),
         Recipe("int8_plm_products_fp32_activations", 32, 32, 8, block=16, rounds_activations=False),
@@ -116,7 +129,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A product with a constant matrix, and the bias added to it; ``table`` if it is a table's transpose."""
 
     node: ir.Node
@@ -131,28 +144,40 @@ class _Product:
         return _array(self.weight) if self.table is None else _array(self.weight).T
 
 
+@dataclass
+class Rounding:
+    """What graphs with the same weights have in common, so that these are rounded alike and stored once.
+
+    Attributes:
+        curvatures: Of what goes into each product, in the first graph that has it.
+        rows: int8 weights with a scale for each row, rounded for that graph, by the name of the weight.
+    """
+
+    curvatures: Curvatures = field(default_factory=dict)
+    rows: dict[str, SmoothRows] = field(default_factory=dict)
+
+
 def quantise(
     model: ir.Model,
     recipe: Recipe,
-    feeds: Sequence[Mapping[str, Array]] = (),
-    curvatures: Curvatures | None = None,
+    feeds: Sequence[Mapping[str, Array]],
+    rounding: Rounding | None = None,
+    ranges: Ranges | None = None,
 ) -> None:
     """Quantises in place.
 
     Args:
         model: A graph in fp32.
         recipe: How many bits the weights get.
-        feeds: Inputs of texts to measure what goes into products with, which decides how weights of blocks
-            are rounded; without them each goes to the nearest number.
-        curvatures: What was measured of other graphs with the same weights, and what is measured now: a
-            weight that graphs share is rounded alike in all, and stands in the file once.
+        feeds: Inputs of texts to measure what goes into products with.
+        rounding: What graphs with the same weights have in common; it is added to.
+        ranges: What ``measure_products`` found in this graph; measured now if None.
 
     Raises:
         ParityError: If a large matrix is still read in fp32 that should not be.
     """
-    curvatures = {} if curvatures is None else curvatures
-    if recipe.has_blocks and feeds:
-        measure_products(model, feeds, curvatures)
+    rounding = rounding or Rounding()
+    ranges = ranges or measure_products(model, feeds, rounding)
     tables: dict[ir.Value, _Rows] = {}
     kept: set[ir.Value] = set()
     for gather in [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]:
@@ -163,22 +188,24 @@ def quantise(
             continue
         if table not in tables:
             tables[table] = _quantise_table(model.graph, table, bits, recipe)
-        _replace(model.graph, gather, _gather(tables[table], gather.inputs[1]))
-    for found in list(_products(model)):
+        replace_node(model.graph, gather, _gather(tables[table], gather.inputs[1]))
+    for found in list(find_products(model)):
         shared = tables.get(found.weight) if found.table is not None else None
         bits = recipe.bits(str(found.weight.name), is_table=False) if shared is None else shared.bits
         if bits != 32 and found.weight not in kept:
-            block = recipe.block_size(found.matrix.shape[0], bits) if shared is None else shared.block
+            k, n = found.matrix.shape
+            block = recipe.block_size(k, bits, is_narrowing=k > n) if shared is None else shared.block
             if block == 0:
-                nodes = _multiply_int8(model.graph, found, shared)
+                name = str(found.weight.name)
+                nodes = _multiply_int8(model.graph, found, shared, ranges[name], rounding)
             else:
                 if shared is None:
-                    curvature = curvatures.get(str(found.weight.name))
+                    curvature = rounding.curvatures.get(str(found.weight.name))
                     rows = np.ascontiguousarray(found.matrix.T)
                     shared = _store_blocks(model.graph, found.weight, rows, bits, block, curvature)
                 multiply = _multiply_blocks if bits == 4 or recipe.rounds_activations else _multiply_expanded
                 nodes = multiply(model.graph, found, shared)
-            _replace(model.graph, found.last, nodes)
+            replace_node(model.graph, found.last, nodes)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[CONTRIB] = 1
     left = [
@@ -195,20 +222,25 @@ def quantise(
         )
 
 
-def measure_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], curvatures: Curvatures) -> None:
-    """Add the curvatures of a graph's products to those that are known; the graph is not changed."""
+def measure_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], rounding: Rounding) -> Ranges:
+    """Return the ranges of what goes into a graph's products, which is not changed.
+
+    Args:
+        model: A graph in fp32.
+        feeds: Inputs of texts.
+        rounding: Gets the curvatures that it lacks.
+    """
     probe = model.clone()
     inputs = {
         str(found.weight.name): found.node.inputs[0]
-        for found in _products(probe)
-        if found.table is None and found.node.inputs[0] is not None
+        for found in find_products(probe)
+        if found.node.inputs[0] is not None
     }
-    missing = {name: value for name, value in inputs.items() if name not in curvatures}
-    if missing:
-        curvatures |= measure_curvatures(probe, missing, feeds)
+    return measure_inputs(probe, inputs, feeds, rounding.curvatures)
 
 
-def _products(model: ir.Model) -> Iterator[_Product]:
+def find_products(model: ir.Model) -> Iterator[Product]:
+    """Yield the products with a large constant matrix."""
     for node in model.graph:
         if node.op_type != "MatMul" or node.inputs[1] is None:
             continue
@@ -223,25 +255,61 @@ def _products(model: ir.Model) -> Iterator[_Product]:
         bias = None if add is None else add.inputs[1 - uses[0].idx]
         if bias is None or bias.const_value is None or len(bias.const_value.shape) != 1:
             add = bias = None
-        yield _Product(node, add or node, bias, weight, table)
+        yield Product(node, add or node, bias, weight, table)
 
 
-def _multiply_int8(graph: ir.Graph, found: _Product, shared: _Rows | None) -> list[ir.Node]:
-    before: list[ir.Node] = []
-    if shared is not None:
-        before = [ir.node("Transpose", [shared.rows], {"perm": [1, 0]})]
-        weights = before[0].outputs[0]
-        scales = _initializer(graph, f"{found.weight.name}.columns", _array(shared.scales).ravel())
+def _multiply_int8(
+    graph: ir.Graph, found: Product, shared: _Rows | None, inputs: Range, rounding: Rounding
+) -> list[ir.Node]:
+    name = str(found.weight.name)
+    if shared is None:
+        value, before, inputs, rounded = round_product(graph, found, inputs, rounding)
+        weights = add_initializer(graph, f"{name}.int8", rounded.numbers.T)
+        scales = add_initializer(graph, f"{name}.scales", rounded.scales.ravel())
     else:
-        numbers, column_scales = _symmetric(found.matrix, axis=0)
-        weights = _initializer(graph, f"{found.weight.name}.int8", numbers)
-        scales = _initializer(graph, f"{found.weight.name}.scales", column_scales.ravel())
-    inputs = [found.node.inputs[0], weights, scales, None, found.bias]
-    used = len(inputs) if found.bias is not None else 3
-    return [*before, ir.node("DynamicQuantizeMatMul", inputs[:used], domain=CONTRIB)]
+        transpose = ir.node("Transpose", [shared.rows], {"perm": [1, 0]})
+        value, before, weights = found.node.inputs[0], [transpose], transpose.outputs[0]
+        scales = add_initializer(graph, f"{name}.columns", _array(shared.scales).ravel())
+    step, zero = _levels(inputs)
+    step_value = add_initializer(graph, f"{name}.inputs.scale", step)
+    zero_value = add_initializer(graph, f"{name}.inputs.zero", zero)
+    numbers = ir.node("QuantizeLinear", [value, step_value, zero_value])
+    operands = [numbers.outputs[0], weights, step_value, scales, zero_value, None, found.bias]
+    used = len(operands) if found.bias is not None else 5
+    return [*before, numbers, ir.node("MatMulIntegerToFloat", operands[:used], domain=CONTRIB)]
 
 
-def _multiply_blocks(graph: ir.Graph, found: _Product, weights: _Rows) -> list[ir.Node]:
+def round_product(
+    graph: ir.Graph, found: Product, inputs: Range, rounding: Rounding
+) -> tuple[ir.Value | None, list[ir.Node], Range, SmoothRows]:
+    """Return what goes into an int8 product, the nodes that make it, its range, and the product's weights.
+
+    Args:
+        graph: The graph; it gets the factors of the columns, if there are any.
+        found: A product whose weight is no table.
+        inputs: Range of what goes into the product in fp32.
+        rounding: As ``quantise``.
+    """
+    name, value = str(found.weight.name), found.node.inputs[0]
+    if name not in rounding.rows:
+        rows = np.ascontiguousarray(found.matrix.T)
+        rounding.rows[name] = smooth_rows(rows, inputs, rounding.curvatures[name])
+    rounded = rounding.rows[name]
+    if rounded.divisors is None:
+        return value, [], inputs, rounded
+    divide = ir.node("Mul", [value, add_initializer(graph, f"{name}.factors", 1 / rounded.divisors)])
+    smooth = Range(inputs.low / rounded.divisors, inputs.high / rounded.divisors, inputs.num_rows)
+    return divide.outputs[0], [divide], smooth, rounded
+
+
+def _levels(inputs: Range) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale and zero point of ``uint8`` numbers for a range of which 0 is a part; both of shape ``()``."""
+    lowest, highest = min(float(inputs.low.min()), 0.0), max(float(inputs.high.max()), 0.0)
+    step = (highest - lowest) / 255 or 1.0
+    return np.array(step, _FLOAT), np.array(np.rint(-lowest / step), np.uint8)
+
+
+def _multiply_blocks(graph: ir.Graph, found: Product, weights: _Rows) -> list[ir.Node]:
     k, n = found.matrix.shape
     bits, size = weights.bits, weights.block
     blocks = ir.node("Reshape", [weights.rows, _shape(graph, n, k // size, size * bits // 8)])
@@ -251,11 +319,11 @@ def _multiply_blocks(graph: ir.Graph, found: _Product, weights: _Rows) -> list[i
     return [blocks, ir.node("MatMulNBits", inputs[:used], attributes, domain=CONTRIB)]
 
 
-def _multiply_expanded(graph: ir.Graph, found: _Product, weights: _Rows) -> list[ir.Node]:
+def _multiply_expanded(graph: ir.Graph, found: Product, weights: _Rows) -> list[ir.Node]:
     """What onnxruntime folds, when it loads the graph, to the product with a float32 matrix."""
     k, n = found.matrix.shape
-    zero = _initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
-    last = _initializer(graph, "last_axis", np.array([-1], np.int64))
+    zero = add_initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
+    last = add_initializer(graph, "last_axis", np.array([-1], np.int64))
     numbers = ir.node("Cast", [weights.rows], {"to": ir.DataType.FLOAT})
     centred = ir.node("Sub", [numbers.outputs[0], zero])
     blocks = ir.node("Reshape", [centred.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
@@ -269,7 +337,7 @@ def _multiply_expanded(graph: ir.Graph, found: _Product, weights: _Rows) -> list
 
 
 def _shape(graph: ir.Graph, *sizes: int) -> ir.Value:
-    return _initializer(graph, "shape" + ".".join(map(str, sizes)), np.array(sizes, np.int64))
+    return add_initializer(graph, "shape" + ".".join(map(str, sizes)), np.array(sizes, np.int64))
 
 
 def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe) -> _Rows:
@@ -277,13 +345,19 @@ def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe)
     block = recipe.block_size(array.shape[1], bits)
     if block:
         return _store_blocks(graph, table, array, bits, block)
-    rows, scales = _symmetric(array, axis=1)
+    rows, scales = quantise_rows(table)
     return _Rows(
         bits,
-        _initializer(graph, f"{table.name}.int8", rows),
-        _initializer(graph, f"{table.name}.scales", scales),
+        add_initializer(graph, f"{table.name}.int8", rows),
+        add_initializer(graph, f"{table.name}.scales", scales),
         block,
     )
+
+
+def quantise_rows(table: ir.Value) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return the int8 rows of a table, ``(N, K)``, and their scales ``(N, 1)``."""
+    is_multiplied = any(use.node.op_type == "Transpose" for use in table.uses())  # by a tied decoder
+    return round_rows(_array(table)) if is_multiplied else _symmetric(_array(table), axis=1)
 
 
 def _store_blocks(
@@ -297,8 +371,8 @@ def _store_blocks(
     rows, scales = round_blocks(matrix, bits, block, curvature)
     return _Rows(
         bits,
-        _initializer(graph, f"{weight.name}.int{bits}", rows),
-        _initializer(graph, f"{weight.name}.scales", scales),
+        add_initializer(graph, f"{weight.name}.int{bits}", rows),
+        add_initializer(graph, f"{weight.name}.scales", scales),
         block,
     )
 
@@ -365,7 +439,8 @@ def round_blocks(
     return numbers, scales[..., 0]
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Return the graph's initializer of a name; it is added where there is none yet."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
@@ -376,7 +451,8 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes, of which the last has one output, in the place of one that has one."""
     graph.insert_before(old, new)
     new[-1].outputs[0].name = old.outputs[0].name
     ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
