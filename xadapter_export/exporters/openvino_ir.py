@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from xadapter_export.bundle.manifest import Precision
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.bundle.openvino_session import import_openvino
-from xadapter_export.errors import ConfigError, UnsupportedError
-from xadapter_export.exporters.quantise import KEPT, Recipe, round_blocks
-from xadapter_export.exporters.rounding import Curvatures
+from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
+from xadapter_export.exporters.quantise import KEPT, Recipe, Rounding, round_blocks
+from xadapter_export.exporters.rounding import Curvatures, SmoothRows
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ _BANK: Final = "bank"  # its weights stay as they are: what is retrieved must no
 _HEADS: Final = ("adapters.", "head.", "candidate_decoder.")  # small, and the answer hangs on each of them
 _CLIP: Final = "clip"
 _SCALE: Final = ".scale"  # a compressed weight's scales have its name and this
+_DIVIDE: Final = ".divide"  # what divides the columns that go into a product has its weight's name and this
 _SMALL: Final = 4096  # elements; a weight below this stays fp32
 _LOWEST_MASK: Final = -1e30  # what is added to scores at padding lies below this
 _GROUP_SIZE: Final = 64  # weights that share a scale in int4
@@ -38,7 +39,7 @@ def convert_to_ir(
     *,
     weights_only: bool = False,
     blocks: Recipe | None = None,
-    curvatures: Curvatures | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Write a graph as ``.xml`` and ``.bin``.
 
@@ -58,7 +59,8 @@ def convert_to_ir(
             groups of 64, which is more exact and slower.
         blocks: A recipe of ``quantise`` for ``int8``, with a scale for each few weights, whose activations
             stay float32: the most exact, and the slowest. Its ``tables`` and ``clip`` may be 32.
-        curvatures: As ``quantise.quantise``; for ``blocks``.
+        rounding: As ``quantise.quantise``: curvatures for ``blocks``, and otherwise the int8 weights that
+            ``quantise.round_products`` found. A weight that is in neither is rounded to the nearest number.
 
     Raises:
         MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
@@ -72,6 +74,7 @@ def convert_to_ir(
     is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:
         raise ConfigError("int8 needs texts to calibrate with", got="none")
+    rounding = rounding or Rounding()
     ov = import_openvino()
     model = ov.Core().read_model(str(model_file))
     _fold_transposes(model)
@@ -79,14 +82,15 @@ def convert_to_ir(
     _select_masks(model)
     _copy_axes(model)
     if blocks is not None:
-        _compress_blocks(model, blocks, curvatures or {})
+        _compress_blocks(model, blocks, rounding.curvatures)
     elif precision != "fp32":
         clip = (_CLIP,) if _searches_bank(model) else ()
         _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
         if is_calibrated:
-            _unpack_products(model)
+            weights = _round_products(model, rounding.rows)
             model = _quantise(model, calibration)
+            _restore_weights(model, weights)
         elif precision == "int4":
             model = _compress_int4(model)
     # Whether activations whose ranges were not measured are rounded on the fly, which is faster.
@@ -138,29 +142,84 @@ def _select_masks(model: Any) -> None:
             _replace(node, ops.select(is_masked, lowest, ops.constant(np.float32(0))))
 
 
-def _unpack_products(model: Any) -> None:
-    """Makes a packed product whose columns are sliced, query, key and value, one product for each slice.
+def _round_products(model: Any, rows: Mapping[str, SmoothRows]) -> dict[str, tuple[Any, Any]]:
+    """Gives products the weights that ``quantise`` rounded, and returns these by the name of the product.
 
-    Behind a packed int8 product OpenVINO slices float32 and rounds each slice in a pass of its own; a product
-    that is apart writes the int8 numbers that attention reads.
+    NNCF would round them anew, and on a processor without int8 dot products sums of such products overflow.
     """
     ops = _ops()
-    for node in _nodes(model, "Slice"):
-        add = node.input_value(0).get_node()
-        if add.get_type_name() != "Add" or add.input_value(0).get_node().get_type_name() != "MatMul":
+    weights: dict[str, tuple[Any, Any]] = {}
+    for node, name in _products(model):
+        weight = node.input_value(1).get_node()
+        if name not in rows or not _is_float(weight):
             continue
-        product, bias = (port.get_node() for port in add.input_values())
-        weight, flags = product.input_value(1).get_node(), product.get_attributes()
-        bounds = [port.get_node() for port in node.input_values()[1:]]
-        if not _is_float(weight) or not _is_float(bias) or not all(map(_is_constant, bounds)):
-            continue
+        numbers, scales, value = rows[name].numbers, rows[name].scales, node.input_value(0)
+        if (divisors := rows[name].divisors) is not None:
+            divide = ops.multiply(value, ops.constant(1 / divisors))
+            divide.set_friendly_name(name + _DIVIDE)
+            value = divide.output(0)
+        for product, part in _unpack(node, value, numbers.astype(np.float32) * scales):
+            weights[product.get_friendly_name()] = numbers[part], scales[part]
+    return weights
+
+
+def _unpack(node: Any, value: Any, rows: NDArray[np.float32]) -> Iterator[tuple[Any, slice]]:
+    """Puts ``value @ rows.T`` in a product's place, and yields it, or one for each slice of its columns.
+
+    Behind a packed int8 product, of query, key and value, OpenVINO slices float32 and rounds each slice in a
+    pass of its own; a product that is apart writes the int8 numbers that attention reads.
+    """
+    ops = _ops()
+
+    def multiply(part: slice) -> Any:
+        weight = ops.constant(np.ascontiguousarray(rows[part]))
+        return ops.matmul(value, weight, node.get_attributes()["transpose_a"], True)
+
+    slices = _sliced_columns(node)
+    for number, (part, old, bias) in enumerate(slices):
+        product = multiply(part)
+        product.set_friendly_name(f"{node.get_friendly_name()}.{number}")
+        _replace(old, ops.add(product, ops.constant(bias)))
+        yield product, part
+    if not slices:
+        product = multiply(slice(None))
+        _replace(node, product)
+        yield product, slice(None)
+
+
+def _sliced_columns(node: Any) -> list[tuple[slice, Any, NDArray[np.float32]]]:
+    """Returns, of a product and its bias that are read in slices alone, columns, slice and bias of each."""
+    (add, *others) = [port.get_node() for port in node.output(0).get_target_inputs()]
+    bias = add.input_value(1).get_node() if add.get_type_name() == "Add" else None
+    if others or bias is None or not _is_float(bias):
+        return []
+    found = []
+    for old in (port.get_node() for port in add.output(0).get_target_inputs()):
+        bounds = [port.get_node() for port in old.input_values()[1:]]
+        if old.get_type_name() != "Slice" or not all(map(_is_constant, bounds)):
+            return []
         start, stop, step, axis = (bound.data.item() for bound in bounds)
         if (step, axis) != (1, 2):
-            continue
-        columns = weight.data[start:stop] if flags["transpose_b"] else weight.data[:, start:stop]
-        factor = ops.constant(columns.copy(), name=f"{weight.get_friendly_name()}.{start}")
-        part = ops.matmul(product.input_value(0), factor, flags["transpose_a"], flags["transpose_b"])
-        _replace(node, ops.add(part, ops.constant(bias.data[..., start:stop].copy())))
+            return []
+        found.append((slice(start, stop), old, bias.data[..., start:stop].copy()))
+    return found
+
+
+def _restore_weights(model: Any, weights: Mapping[str, tuple[Any, Any]]) -> None:
+    """Has products read the int8 numbers and scales of their weights in place of what NNCF made of them."""
+    ops = _ops()
+    left = dict(weights)
+    for node in _nodes(model, "MatMul"):
+        if (name := node.get_friendly_name()) in left:
+            numbers, scales = left.pop(name)
+            back = ops.multiply(ops.convert(ops.constant(numbers), "f32"), ops.constant(scales))
+            node.input(1).replace_source_output(back.output(0))
+    if left:
+        raise ParityError(
+            "products were lost while activations were measured",
+            got=", ".join(left),
+            mend="please report this",
+        )
 
 
 def _copy_axes(model: Any) -> None:
@@ -308,7 +367,12 @@ def _kept(model: Any) -> list[str]:
         for node in _nodes(model, "Gather")
         if not _is_left_table(node.input_value(0).get_node())
     ]
-    return products + lookups
+    divisions = [
+        node.get_friendly_name()
+        for node in _nodes(model, "Multiply")
+        if node.get_friendly_name().endswith(_DIVIDE)
+    ]
+    return products + lookups + divisions
 
 
 def _searches_bank(model: Any) -> bool:

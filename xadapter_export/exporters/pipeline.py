@@ -49,7 +49,7 @@ from xadapter_export.exporters.deploy import DeployOptions, check_options, deplo
 from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, measure_products
+from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, round_products
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.trace import trace
@@ -456,8 +456,8 @@ class _Builder:
             name = recipe.name if isinstance(recipe, Recipe) else recipe
             self.on_stage("derive", f"{expert_set}, {name}")
             source, file = self.folder / portable.file, self.folder / path
-            if isinstance(recipe, Recipe):
-                measure_products(ir.load(source), feeds, self.rounding)
+            if precision == "int8":
+                round_products(ir.load(source), feeds, self.rounding)
             convert_to_ir(
                 source,
                 file,
@@ -465,7 +465,7 @@ class _Builder:
                 feeds,
                 weights_only=name == "int8_weights_only",
                 blocks=recipe if isinstance(recipe, Recipe) else None,
-                curvatures=self.rounding.curvatures,
+                rounding=self.rounding,
             )
             size = sum((self.folder / name).stat().st_size for name in (path, weights))
             if precision == "fp32":

@@ -239,6 +239,20 @@ def measure_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], roun
     return measure_inputs(probe, inputs, feeds, rounding.curvatures)
 
 
+def round_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], rounding: Rounding) -> None:
+    """Round the int8 weights of all products of a graph, which is not changed, but for those of tables.
+
+    Args:
+        model: A graph in fp32.
+        feeds: Inputs of texts.
+        rounding: Gets the curvatures and the weights that it lacks.
+    """
+    ranges = measure_products(model, feeds, rounding)
+    for found in find_products(model):
+        if found.table is None:
+            _round(found, ranges[str(found.weight.name)], rounding)
+
+
 def find_products(model: ir.Model) -> Iterator[Product]:
     """Yield the products with a large constant matrix."""
     for node in model.graph:
@@ -290,16 +304,22 @@ def round_product(
         inputs: Range of what goes into the product in fp32.
         rounding: As ``quantise``.
     """
-    name, value = str(found.weight.name), found.node.inputs[0]
+    value, rounded = found.node.inputs[0], _round(found, inputs, rounding)
+    if rounded.divisors is None:
+        return value, [], inputs, rounded
+    divide = ir.node(
+        "Mul", [value, add_initializer(graph, f"{found.weight.name}.factors", 1 / rounded.divisors)]
+    )
+    smooth = Range(inputs.low / rounded.divisors, inputs.high / rounded.divisors, inputs.num_rows)
+    return divide.outputs[0], [divide], smooth, rounded
+
+
+def _round(found: Product, inputs: Range, rounding: Rounding) -> SmoothRows:
+    name = str(found.weight.name)
     if name not in rounding.rows:
         rows = np.ascontiguousarray(found.matrix.T)
         rounding.rows[name] = smooth_rows(rows, inputs, rounding.curvatures[name])
-    rounded = rounding.rows[name]
-    if rounded.divisors is None:
-        return value, [], inputs, rounded
-    divide = ir.node("Mul", [value, add_initializer(graph, f"{name}.factors", 1 / rounded.divisors)])
-    smooth = Range(inputs.low / rounded.divisors, inputs.high / rounded.divisors, inputs.num_rows)
-    return divide.outputs[0], [divide], smooth, rounded
+    return rounding.rows[name]
 
 
 def _levels(inputs: Range) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
