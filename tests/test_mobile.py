@@ -91,7 +91,7 @@ def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_a
 def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     from xadapter_export import export
 
-    with pytest.raises(ConfigError, match="target mobile does not take precision fp16"):
+    with pytest.raises(ConfigError, match="precision fp16 is not written for target mobile"):
         export("builtin", tmp_path / "bundle", "t", precisions=("fp16",), targets=("mobile",))
 
 
