@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.test_imports import HEAVY
+from tests.tiny_checkpoint import make_model
 from xadapter_export import export
 from xadapter_export.bundle.manifest import DeploymentTarget, Precision, Target
 from xadapter_export.cli.export import export as export_command
@@ -193,21 +194,30 @@ export({["no-such-checkpoint", "-o", str(tmp_path / "bundle"), *arguments]})
 
 
 def test_exact_variants_and_no_others_from_flags_a_file_or_python(tmp_path: Path) -> None:
-    flags = ["--variant", "cpu-int8", "--variant", "triton-fp16", "--experts", "t"]
-    result = call("-o", tmp_path / "flags", *flags, "--json")
-    assert result.exit_code == 0, result.output
+    make_model(tmp_path / "parts").save_pretrained(tmp_path / "checkpoint", self_contained=True)
+    open_gates = ["--min-agreement", 0, "--experts", "none"]  # of a model with random weights
+    flags = ["--variant", "onnx-int8", "--variant", "triton-fp16", *open_gates]
+    made = [call(tmp_path / "checkpoint", "-o", tmp_path / "flags", *flags)]
     config = tmp_path / "export.toml"
-    config.write_text('variant = ["cpu-int8", "triton-fp16"]\nexperts = "t"\n', encoding="utf-8")
-    assert call("-o", tmp_path / "file", "--config", config).exit_code == 0
-    manifest = export("builtin", tmp_path / "python", "t", variants=["cpu-int8", "triton-fp16"]).manifest
-    assert [variant.name for variant in manifest.variants] == ["cpu-int8", "onnx-fp16"]
-    assert [(d.target, d.source) for d in manifest.deployments] == [("triton", "onnx-fp16")]
+    config.write_text('variant = ["onnx-int8", "triton-fp16"]\n', encoding="utf-8")
+    made.append(
+        call(tmp_path / "checkpoint", "-o", tmp_path / "file", "--config", config, *open_gates, "--json")
+    )
+    assert [result.exit_code for result in made] == [0, 0], made[0].output + made[1].output
+    found = export(
+        tmp_path / "checkpoint",
+        tmp_path / "python",
+        "none",
+        variants=["onnx-int8", "triton-fp16"],
+        min_agreement=0,
+    ).manifest
+    assert [variant.name for variant in found.variants] == ["onnx-int8", "onnx-fp16"]
+    assert [(made.target, made.source) for made in found.deployments] == [("triton", "onnx-fp16")]
     there = [
         {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")}
         for name in ("flags", "file", "python")
     ]
     assert there[0] == there[1] == there[2]
-    wrong = config.with_name("wrong.toml")
-    wrong.write_text('variant = ["cpu-int9"]\n', encoding="utf-8")
-    refused = call("-o", tmp_path / "wrong", "--config", wrong)
+    config.write_text('variant = ["cpu-int9"]\n', encoding="utf-8")
+    refused = call("-o", tmp_path / "wrong", "--config", config)
     assert (refused.exit_code, "'cpu-int9' is not one of" in refused.stderr) == (2, True)
