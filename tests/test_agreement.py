@@ -1,12 +1,15 @@
+import copy
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoint import make_model
@@ -22,7 +25,6 @@ from xadapter_export.exporters.agreement import (
     Runner,
     as_runner,
     check,
-    check_gate_options,
     collect,
     compare,
     make_probe,
@@ -30,13 +32,15 @@ from xadapter_export.exporters.agreement import (
     points_lost,
     read_questions,
     share_of_same_rows,
+    wilson_interval,
 )
 from xadapter_export.exporters.calibration import (
     SENTENCES_FILE,
+    Calibration,
     CalibrationTexts,
     calibration_feeds,
-    calibration_texts,
     mask_word,
+    read_calibration,
 )
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -109,36 +113,112 @@ def test_our_sentences_are_short_and_long_and_all_different() -> None:
     assert all(sentence.isascii() and sentence[-1] == "." for sentence in sentences)
 
 
-def test_our_texts_are_the_same_every_time_and_each_has_one_mask(builtin: XAdapterModel) -> None:
-    texts = calibration_texts(builtin, None, "fill-mask")
-    assert texts == calibration_texts(builtin, None, "fill-mask")
-    assert len(set(texts.texts)) == len(texts) == 300
-    assert {text.count("[MASK]") for text in texts.texts} == {1}
-    assert texts.pairs is None
-    assert builtin.bank is not None
-    captions = {picture.caption for picture in builtin.bank.pictures}
-    with_caption = [t for t in texts.texts if any(f" {caption} " in t for caption in captions)]
-    assert 100 < len(with_caption) < 290
+def test_texts_of_the_built_in_checkpoint_are_the_same_every_time(builtin: XAdapterModel) -> None:
+    texts = read_calibration(builtin, None, "fill-mask")
+    assert texts == read_calibration(builtin, None, "fill-mask")
+    assert texts.source == "the checkpoint's own texts"
+    for half, least, most in ((texts.made_with, 300, 300), (texts.compared_on, 700, 1000)):
+        assert least <= len(set(half.texts)) == len(half) <= most
+        assert {text.count("[MASK]") for text in half.texts} == {1}
+        assert half.pairs is None
     held_out = read_questions(builtin, None, "fill-mask")
     assert held_out is not None
-    assert not set(held_out.texts.texts) & set(texts.texts)
+    assert not set(held_out.texts.texts) & {*texts.made_with.texts, *texts.compared_on.texts}
+
+
+def test_our_texts_name_captions_of_the_bank(builtin: XAdapterModel) -> None:
+    builtin = copy.copy(builtin)
+    builtin.calibration = None
+    texts = read_calibration(builtin, None, "fill-mask")
+    assert texts.source == "everyday sentences"
+    assert builtin.bank is not None
+    captions = {picture.caption for picture in builtin.bank.pictures}
+    for half in (texts.made_with, texts.compared_on):
+        with_caption = [t for t in half.texts if any(f" {caption} " in t for caption in captions)]
+        assert 0.2 < len(with_caption) / len(half) < 0.9
 
 
 def test_our_texts_for_other_tasks_have_no_mask(classifier: XAdapterModel) -> None:
-    texts = calibration_texts(classifier, None, "text-classification", 1000)
+    found = read_calibration(classifier, None, "text-classification")
+    texts = {*found.made_with.texts, *found.compared_on.texts}
     sentences = set(SENTENCES_FILE.read_text(encoding="utf-8").splitlines())
-    assert sentences < set(texts.texts)
-    others = set(texts.texts) - sentences
+    assert sentences < texts
+    others = texts - sentences
     assert len(others) == 30  # a text for each picture of the bank
     assert all(" picture " in text and "[MASK]" not in text and "{" not in text for text in others)
 
 
+def same_but_for_masks(one: str, other: str) -> bool:
+    words = zip_longest(one.casefold().split(), other.casefold().split(), fillvalue="")
+    return all(a == b or "[mask]" in a + b for a, b in words)
+
+
+def count_overlap(found: Calibration, sentences: Sequence[str]) -> int:
+    """How many sentences have copies in both halves, as far as a copy tells which sentence it is of."""
+    halves: list[set[str]] = []
+    for half in (found.made_with, found.compared_on):
+        of = [{s.casefold() for s in sentences if same_but_for_masks(text, s)} for text in half.texts]
+        assert all(of), "a text that is of no sentence"
+        halves.append({sentence for origins in of if len(origins) == 1 for sentence in origins})
+    assert not set(found.made_with.texts) & set(found.compared_on.texts)
+    return len(halves[0] & halves[1])
+
+
+COPIES = "".join(f"{line}\n" for line in (
+    "A ripe banana is yellow.", "a ripe  banana is Yellow.", "The sky is blue in summer.",
+    "A [MASK] banana is yellow.", "A ripe banana is [MASK].", "The sky is [MASK] in summer.",
+    "The [MASK] is green in spring.", "The grass is [MASK] in spring.", "A lime is sour.", "The sea is deep.",
+    "The [MASK] is blue in summer.",
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "ours"])
+def test_no_sentence_is_in_both_halves(builtin: XAdapterModel, kind: str) -> None:
+    model = copy.copy(builtin)
+    lines = (model.calibration or "").splitlines()
+    sentences = [json.loads(line)["sentence"] for line in lines]
+    if kind == "ours":
+        model.calibration = model.bank = None
+        sentences = SENTENCES_FILE.read_text("utf-8").splitlines()
+    found = read_calibration(model, None, "fill-mask")
+    assert count_overlap(found, sentences) == 0
+    copies = found.compared_on.texts  # of which some are of one sentence
+    masked_first = (CalibrationTexts(copies[::2]), CalibrationTexts(copies[1::2]))
+    assert count_overlap(Calibration(*masked_first, "so it was done before"), sentences) > 40
+
+
+def test_copies_of_a_sentence_in_a_file_stay_together(builtin: XAdapterModel, tmp_path: Path) -> None:
+    found = read_calibration(builtin, write(tmp_path / "copies.txt", COPIES), "fill-mask")
+    sides = [
+        {word for text in half.texts for word in ("banana", "sky", "grass", "lime", "sea") if word in text}
+        for half in (found.made_with, found.compared_on)
+    ]
+    assert not sides[0] & sides[1]
+    assert sides[0]
+    assert sides[1]
+
+
+def test_a_file_with_one_sentence_in_many_copies_is_refused(filler: XAdapterModel, tmp_path: Path) -> None:
+    path = write(tmp_path / "one.txt", "a banana is yellow\nA  [MASK] is yellow\na banana is [MASK]\n" * 3)
+    with pytest.raises(InputTextError, match=r"too few different sentences .*: one\.txt .*2 or more, got 1"):
+        read_calibration(filler, path, "fill-mask")
+
+
 def test_few_texts_are_masked_again_elsewhere(filler: XAdapterModel, tmp_path: Path) -> None:
     path = write(tmp_path / "texts.txt", "one two three four five\n\nsix [MASK] seven\n")
-    texts = calibration_texts(filler, path, "fill-mask", 10).texts
-    assert "six [MASK] seven" in texts
-    assert 3 <= len(set(texts)) == len(texts) <= 4  # up to three masks in the first, one in the second
-    assert len(calibration_texts(filler, path, "fill-mask", 2)) == 2
+    found = read_calibration(filler, path, "fill-mask")
+    own, masked = sorted(
+        (found.made_with.texts, found.compared_on.texts), key=lambda texts: "six" not in texts[0]
+    )
+    assert own == ("six [MASK] seven",)
+    assert 2 <= len(set(masked)) == len(masked) <= 3  # up to three masks in the other
+
+
+def test_many_texts_are_cut_to_what_is_asked_at_most(filler: XAdapterModel, tmp_path: Path) -> None:
+    lines = "".join(f"text {number} is here\n" for number in range(2000))
+    found = read_calibration(filler, write(tmp_path / "texts.txt", lines), "fill-mask")
+    assert (len(found.made_with), len(found.compared_on)) == (300, 1000)
+    assert not set(found.made_with.texts) & set(found.compared_on.texts)
 
 
 def test_a_word_is_masked_whole() -> None:
@@ -173,23 +253,27 @@ def test_a_word_is_masked_whole() -> None:
 def test_texts_are_read_from_files(
     classifier: XAdapterModel, tmp_path: Path, name: str, content: str
 ) -> None:
-    texts = calibration_texts(classifier, write(tmp_path / name, content), "text-classification")
-    assert (set(texts.texts), texts.pairs) == ({"first text", "second text"}, None)
+    found = read_calibration(classifier, write(tmp_path / name, content), "text-classification")
+    assert {found.made_with.texts, found.compared_on.texts} == {("first text",), ("second text",)}
+    assert (found.made_with.pairs, found.compared_on.pairs, found.source) == (None, None, name)
 
 
 def test_pairs_are_read_where_a_classifier_may_take_them(
     classifier: XAdapterModel, filler: XAdapterModel, tmp_path: Path
 ) -> None:
-    lines = "".join(f"premise {i}\thypothesis {i}\t0\n" for i in range(9))
+    lines = "".join(f"premise {i // 3}\thypothesis {i}\t0\n" for i in range(15))
     path = write(tmp_path / "dev.tsv", f"premise\thypothesis\tlabel\n{lines}")
-    found = calibration_texts(classifier, path, "text-classification", 5)
+    halves = read_calibration(classifier, path, "text-classification")
+    found = halves.compared_on
     assert found.pairs is not None
-    assert [text.split()[1] for text in found.texts] == [text.split()[1] for text in found.pairs]
-    assert len(set(found.texts)) == 5
-    first, second = found.split()
-    assert (len(first), len(second)) == (3, 2)
-    assert (second.texts, second.pairs) == (found.texts[1::2], found.pairs[1::2])
-    assert calibration_texts(filler, path, "fill-mask", 5).pairs is None
+    numbers = [
+        (int(text.split()[1]), int(pair.split()[1]))
+        for text, pair in zip(found.texts, found.pairs, strict=True)
+    ]
+    assert all(text == pair // 3 for text, pair in numbers)
+    assert (len(halves.made_with), len(found)) == (6, 9)  # two premises and three, each with all that is his
+    assert not set(halves.made_with.texts) & set(found.texts)
+    assert read_calibration(filler, path, "fill-mask").compared_on.pairs is None
     encoder = classifier.make_text_encoder(32)
     feed = calibration_feeds(encoder, found, ["input_ids", "token_type_ids"])[0]
     assert feed["token_type_ids"].max() == 1
@@ -211,21 +295,17 @@ def test_files_that_will_not_do(
     filler: XAdapterModel, tmp_path: Path, name: str, content: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        calibration_texts(filler, write(tmp_path / name, content), "fill-mask")
+        read_calibration(filler, write(tmp_path / name, content), "fill-mask")
     assert "\n" not in str(caught.value)
 
 
-def test_limits_and_files_that_are_not_there(filler: XAdapterModel) -> None:
-    with pytest.raises(ConfigError, match="limit of calibration texts must be at least 1"):
-        calibration_texts(filler, None, "fill-mask", 0)
+def test_a_file_that_is_not_there(filler: XAdapterModel) -> None:
     with pytest.raises(InputTextError, match="the file cannot be read: missing"):
-        calibration_texts(filler, MISSING, "fill-mask")
-    with pytest.raises(InputTextError, match=r"too few texts .*expected 2 or more, got 1"):
-        CalibrationTexts(("one",)).split()
+        read_calibration(filler, MISSING, "fill-mask")
 
 
 def test_feeds_hold_every_text_once_in_mixed_batches(filler: XAdapterModel) -> None:
-    texts = calibration_texts(filler, None, "fill-mask", 40)
+    texts = CalibrationTexts(read_calibration(filler, None, "fill-mask").compared_on.texts[:40])
     names = ["input_ids", "attention_mask", "clip_input_ids", "mask_positions"]
     feeds = calibration_feeds(
         filler.make_text_encoder(12), texts, names
@@ -269,14 +349,33 @@ class Perturbed:
         return [changed, *rest]
 
 
+def test_texts_of_like_length_are_compared_together(tiny: Path) -> None:
+    texts = CalibrationTexts(("a [MASK] " + "very " * 12, "[MASK]", "a cherry is [MASK]") * 4)
+    _, probe = open_graph(tiny, texts)
+    shapes = [feed["input_ids"].shape for feed in probe.feeds]
+    assert [rows for rows, _ in shapes] == [1, 4, 7]
+    assert (shapes[0][1], shapes[1][1]) == (3, 6)
+    assert shapes[2][1] > 6
+    pairs = CalibrationTexts(("long long long", "a", "b"), ("x", "a long one", "y"))
+    assert pairs.by_length() == CalibrationTexts(("b", "a", "long long long"), ("y", "a long one", "x"))
+
+
+@pytest.mark.parametrize(("same", "count"), [(297, 300), (990, 1000), (300, 300), (0, 10), (5, 10)])
+def test_the_interval_is_wilsons(same: int, count: int) -> None:
+    expected = binomtest(same, count).proportion_ci(method="wilson")
+    assert wilson_interval(same / count, count) == pytest.approx((expected.low, expected.high))
+
+
 @pytest.mark.parametrize("task", ["fill-mask", "text-classification", "feature-extraction"])
 def test_what_differs_is_counted(bundles: dict[Task, Path], task: Task) -> None:
     graph, probe = open_graph(bundles[task], MASKED if task == "fill-mask" else PLAIN)
-    agreement = measure(graph, Perturbed(graph, {1, 6}), probe, "int8", "perturbed")
-    # Text 1 has two masks, which are two answers; text 6 has one.
+    agreement = measure(graph, Perturbed(graph, {1, 9}), probe, "int8", "perturbed")
+    # The texts come from short to long: text 1 has one mask, text 9 two, which are two answers.
     share = 3 / 16 if task == "fill-mask" else 2 / 12
     assert agreement.cosine == pytest.approx(1 - 2 * share)
     assert agreement.same_top == (None if task == "feature-extraction" else 1 - share)
+    interval = None if task == "feature-extraction" else wilson_interval(1 - share, agreement.num_answers)
+    assert agreement.same_top_interval == interval
     got = (
         "got 0\\.66667 over 12" if task == "feature-extraction" else "got 8[13]\\...? %: [23] of 1[26] differ"
     )
@@ -432,15 +531,6 @@ def test_a_gate_that_was_lowered_is_recorded(tiny: Path) -> None:
                 check(agreement, "cpu-int8")
 
 
-def test_gates_out_of_range() -> None:
-    check_gate_options(None, None)
-    check_gate_options(0.97, 2)
-    with pytest.raises(ConfigError, match=r"min_agreement is out of range .*0 to 1, got 97"):
-        check_gate_options(97, None)
-    with pytest.raises(ConfigError, match="max_points_lost is out of range"):
-        check_gate_options(None, float("nan"))
-
-
 # Questions
 
 
@@ -532,10 +622,10 @@ def test_labelled_texts_are_questions_for_a_classifier(classifier: XAdapterModel
         tmp_path / "numbers.tsv", "#1 String\t#2 String\tQuality\nlime\tgreen\t1\ncherry\tred\t0\n"
     )
     assert read_questions(classifier, names, "text-classification") == Questions(
-        CalibrationTexts(("lime", "cherry")), (1, 1), None
+        CalibrationTexts(("lime", "cherry")), (1, 1), None, "names.csv"
     )
     assert read_questions(classifier, numbers, "text-classification") == Questions(
-        CalibrationTexts(("lime", "cherry"), ("green", "red")), (1, 0), None
+        CalibrationTexts(("lime", "cherry"), ("green", "red")), (1, 0), None, "numbers.tsv"
     )
     assert read_questions(classifier, None, "text-classification") is None
     other = write(tmp_path / "other.csv", "text,label\nlime,sweet\n")
@@ -552,7 +642,6 @@ def test_a_regression_has_no_share_of_right_answers(tmp_path: Path) -> None:
     path = write(tmp_path / "dev.csv", "sentence1,sentence2,score\na,b,2.5\n")
     with pytest.raises(ConfigError, match="right answers to be lost: a regression"):
         read_questions(model, path, "text-classification")
-    assert calibration_texts(model, path, "text-classification") == CalibrationTexts(("a",), ("b",))
 
 
 def test_a_classifier_is_scored_on_its_labels(bundles: dict[Task, Path]) -> None:
@@ -571,7 +660,7 @@ def test_the_built_in_bundle_is_as_right_as_was_published(
     builtin: XAdapterModel, builtin_export: ExportResult, experts: ExpertSet
 ) -> None:
     texts, questions = (
-        calibration_texts(builtin, None, "fill-mask", 40),
+        CalibrationTexts(read_calibration(builtin, None, "fill-mask").compared_on.texts[:40]),
         read_questions(builtin, None, "fill-mask"),
     )
     graph, probe = open_graph(builtin_export.folder, texts, questions, experts=experts)

@@ -78,6 +78,7 @@ def export_both(folder: Path, sets: tuple[ExpertSet, ...], **settings: Any) -> E
             part,
             folder / name,
             sets if name == "first" else sets[:1],
+            variants=["onnx-int8"],
             precisions=("fp32", "int8", "fp16"),
             targets=("onnx", "cpu", "cuda"),
             calibration=texts,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_checkpoint import TEXTS, make_bank, randomise_plugin, write_parts
+from tests.tiny_checkpoint import TEXTS, make_bank, make_model, randomise_plugin, write_parts
 from xadapter_export.errors import (
     CheckpointError,
     HashMismatchError,
@@ -48,6 +48,30 @@ def test_round_trip(model: XAdapterModel, tmp_path: Path, *, self_contained: boo
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     assert again.frozen_parts()[0].sha256 == model.frozen_parts()[0].sha256
+
+
+CALIBRATION = '{"sentence": "caf\u00e9 \u2028 in one line"}\r\n{"sentence": "another"}\n'
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "text-classification"])
+def test_texts_for_the_export_outlive_loading_training_and_saving(tmp_path: Path, task: str) -> None:
+    labels = ("no", "yes") if task == "text-classification" else ()
+    made = make_model(tmp_path / "parts", task=task, labels=labels)
+    made.save_pretrained(
+        tmp_path / "first", self_contained=True, more_files={"calibration.jsonl": CALIBRATION}
+    )
+    loaded = XAdapterModel.from_pretrained(tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    loaded.train()
+    with torch.no_grad():
+        next(loaded.adapters.parameters()).add_(1.0)
+    loaded.save_pretrained(tmp_path / "second", self_contained=True)
+    assert (tmp_path / "second/calibration.jsonl").read_text("utf-8").splitlines() == CALIBRATION.splitlines()
+    again = XAdapterModel.from_pretrained(tmp_path / "second")
+    assert again.calibration == loaded.calibration
+    again.calibration = None
+    again.save_pretrained(tmp_path / "second", self_contained=True)
+    assert not (tmp_path / "second/calibration.jsonl").exists()
 
 
 def test_a_checkpoint_holds_only_what_was_trained(saved: Path) -> None:

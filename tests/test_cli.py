@@ -220,9 +220,7 @@ def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: 
     assert result.stderr == "parity: passed, 50 cells; lossy variants measured when they were made: 2\n"
     lines = [line for line in result.stdout.splitlines() if "cpu-int8" in line]
     assert [line.split("\u2502")[1].strip() for line in lines] == ["none", "v"]
-    agreement = (
-        "320 answers, same top 99.7% (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right, fp32 80.0%"
-    )
+    agreement = "same top answer in 99.7% of 320 (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right"
     assert all(agreement in line for line in lines)
     report = json.loads(call("parity", several, "--json", "--experts", "v").stdout)[str(several)]
     assert {cell["variant"] for cell in report["cells"]} == {"onnx-fp32", "cpu-fp32"}
@@ -262,7 +260,7 @@ def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path)
     text = call("inspect", several).stdout
     assert [name in text for name in ("onnx-fp32", "cpu-fp32", "cpu-int8")] == [True] * 3
     assert "passed, 20 cells, max abs 1.0e-07" in text
-    assert "320 answers, same top 99.7%" in text
+    assert "same top answer in 99.7% of 320" in text
     assert text.count("nodes 20 to 15, 25.0% less") == 4
 
 

@@ -20,7 +20,7 @@ from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.engine_session import EngineSession, find_gpu
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import Deployment
+from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Precision
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.errors import (
     BundleError,
@@ -33,7 +33,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.exporters import deploy_tensorrt_rtx, engines
 from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
-from xadapter_export.exporters.deploy import DeployOptions, check_options, sources
+from xadapter_export.exporters.deploy import DeployOptions, check_options
 from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
@@ -413,20 +413,22 @@ def test_compute_capabilities_are_those_that_the_library_knows(monkeypatch: pyte
         with pytest.raises(ConfigError, match=said):
             split_capabilities(asked, trt)
     with pytest.raises(ConfigError, match="no fp32 matrix products"):
-        check_options(["tensorrt-rtx"], ["fp16", "fp32"], DeployOptions(compute_capabilities=("sm75",)))
-    check_options(["tensorrt-rtx"], ["fp16"], DeployOptions(compute_capabilities=("sm75",)))
+        check_options(
+            [("tensorrt-rtx", "fp16"), ("tensorrt-rtx", "fp32")],
+            DeployOptions(compute_capabilities=("sm75",)),
+        )
+    check_options([("tensorrt-rtx", "fp16")], DeployOptions(compute_capabilities=("sm75",)))
 
 
 def test_options_that_a_target_does_not_read_are_refused() -> None:
-    with pytest.raises(ConfigError, match="precision int4 is not made for target tensorrt-rtx"):
-        sources(["tensorrt-rtx"], ["fp16", "int4"])
     with pytest.raises(ConfigError, match="are for the target tensorrt-rtx"):
-        check_options(["tensorrt"], [], DeployOptions(compute_capabilities=("sm89",)))
+        check_options([("tensorrt", "fp32")], DeployOptions(compute_capabilities=("sm89",)))
     with pytest.raises(ConfigError, match=r"no target .* lengths of this axis: profile seq"):
-        check_options(["triton", "mobile"], [], DeployOptions({"seq": (1, 8)}))
+        check_options([("triton", "fp32"), ("mobile", "fp32")], DeployOptions({"seq": (1, 8)}))
     with pytest.raises(ConfigError, match="triton takes batches from 1 on"):
-        check_options(["triton"], [], DeployOptions({"batch": (4, 8)}))
-    check_options(["triton", "tensorrt"], [], DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
+        check_options([("triton", "fp32")], DeployOptions({"batch": (4, 8)}))
+    both: list[tuple[DeploymentTarget, Precision]] = [("triton", "fp32"), ("tensorrt", "fp32")]
+    check_options(both, DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
 
 
 def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp_path: Path) -> None:

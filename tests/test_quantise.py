@@ -17,19 +17,21 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Target, Variant
+from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Variant
+from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
-from xadapter_export.errors import BundleError, ConfigError, ParityError
+from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import agreement, derive, pipeline
-from xadapter_export.exporters.derive import plan_variants
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.exporters.quantise import RECIPES, Recipe, quantise
+from xadapter_export.exporters.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.runtime.choose import read_machine
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -70,7 +72,14 @@ def result(model: XAdapterModel, texts: Path, tmp_path_factory: pytest.TempPathF
     """Two expert sets in every precision; not to be changed."""
     folder = tmp_path_factory.mktemp("export") / "bundle"
     return export(
-        model, folder, SETS, precisions=PRECISIONS, targets=("onnx", "cpu", "cuda"), calibration=texts, **ANY
+        model,
+        folder,
+        SETS,
+        variants=["onnx-int8"],
+        precisions=PRECISIONS,
+        targets=("onnx", "cpu", "cuda"),
+        calibration=texts,
+        **ANY,
     )
 
 
@@ -541,53 +550,6 @@ def test_a_recipe_that_fails_its_gate_gives_way_to_the_next(
 # ------------------------------------------------------------------------------------------ what is asked for
 
 
-@pytest.mark.parametrize(
-    ("precisions", "targets", "expected"),
-    [
-        ((), (), [("onnx", "fp32")]),
-        ((), ("cpu", "onnx"), [("onnx", "fp32"), ("cpu", "fp32")]),
-        (("int8",), (), [("cpu", "int8")]),
-        (("fp32", "int8"), (), [("onnx", "fp32"), ("cpu", "int8")]),
-        ((), ("openvino",), [("openvino", "fp32")]),
-        (("int8", "int8"), ("openvino", "cpu"), [("cpu", "int8"), ("openvino", "int8")]),
-        (("fp16",), ("onnx",), [("onnx", "fp16")]),
-        (("fp32", "fp16"), ("cuda",), [("cuda", "fp32"), ("cuda", "fp16")]),
-    ],
-)
-def test_every_precision_goes_to_every_target_that_takes_it(
-    precisions: tuple[Precision, ...],
-    targets: tuple[Target, ...],
-    expected: list[tuple[Target, Precision]],
-) -> None:
-    planned = plan_variants(precisions, targets)
-    assert sorted(planned) == sorted(expected)
-    assert len(set(planned)) == len(planned)
-
-
-@pytest.mark.parametrize(
-    ("precisions", "targets", "message"),
-    [
-        (
-            ("fp16",),
-            ("cpu",),
-            r"precision fp16 is not written for target cpu \(expected one of onnx, cuda\); add --t",
-        ),
-        (("int4",), ("onnx",), r"precision int4 is not written for target onnx .*; add --target cpu"),
-        (("fp32", "fp16"), ("openvino",), "precision fp16 is not written for target openvino"),
-        (
-            ("fp16",),
-            ("onnx", "openvino"),
-            r"target openvino does not take precision fp16 \(expected one of fp32",
-        ),
-    ],
-)
-def test_a_precision_without_a_target_is_refused(
-    precisions: tuple[Precision, ...], targets: tuple[Target, ...], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan_variants(precisions, targets)
-
-
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -605,6 +567,7 @@ def test_the_flags_reach_the_bundle(model: XAdapterModel, texts: Path, tmp_path:
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = ["--precision", "fp32", "--precision", "int8", "--target", "onnx", "--target", "cpu"]
+    flags += ["--variant", "onnx-int8"]
     flags += ["--calibration", str(texts), "--evaluate", str(questions), "--min-agreement", "0.25"]
     flags += ["--max-points-lost", "99", "--without", "packed_projections"]
     done = call(folder, "--experts", "t", "-o", tmp_path / "bundle", *flags, "--json")
@@ -620,7 +583,7 @@ def test_the_flags_reach_the_bundle(model: XAdapterModel, texts: Path, tmp_path:
     assert agreement.num_texts > len(SENTENCES) // 2  # up to three masks of a text, each in a copy
     assert "packed_projections" not in {s.name for v in manifest.variants for s in v.optimisations}
     text = call(
-        folder, "--experts", "t", "-o", tmp_path / "bundle", "--force", "--precision", "int8", *flags[8:]
+        folder, "--experts", "t", "-o", tmp_path / "bundle", "--force", "--precision", "int8", *flags[10:]
     )
     assert text.exit_code == 0, text.stderr
     assert "experts t, cpu-int8: bundle/onnx/model_quantized.onnx" in text.stdout
@@ -647,6 +610,7 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
+        (["--variant", "bf16"], 2, "Invalid value for '--variant'"),
         (["--precision", "bf16"], 2, "Invalid value for '--precision'"),
         (["--target", "tpu"], 2, "Invalid value for '--target'"),
         (["--without", "luck"], 2, "Invalid value for '--without'"),
@@ -660,13 +624,17 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
             "Error: precision fp16 is not written for target cpu",
         ),
         (["--precision", "int8", "--calibration", "empty.txt"], 1, "Error: the file has no text: empty.txt"),
-        (["--precision", "int8", "--calibration", "one.txt"], 1, "Error: too few texts"),
+        (
+            ["--precision", "int8", "--calibration", "one.txt"],
+            1,
+            "Error: too few different sentences to calibrate",
+        ),
         (
             ["--calibration", "one.txt"],
             1,
-            "Error: calibration, evaluate and the gates are for precisions below",
+            "Error: only variants below fp32 are calibrated and judged, and none was asked for (got --cal",
         ),
-        (["--precision", "fp32", "--min-agreement", "0.9"], 1, "got fp32 alone"),
+        (["--precision", "fp32", "--min-agreement", "0.9"], 1, "(got --min-agreement)"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -685,6 +653,109 @@ def test_flags_that_make_no_sense(
     assert done.exit_code == code, done.output
     assert message in done.stderr
     assert not Path("bundle").exists()
+
+
+# ------------------------------------------------------------------------------------------ left out
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, *failing: tuple[str, Precision]) -> None:
+    """Makes variants of these sets and precisions give another answer than fp32 to most texts."""
+    compare = pipeline._Builder._compare
+
+    def spoiled(self: Any, experts: ExpertSet, session: Any, precision: Precision, gates: Any) -> Agreement:
+        measured = compare(self, experts, session, precision, gates)
+        same = 0.25 if (experts, precision) in failing else 1.0
+        return measured.model_copy(update={"same_top": same})
+
+    monkeypatch.setattr(pipeline._Builder, "_compare", spoiled)
+
+
+def test_a_variant_below_its_gate_is_left_out_and_the_others_are_written(
+    model: XAdapterModel, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(monkeypatch, ("none", "int8"), ("vt", "int4"), ("none", "int4"))
+    variants = ["onnx-fp32", "cpu-int8", "cpu-int4", "triton-int8"]
+    options: dict[str, Any] = {"variants": variants, "calibration": texts}
+    with pytest.warns(pipeline.LeftOutWarning) as warned:
+        done = export(model, tmp_path / "bundle", SETS, skip_failed=True, **options)
+    assert [(v.expert_set, v.name) for v in done.manifest.variants] == [
+        ("vt", "onnx-fp32"),
+        ("vt", "cpu-int8"),
+        ("none", "onnx-fp32"),
+    ]
+    assert [(made.expert_set, made.source) for made in done.manifest.deployments] == [("vt", "cpu-int8")]
+    assert tuple(str(warning.message) for warning in warned) == done.left_out
+    assert len(done.left_out) == 4
+    first, *_, last = sorted(done.left_out, key=lambda line: "triton" in line)
+    assert first.startswith("left out: a variant is below its gate: cpu-int4, experts vt (expected the same ")
+    assert last == "left out: triton-int8, experts none, with cpu-int8, which it is made from"
+    assert not any("q4" in path.name or "none_quantized" in path.name for path in done.folder.rglob("*"))
+    assert XAdapterSession.load(done.folder, variant="cpu-int8").fill_mask(TEXTS[0])
+    with pytest.raises(ParityError, match=r"below its gate: cpu-int4, experts vt .*was rejected"):
+        export(model, tmp_path / "strict", SETS, **options)
+
+
+def test_an_export_that_would_leave_a_set_with_nothing_fails(
+    model: XAdapterModel, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(monkeypatch, ("none", "int8"))
+    with (
+        pytest.warns(pipeline.LeftOutWarning),
+        pytest.raises(ParityError, match=r"every variant .* below its gate, .*: experts none .*got cpu-int8"),
+    ):
+        export(model, tmp_path / "b", SETS, variants=["cpu-int8"], calibration=texts, skip_failed=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_in_fp32_that_is_wrong_is_never_left_out(
+    model: XAdapterModel, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(*arguments: Any) -> ir.Model:
+        graph = trace(*arguments)
+        name = next(name for name in graph.graph.initializers if name.startswith("adapters."))
+        weights = graph.graph.initializers[name]
+        weights.const_value = ir.tensor(2 * constant(weights), name=name)
+        return graph
+
+    monkeypatch.setattr(pipeline, "trace", spoiled)
+    variants = ["onnx-fp32", "cpu-int8"]
+    with pytest.raises(ParityError, match="rejected"):
+        export(model, tmp_path / "b", variants=variants, calibration=texts, skip_failed=True, **ANY)
+
+
+@pytest.mark.filterwarnings("default")  # as outside pytest, where a warning is no error
+def test_skip_failed_is_a_warning_line_and_exit_0(
+    model: XAdapterModel, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(monkeypatch, ("none", "int8"))
+    model.save_pretrained(tmp_path / "checkpoint", self_contained=True)
+    flags = ["--experts", "none", "-o", tmp_path / "bundle", "--calibration", texts, "--skip-failed"]
+    done = call(tmp_path / "checkpoint", *flags, "--variant", "onnx-fp32", "--variant", "cpu-int8", "--json")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Warning: left out: a variant is below its gate: cpu-int8, experts none")
+    found = json.loads(done.stdout)
+    assert [v["target"] for v in found["manifest"]["variants"]] == ["onnx"]
+    assert [f"Warning: {line}" for line in found["left_out"]] == [line]
+
+
+def test_a_lossy_variant_says_what_it_was_judged_on(result: ExportResult) -> None:
+    for variant in result.manifest.variants:
+        agreement = variant.agreement
+        if agreement is None:
+            continue
+        judged = agreement.judged_on
+        assert judged is not None
+        assert (judged.texts, judged.questions) == ("texts.txt", None)
+        assert judged.processor.split()[0] == read_machine().architecture
+        assert set(judged.processor.split()[1:]) == read_machine().features
+        assert agreement.same_top_interval is not None
+        low, high = agreement.same_top_interval
+        assert 0 <= low <= (agreement.same_top or 0) <= high <= 1
+        line = describe_agreement(agreement)
+        assert f"95 % interval {low:.1%} to {high:.1%}" in line
+        assert f"judged on texts.txt, on {judged.processor}" in line
+        assert line in (result.folder / "README.md").read_text("utf-8")
 
 
 # ------------------------------------------------------------------------------------------ calibration.jsonl
@@ -716,12 +787,8 @@ def test_the_texts_of_a_checkpoint_are_what_its_lossy_export_is_compared_on(
         assert variant.agreement is not None
         return variant.agreement.num_texts
 
-    assert XAdapterModel.from_pretrained(with_texts).calibration_file == with_texts / "calibration.jsonl"
-    assert num_texts("own") == 3  # every second of six
-    again = tmp_path / "again"
-    XAdapterModel.from_pretrained(with_texts).save_pretrained(again, self_contained=True)
-    assert (again / "calibration.jsonl").read_bytes() == (with_texts / "calibration.jsonl").read_bytes()
+    assert num_texts("own") == 3  # half of six
     assert num_texts("given", calibration=texts) == 4
     (with_texts / "calibration.jsonl").unlink()
-    assert XAdapterModel.from_pretrained(with_texts).calibration_file is None
+    assert XAdapterModel.from_pretrained(with_texts).calibration is None
     assert num_texts("ours") > 100

@@ -17,7 +17,7 @@ from tests.tiny_checkpoint import make_plm, write_parts
 from xadapter_export import XAdapterModel
 from xadapter_export.cli.main import xad
 from xadapter_export.cli.train import train
-from xadapter_export.exporters.calibration import calibration_texts
+from xadapter_export.exporters.calibration import read_calibration
 from xadapter_export.training.config import TrainConfig
 
 TEXTS = "the color of a banana is green.\na fruit is very very green.\nthe banana is a fruit.\n"
@@ -77,9 +77,9 @@ def failed(result: Result, code: int = 1) -> str:
 
 def calibration() -> list[dict[str, str]]:
     """The texts that the checkpoint carries for its export."""
-    path = XAdapterModel.from_pretrained("plugin").calibration_file
-    assert path == Path("plugin/calibration.jsonl")
-    return sorted(map(json.loads, path.read_text("utf-8").splitlines()), key=str)
+    text = Path("plugin/calibration.jsonl").read_text("utf-8")
+    assert XAdapterModel.from_pretrained("plugin").calibration == text
+    return sorted(map(json.loads, text.splitlines()), key=str)
 
 
 def test_results_are_on_stdout_and_the_rest_on_stderr(run: Run) -> None:
@@ -159,9 +159,9 @@ def test_a_classifier_of_pairs_carries_pairs_for_its_export(run: Run) -> None:
     result = run("-o", "plugin", *task, "--pair-column", "sentence2", "--max-steps", 1)
     assert result.exit_code == 0, result.stderr
     assert calibration() == sorted([{"sentence1": a, "sentence2": b} for a, b in pairs], key=str)
-    read = calibration_texts(XAdapterModel.from_pretrained("plugin"), None, "text-classification")
-    assert read.pairs is not None
-    assert set(zip(read.texts, read.pairs, strict=True)) == set(pairs)
+    read = read_calibration(XAdapterModel.from_pretrained("plugin"), None, "text-classification")
+    found = [(half.texts, half.pairs or ()) for half in (read.made_with, read.compared_on)]
+    assert {pair for half in found for pair in zip(*half, strict=True)} == set(pairs)
 
 
 def test_help_lists_every_setting_and_imports_nothing_heavy() -> None:

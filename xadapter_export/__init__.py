@@ -35,7 +35,7 @@ _BASE = {
 }
 _EXPORT_EXTRA = {
     "XAdapterModel": "xadapter_export.model.x_adapter_model",
-    "export": "xadapter_export.exporters",
+    "export": "xadapter_export.exporters.pipeline",
 }
 
 

@@ -173,6 +173,21 @@ class VariantParity(_Strict):
     num_cells: Size
 
 
+class JudgedOn(_Strict):
+    """What a lossy variant was judged on.
+
+    Attributes:
+        texts: Where the texts are from: a file's name, the checkpoint, or the exporter's own sentences.
+        questions: The same of the questions with a known answer; None where there were none.
+        processor: Architecture and int8 features of the CPU whose kernels answered, as ``x86-64 avx2``.
+            Another may give other answers.
+    """
+
+    texts: str
+    questions: str | None
+    processor: str
+
+
 class Agreement(_Strict):
     """What a lossy variant was measured to say, beside the fp32 graph that it was derived from.
 
@@ -180,6 +195,8 @@ class Agreement(_Strict):
         num_texts: How many texts both were asked.
         num_answers: How many answers were compared: masks, texts or embeddings.
         same_top: Share of answers whose largest entry is the same; None where there is no such entry.
+        same_top_interval: Where that share lies with 95 % confidence, were each answer drawn by itself
+            (Wilson's interval); None where ``same_top`` is.
         cosine: Mean cosine between the two answers, each a vector; of a regression, the correlation of its
             values with those of fp32.
         same_rows: Share of the bank rows that fp32 retrieves and it retrieves too; None where none are
@@ -190,11 +207,13 @@ class Agreement(_Strict):
         min_same_top: The gate for ``same_top``, or for ``cosine`` where that is None.
         max_points_lost: The gate for the accuracy, in percentage points.
         gate_lowered: Whether the user asked for a gate below the default.
+        judged_on: The texts and the processor; None in bundles that do not say.
     """
 
     num_texts: Size
     num_answers: Size
     same_top: Annotated[float, Field(ge=0, le=1)] | None
+    same_top_interval: tuple[float, float] | None = None
     cosine: float
     same_rows: Annotated[float, Field(ge=0, le=1)] | None = None
     num_questions: Count
@@ -203,6 +222,7 @@ class Agreement(_Strict):
     min_same_top: Annotated[float, Field(ge=0, le=1)]
     max_points_lost: Annotated[float, Field(ge=0)]
     gate_lowered: bool
+    judged_on: JudgedOn | None = None
 
 
 class Optimisation(_Strict):

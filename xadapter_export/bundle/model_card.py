@@ -1,7 +1,7 @@
 """The README of a bundle."""
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
-from xadapter_export.bundle.manifest import Manifest
+from xadapter_export.bundle.manifest import Agreement, Manifest
 
 
 def model_card(manifest: Manifest, name: str) -> str:
@@ -38,6 +38,14 @@ def model_card(manifest: Manifest, name: str) -> str:
         size = f"{variant.size_bytes / 1e6:.1f}"
         files = " + ".join(f"`{file}`" for file in variant.graph_files)
         lines.append(f"| {variant.expert_set} | {files} | {size} | {total:,} | {measured} | {rule} |")
+    lossy = [variant for variant in manifest.variants if variant.agreement is not None]
+    if lossy:
+        lines += ["", "Graphs in fewer bits than fp32, compared with it when they were exported:", ""]
+    for variant in lossy:
+        assert variant.agreement is not None
+        lines.append(
+            f"- experts {variant.expert_set}, {variant.name}: {describe_agreement(variant.agreement)}"
+        )
     if manifest.deployments:
         lines += [
             "",
@@ -69,6 +77,29 @@ def model_card(manifest: Manifest, name: str) -> str:
         ]
     lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
     return "\n".join(lines)
+
+
+def describe_agreement(agreement: Agreement) -> str:
+    """Return in one line how a lossy variant compared with fp32, and what it was judged on."""
+    same, interval, count = agreement.same_top, agreement.same_top_interval, agreement.num_answers
+    if same is None:
+        facts = [f"cosine {agreement.cosine:.4f} over {count} answers (gate {agreement.min_same_top:g})"]
+    else:
+        range95 = "" if interval is None else f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}, "
+        facts = [f"same top answer in {same:.1%} of {count} ({range95}gate {agreement.min_same_top:.1%})"]
+        facts.append(f"cosine {agreement.cosine:.4f}")
+    if agreement.accuracy_fp32 is not None and agreement.accuracy is not None:
+        facts.append(
+            f"{agreement.accuracy:.1%} of {agreement.num_questions} questions right, "
+            f"fp32 {agreement.accuracy_fp32:.1%} (gate {agreement.max_points_lost:g} "
+            f"point{'' if agreement.max_points_lost == 1 else 's'})"
+        )
+    if agreement.gate_lowered:
+        facts.append("gate lowered by the user")
+    if (judged := agreement.judged_on) is not None:
+        questions = "" if judged.questions is None else f" and {judged.questions}"
+        facts.append(f"judged on {judged.texts}{questions}, on {judged.processor}")
+    return ", ".join(facts)
 
 
 def _example(manifest: Manifest) -> str:

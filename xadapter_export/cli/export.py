@@ -20,6 +20,15 @@ from xadapter_export.cli.command import (
     print_json,
 )
 from xadapter_export.errors import UnsupportedError, import_extra
+from xadapter_export.exporters.request import (
+    DEPLOYMENTS,
+    PRECISIONS,
+    TARGETS,
+    VARIANTS,
+    check_gate_options,
+    check_request,
+    make_request,
+)
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import (
@@ -33,8 +42,6 @@ if TYPE_CHECKING:
     from xadapter_export.exporters.merge import Retrieval, Step
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
-TARGETS = ("onnx", "cpu", "cuda", "openvino", "tensorrt-rtx", "tensorrt", "mobile", "triton")
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
 TASKS = ("fill-mask", "text-classification", "feature-extraction")
@@ -99,7 +106,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     epilog=example(
         "xad-export --experts t --opset 17",
         "xad-export --experts vt --experts none -o bundle --candidates yellow,green,red",
-        "xad-export --precision fp32 --precision int8 -o bundle-small",
+        "xad-export --variant onnx-fp32 --variant cpu-int8 -o bundle-small",
     ),
 )
 @click.argument("checkpoint", default="builtin")
@@ -141,16 +148,27 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
 )
 @click.option(
+    "--variant",
+    "variants",
+    type=click.Choice(VARIANTS),
+    multiple=True,
+    metavar="TARGET-PRECISION",
+    help="Exactly this variant, such as cpu-int8 or tensorrt-rtx-fp16; may be repeated. Variants from "
+    "--precision and --target are added to it. A wrong name lists all. [default: onnx-fp32]",
+)
+@click.option(
     "--precision",
     "precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="Precision; may be repeated. int8 and int4 are for CPUs, fp16 is for GPUs. [default: fp32]",
+    help="Shorthand for several variants: this precision for every --target that takes it; may be repeated. "
+    "int8 and int4 are for CPUs, fp16 is for GPUs. int8 is written for onnx only if no other target takes "
+    "it, and for TensorRT only if no CPU target does or it has no other precision. [default: fp32]",
 )
 @click.option(
     "--target",
     "targets",
-    type=click.Choice(TARGETS),
+    type=click.Choice((*TARGETS, *DEPLOYMENTS)),
     multiple=True,
     help="Who runs it; may be repeated: onnx any runtime, cpu and cuda these providers of onnxruntime, "
     "openvino OpenVINO on x86, tensorrt-rtx and tensorrt NVIDIA GPUs, mobile onnxruntime on phones (.ort), "
@@ -200,6 +218,11 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     "int4 2]",
 )
 @click.option(
+    "--skip-failed",
+    is_flag=True,
+    help="Leave out a lossy variant that fails its gate, with a warning, instead of rejecting the bundle.",
+)
+@click.option(
     "--without",
     type=click.Choice(STEPS),
     multiple=True,
@@ -229,6 +252,7 @@ def export(
     task: "Task | None",
     candidates: list[str] | None,
     max_seq: int | None,
+    variants: tuple[str, ...],
     precisions: "tuple[Precision, ...]",
     targets: "tuple[Target | DeploymentTarget, ...]",
     profile: tuple[str, ...],
@@ -237,6 +261,7 @@ def export(
     evaluate: Path | None,
     min_agreement: float | None,
     max_points_lost: float | None,
+    skip_failed: bool,
     without: "tuple[Step, ...]",
     retrieval: "Retrieval",
     split: bool,
@@ -251,9 +276,17 @@ def export(
     NAME.rejected.
     """
     output = output or Path("bundle-" + "-".join(experts) if experts else "bundle")
+    check_gate_options(min_agreement, max_points_lost)
+    judging: dict[str, object] = {"--calibration": calibration, "--evaluate": evaluate}
+    judging |= {"--min-agreement": min_agreement, "--max-points-lost": max_points_lost}
+    check_request(  # before PyTorch is imported, which takes seconds; export() does it again
+        make_request(variants, precisions, targets),
+        split=split or retrieval == "external",
+        judging=judging | {"--skip-failed": skip_failed},
+    )
     with _progress(quiet=quiet) as on_stage:
         on_stage("load", "PyTorch")
-        module = import_extra("xadapter_export.exporters", "export")
+        module = import_extra("xadapter_export.exporters.pipeline", "export")
         options = import_extra("xadapter_export.exporters.deploy", "export")
         result: ExportResult = module.export(
             checkpoint,
@@ -263,12 +296,14 @@ def export(
             task=task,
             candidates=candidates,
             max_seq=max_seq,
+            variants=variants,
             precisions=precisions,
             targets=targets,
             calibration=calibration,
             evaluate=evaluate,
             min_agreement=min_agreement,
             max_points_lost=max_points_lost,
+            skip_failed=skip_failed,
             without=without,
             retrieval=retrieval,
             split=split,
@@ -277,7 +312,8 @@ def export(
             on_stage=on_stage,
         )
     if as_json:
-        print_json({"bundle": str(result.folder), "manifest": result.manifest.model_dump(mode="json")})
+        found = {"bundle": str(result.folder), "manifest": result.manifest.model_dump(mode="json")}
+        print_json({**found, "left_out": list(result.left_out)})
     else:
         _report(result)
 
@@ -288,7 +324,8 @@ def _report(result: "ExportResult") -> None:
     for variant in manifest.variants:
         console.print(
             f"experts {variant.expert_set}, {variant.name}: {result.folder.name}/{variant.file}, "
-            f"{variant.size_bytes / 1e6:.1f} MB; {_proof(variant)}"
+            f"{variant.size_bytes / 1e6:.1f} MB; {_proof(variant)}",
+            soft_wrap=True,
         )
     for made in manifest.deployments:
         console.print(
@@ -306,15 +343,13 @@ def _report(result: "ExportResult") -> None:
 
 
 def _proof(variant: "Variant") -> str:
+    from xadapter_export.bundle.model_card import describe_agreement
+
     proof, agreement = variant.parity, variant.agreement
     if proof is not None:
         return f"parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
     assert agreement is not None  # a variant has the one or the other
-    same = "" if agreement.same_top is None else f"same top answer in {agreement.same_top:.1%}, "
-    text = f"{same}cosine {agreement.cosine:.4f} over {agreement.num_answers} answers"
-    if agreement.accuracy is not None and agreement.accuracy_fp32 is not None:
-        text += f"; accuracy {agreement.accuracy_fp32:.1%} to {agreement.accuracy:.1%}"
-    return text
+    return describe_agreement(agreement)
 
 
 @contextmanager

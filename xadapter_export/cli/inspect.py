@@ -11,7 +11,7 @@ from xadapter_export.cli.command import XadCommand, example, json_option, make_c
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Agreement, Manifest, Optimisation, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import Manifest, Optimisation, TensorSpec, Variant
 
 MIB = 1024 * 1024
 MOST_FILES = 4  # of a deployment; the manifest has all
@@ -85,25 +85,14 @@ def _variants(manifest: "Manifest") -> "Table":
 
 
 def _proof(variant: "Variant") -> str:
+    from xadapter_export.bundle.model_card import describe_agreement
+
     if variant.agreement is not None:
         return describe_agreement(variant.agreement)
     proof = variant.parity
     if proof is None:
         return "not proven"
     return f"{'passed' if proof.passed else 'FAILED'}, {proof.num_cells} cells, max abs {proof.max_abs:.1e}"
-
-
-def describe_agreement(agreement: "Agreement") -> str:
-    """Return in one line what a lossy variant was measured to say, beside fp32."""
-    facts = [f"{agreement.num_answers} answers", f"cosine {agreement.cosine:.4f}"]
-    if agreement.same_top is not None:
-        facts.insert(1, f"same top {agreement.same_top:.1%} (gate {agreement.min_same_top:.1%})")
-    if agreement.accuracy_fp32 is not None and agreement.accuracy is not None:
-        facts.append(
-            f"{agreement.accuracy:.1%} of {agreement.num_questions} questions right, "
-            f"fp32 {agreement.accuracy_fp32:.1%} (gate {agreement.max_points_lost:g} points)"
-        )
-    return ", ".join(facts) + (", gate lowered by the user" if agreement.gate_lowered else "")
 
 
 def _deployments(manifest: "Manifest") -> "Table":

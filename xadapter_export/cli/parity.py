@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.cli.command import (
     EXPERT_SETS,
     XadCommand,
@@ -15,7 +16,6 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
-from xadapter_export.cli.inspect import describe_agreement
 from xadapter_export.errors import ParityError
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def read_table(
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix in (".jsonl", ".json"):
-        return _read_json(path)
+        return parse_json_rows("\n".join(read_lines(path)), path)
     is_csv = path.suffix == ".csv"
     settings: dict[str, Any] = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     limit = csv.field_size_limit(_LONGEST_FIELD)
@@ -89,8 +89,13 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise InputTextError("the file cannot be read", where=path, got=str(error)[:200]) from error
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    lines = read_lines(path)
+def parse_json_rows(text: str, where: object) -> list[dict[str, Any]]:
+    """Return the rows that a text holds as JSON lines, or as one list.
+
+    Raises:
+        InputTextError: If it is no JSON, or a row is no object.
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
     rows: list[Any] = []
     try:
         if lines and lines[0].lstrip().startswith("["):
@@ -98,11 +103,11 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         else:
             rows = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        where = f"{path}, line {len(rows) + 1}"
-        raise InputTextError("the file is not JSON lines", where=where, got=error) from error
+        line = f"{where}, line {len(rows) + 1}"
+        raise InputTextError("the file is not JSON lines", where=line, got=error) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputTextError(
-                "a line is no JSON object", where=f"{path}, line {number}", got=type(row).__name__
+                "a line is no JSON object", where=f"{where}, line {number}", got=type(row).__name__
             )
     return rows

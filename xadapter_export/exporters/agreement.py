@@ -4,15 +4,24 @@ Dimensions: n answers, C logits of a mask or a text, or numbers of an embedding,
 pictures.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.manifest import Agreement, Candidate, ExpertSetSpec, Precision, Task
+from xadapter_export.bundle.manifest import (
+    Agreement,
+    Candidate,
+    ExpertSetSpec,
+    JudgedOn,
+    Precision,
+    Task,
+)
 from xadapter_export.bundle.onnx_session import Array, OnnxSession
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
@@ -31,11 +40,13 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.checkpoint import read_record
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.choose import Machine
 from xadapter_export.runtime.text import TextEncoder
 
 Feed = Mapping[str, Array]
 Runner = Callable[[Feed, Sequence[str]], Sequence[Array]]  # inputs, and names of outputs, to those outputs
 Float32Array = NDArray[np.float32]
+CHECKPOINT_QUESTIONS: Final = "the checkpoint's own questions"
 _SENTENCES_KEY = "sentences"  # of a row that brings its own questions, as those of the built-in checkpoint do
 
 
@@ -70,11 +81,13 @@ class Questions:
         texts: q texts or pairs of texts; those for fill-mask have exactly one mask.
         right: q places of the right answer, among ``columns``.
         columns: Columns of the logits that may be answered; None for all.
+        source: Where they are from: the name of a file without its folder, or words.
     """
 
     texts: CalibrationTexts
     right: tuple[int, ...]
     columns: tuple[int, ...] | None
+    source: str = CHECKPOINT_QUESTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +131,6 @@ def as_runner(session: OnnxSession) -> Runner:
     return lambda feed, names: session.run(list(names), feed)
 
 
-def check_gate_options(min_agreement: float | None, max_points_lost: float | None) -> None:
-    """Refuse gates that make no sense, before anything is exported.
-
-    Raises:
-        ConfigError: If ``min_agreement`` is not from 0 to 1, or ``max_points_lost`` not from 0 to 100.
-    """
-    for name, value, most in (("min_agreement", min_agreement, 1), ("max_points_lost", max_points_lost, 100)):
-        if value is not None and not 0 <= value <= most:
-            raise ConfigError(f"{name} is out of range", expected=f"0 to {most}", got=value)
-
-
 def read_questions(
     model: XAdapterModel, source: Path | None, task: Task, candidates: Sequence[Candidate] | None = None
 ) -> Questions | None:
@@ -161,15 +163,16 @@ def read_questions(
         colors = {color for row in read_table(source) for color in row["distribution"]}
         if candidates is not None and not colors <= {candidate.word for candidate in candidates}:
             return None
-    if task == "fill-mask":
         return _color_questions(model, source, candidates)
+    if task == "fill-mask":
+        return replace(_color_questions(model, source, candidates), source=source.name)
     if task == "feature-extraction" or len(model.config.labels) == 1:
         raise ConfigError(
             "there is no share of right answers to be lost",
             where="a regression" if task == "text-classification" else task,
             mend="leave --evaluate out: the variants are judged by their agreement with fp32 alone",
         )
-    return _label_questions(model, source)
+    return replace(_label_questions(model, source), source=source.name)
 
 
 def make_probe(
@@ -185,14 +188,14 @@ def make_probe(
         encoder: Both tokenizers, as the bundle will have them.
         spec: Inputs and outputs of the graphs.
         task: What they answer.
-        texts: Texts to compare on.
+        texts: Texts to compare on; texts of like length are asked together.
         questions: Questions with a known answer.
 
     Raises:
         InputTextError: If a text is empty, has no mask where one is needed, or has masks too far apart.
     """
     names = [tensor.name for tensor in spec.inputs]
-    feeds = calibration_feeds(encoder, texts, names)
+    feeds = calibration_feeds(encoder, texts.by_length(), names)
     asked = [] if questions is None else calibration_feeds(encoder, questions.texts, names)
     retrieves = any(tensor.name == "retrieved" for tensor in spec.outputs)
     return Probe(task, tuple(feeds), retrieves, questions, tuple(asked))
@@ -238,12 +241,12 @@ def compare(
     *,
     min_agreement: float | None = None,
     max_points_lost: float | None = None,
+    judged_on: JudgedOn | None = None,
 ) -> Agreement:
     """Return how well a variant's answers agree with those of fp32, beside the gate for its precision.
 
-    Every mask of every text is an answer. With 300 of them 99 % leaves room for 3 that differ, with 200 for
-    2: how many there were stands in the result, and fewer than 300 say little. A share of 99 % that was
-    measured on 300 is compatible with a true one from 97.1 to 99.8 % (95 % interval, binomial).
+    Every mask of every text is an answer. How many there were is in the result, and the interval that they
+    leave for the true share: of 990 in 1,000 it is 98.2 to 99.5 %, of 297 in 300 97.1 to 99.7 %.
 
     An answer of one number, as a regression gives, has no largest entry and no direction. There ``same_top``
     is None, and all answers together, less their mean, are the vector whose cosine is taken: Pearson's
@@ -257,6 +260,7 @@ def compare(
         min_agreement: A gate in the place of the default one for ``same_top``, or where that is None for
             ``cosine``; what applied stands in ``min_same_top``.
         max_points_lost: Likewise for the accuracy.
+        judged_on: What the result says that both were asked, and where.
 
     Raises:
         ParityError: If the answers have another shape than those of fp32.
@@ -283,6 +287,7 @@ def compare(
         num_texts=sum(len(feed["input_ids"]) for feed in probe.feeds),
         num_answers=len(ours),
         same_top=same_top,
+        same_top_interval=None if same_top is None else wilson_interval(same_top, len(ours)),
         cosine=cosine,
         same_rows=share_of_same_rows(reference, candidate),
         num_questions=0 if probe.questions is None else len(probe.questions.right),
@@ -291,6 +296,7 @@ def compare(
         min_same_top=float(minimum),
         max_points_lost=float(points),
         gate_lowered=minimum < default_min or points > default.max_points_lost,
+        judged_on=judged_on,
     )
 
 
@@ -317,6 +323,23 @@ def measure(
         min_agreement=min_agreement,
         max_points_lost=max_points_lost,
     )
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share that was measured on ``count`` answers.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, J. Am. Stat.
+    Assoc. 22 (1927).
+    """
+    z2 = NormalDist().inv_cdf(0.975) ** 2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def name_processor(machine: Machine) -> str:
+    """Return a machine's architecture and the int8 features of its CPU, as ``x86-64 avx2 avx512_vnni``."""
+    return " ".join([machine.architecture, *sorted(machine.features)])
 
 
 def share_of_same_rows(reference: Answers, candidate: Answers) -> float | None:

@@ -5,27 +5,19 @@ the bundle that is being made, and returns what it wrote as a ``Deployment``.
 """
 
 import importlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision, Target
+from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Precision
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.axis_profile import AXES, check_axes, parse_profile
-from xadapter_export.exporters.derive import TARGETS
+from xadapter_export.exporters.request import Request
 
-__all__ = ["DeployOptions", "Say", "check_options", "deploy", "parse_profile", "sources"]
+__all__ = ["DeployOptions", "Say", "check_options", "deploy", "parse_profile"]
 
 Say = Callable[[str], None]
 
-# The graph that a deployment is made from, for each precision that it takes.
-_ENGINES: dict[Precision, Target] = {"fp32": "onnx", "fp16": "onnx", "int8": "onnx"}
-SOURCES: dict[DeploymentTarget, dict[Precision, Target]] = {
-    "tensorrt-rtx": _ENGINES,
-    "tensorrt": _ENGINES,
-    "mobile": {"fp32": "onnx", "int8": "cpu"},
-    "triton": {"fp32": "onnx", "fp16": "onnx", "int8": "cpu"},
-}
 _MODULES: dict[DeploymentTarget, str] = {
     "tensorrt-rtx": "xadapter_export.exporters.deploy_tensorrt_rtx",
     "tensorrt": "xadapter_export.exporters.deploy_tensorrt",
@@ -67,56 +59,17 @@ class DeployOptions:
         check_axes(self.profile)
 
 
-def sources(
-    targets: Sequence[DeploymentTarget],
-    precisions: Sequence[Precision],
-    elsewhere: Collection[Precision] = (),
-) -> list[tuple[Target, Precision]]:
-    """The variants that deployments are made from.
-
-    Args:
-        targets: The runtimes.
-        precisions: Those that were asked for; fp32 if empty.
-        elsewhere: Those that something else takes.
-
-    Raises:
-        ConfigError: If a deployment does not take any of the precisions, or nothing takes one of them.
-        MissingExtraError: If what one needs is not installed.
-    """
-    found: list[tuple[Target, Precision]] = []
-    for target in targets:
-        if target in _NEEDS:
-            import_extra(*_NEEDS[target])
-        of_target = _made_from(target, precisions)
-        if not of_target:
-            raise ConfigError(
-                f"target {target} does not take precision {', '.join(precisions)}",
-                expected=f"one of {', '.join(SOURCES[target])}",
-                mend=f"add --precision {next(iter(SOURCES[target]))}",
-            )
-        found += [pair for pair in of_target if pair not in found]
-    for precision in precisions:
-        if precision not in [*elsewhere, *(taken for _, taken in found)]:
-            raise ConfigError(
-                f"precision {precision} is not made for target {', '.join(targets)}",
-                expected=f"some of {', '.join(dict.fromkeys(p for t in targets for p in SOURCES[t]))}",
-                mend=f"leave it out, or add --target {TARGETS[precision][0]}",
-            )
-    return found
-
-
-def _made_from(target: DeploymentTarget, precisions: Sequence[Precision]) -> list[tuple[Target, Precision]]:
-    return [(SOURCES[target][p], p) for p in precisions or ("fp32",) if p in SOURCES[target]]
-
-
-def check_options(
-    targets: Sequence[DeploymentTarget], precisions: Sequence[Precision], options: DeployOptions
-) -> None:
-    """Refuses options that no deployment reads, and GPUs that engines cannot be built for.
+def check_options(deployments: Sequence[tuple[DeploymentTarget, Precision]], options: DeployOptions) -> None:
+    """Refuses options that no deployment reads, GPUs that no engine can be for, and what is not installed.
 
     Raises:
         ConfigError: If there is one.
+        MissingExtraError: If what a deployment needs is not installed.
     """
+    targets = list(dict.fromkeys(target for target, _ in deployments))
+    for target in targets:
+        if target in _NEEDS:
+            import_extra(*_NEEDS[target])
     read = {axis for target in targets for axis in _AXES[target]}
     for axis, (least, largest) in options.profile.items():
         if axis not in read:
@@ -135,7 +88,8 @@ def check_options(
             )
     if "tensorrt-rtx" in targets:
         engines = importlib.import_module("xadapter_export.exporters.engines")
-        engines.check_capabilities(options.compute_capabilities, precisions or ("fp32",))
+        precisions = [precision for target, precision in deployments if target == "tensorrt-rtx"]
+        engines.check_capabilities(options.compute_capabilities, precisions)
     elif options.compute_capabilities:
         raise ConfigError(
             "compute capabilities are for the target tensorrt-rtx",
@@ -145,30 +99,23 @@ def check_options(
 
 
 def deploy(
-    folder: Path,
-    manifest: Manifest,
-    targets: Sequence[DeploymentTarget],
-    precisions: Sequence[Precision],
-    options: DeployOptions,
-    say: Say,
+    folder: Path, manifest: Manifest, request: Request, options: DeployOptions, say: Say
 ) -> tuple[Deployment, ...]:
-    """Writes every deployment that was asked for, of every expert set.
+    """Writes every deployment that was asked for, of every expert set whose graph is there.
 
     Args:
         folder: The bundle, with its graphs; still being made.
         manifest: What it says so far.
-        targets: The runtimes.
-        precisions: Those that were asked for; fp32 if empty.
+        request: What was asked for.
         options: What they must fit.
         say: Called as each begins, with what it is.
 
     Raises:
         XAdapterError: If one cannot be made.
     """
-    wanted = {target: _made_from(target, precisions) for target in targets}
     return tuple(
         importlib.import_module(_MODULES[target]).deploy(folder, manifest, variant, options, say)
-        for target in targets
+        for target, precision in request.deployments
         for variant in manifest.variants
-        if (variant.target, variant.precision) in wanted[target]
+        if (variant.target, variant.precision) == request.source((target, precision))
     )

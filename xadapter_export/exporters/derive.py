@@ -1,7 +1,6 @@
-"""Every variant of an expert set, from its portable graph: which there are, their names, how one is made."""
+"""Every variant of an expert set, from its portable graph: their files, and how one is made."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -10,26 +9,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
 from xadapter_export.bundle.onnx_session import Array
-from xadapter_export.errors import ConfigError, ParityError
+from xadapter_export.errors import ParityError
 from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.qdq import quantise_qdq
 from xadapter_export.exporters.quantise import Recipe, Rounding, quantise
-
-# Targets that take a precision; DEFAULT_TARGETS are written where the user names none.
-TARGETS: dict[Precision, tuple[Target, ...]] = {
-    "fp32": ("onnx", "cpu", "cuda", "openvino"),
-    "fp16": ("onnx", "cuda"),
-    "int8": ("cpu", "openvino", "onnx"),
-    "int4": ("cpu", "openvino"),
-}
-DEFAULT_TARGETS: dict[Precision, tuple[Target, ...]] = {
-    "fp32": ("onnx",),
-    "fp16": ("onnx",),
-    "int8": ("cpu",),
-    "int4": ("cpu",),
-}
 
 # Suffixes that transformers.js and optimum know, and one for what they have no name for.
 _SUFFIXES: dict[tuple[Target, Precision], str] = {
@@ -48,43 +33,6 @@ _FP32_SEARCH = ("TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
 _SCORES = "bank_scores"
 _TO_FP16 = "_cast_to_fp16_node"  # how onnxruntime's converter names a cast of what stays fp32
 _FP32_ISLANDS = ("LayerNormalization", "Softmax", *_FP32_SEARCH)
-
-
-def plan_variants(
-    precisions: Sequence[Precision], targets: Sequence[Target]
-) -> list[tuple[Target, Precision]]:
-    """The variants to write, in order: every precision for every target that takes it.
-
-    Args:
-        precisions: What was asked for; fp32 if empty.
-        targets: What was asked for; those of ``DEFAULT_TARGETS`` if empty.
-
-    Raises:
-        ConfigError: If a precision, or a target, is left without the other.
-    """
-    precisions = tuple(dict.fromkeys(precisions)) or ("fp32",)
-    planned = [
-        (target, precision)
-        for precision in precisions
-        for target in TARGETS[precision]
-        if target in (targets or DEFAULT_TARGETS[precision])
-    ]
-    for precision in precisions:
-        if precision not in [done for _, done in planned]:
-            raise ConfigError(
-                f"precision {precision} is not written for target {', '.join(targets)}",
-                expected=f"one of {', '.join(TARGETS[precision])}",
-                mend=f"add --target {TARGETS[precision][0]}",
-            )
-    for target in targets:
-        if target not in [done for done, _ in planned]:
-            takes = [precision for precision in get_args(Precision) if target in TARGETS[precision]]
-            raise ConfigError(
-                f"target {target} does not take precision {', '.join(precisions)}",
-                expected=f"one of {', '.join(takes)}",
-                mend=f"add --precision {takes[0]}",
-            )
-    return planned
 
 
 def variant_file(

@@ -1,12 +1,13 @@
 """The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
 import gc
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -40,17 +41,24 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_sessi
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
-from xadapter_export.errors import ConfigError, XAdapterError
+from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.calibration import calibration_feeds
 from xadapter_export.exporters.check import check_graph
-from xadapter_export.exporters.deploy import DeployOptions, check_options, deploy, sources
-from xadapter_export.exporters.derive import add_up, derive, plan_variants, variant_file, weights_file
+from xadapter_export.exporters.deploy import DeployOptions, check_options, deploy
+from xadapter_export.exporters.derive import add_up, derive, variant_file, weights_file
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
-from xadapter_export.exporters.plan import Gates, Plan, check_names, check_split, make_plan, reads_clip
+from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
 from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, round_products
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.request import (
+    Request,
+    check_gate_options,
+    check_names,
+    check_request,
+    make_request,
+)
 from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
@@ -77,11 +85,19 @@ def _say_nothing(stage: Stage, detail: str) -> None:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished bundle: where it is, what it says of itself, and the proof."""
+    """A finished bundle: where it is, what it says of itself, and the proof.
+
+    ``left_out`` has a line for each variant that was below its gate, and so is not in the bundle.
+    """
 
     folder: Path
     manifest: Manifest
     parity: ParityReport
+    left_out: tuple[str, ...] = ()
+
+
+class LeftOutWarning(UserWarning):
+    """A variant that was asked for is below its gate and is not in the bundle."""
 
 
 def export(
@@ -93,12 +109,14 @@ def export(
     task: Task | None = None,
     candidates: Sequence[str] | None = None,
     max_seq: int | None = None,
+    variants: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
     targets: Sequence[Target | DeploymentTarget] = (),
     calibration: str | Path | None = None,
     evaluate: str | Path | None = None,
     min_agreement: float | None = None,
     max_points_lost: float | None = None,
+    skip_failed: bool = False,
     without: Collection[Step] = (),
     deploy_options: DeployOptions | None = None,
     retrieval: Retrieval = "in-graph",
@@ -116,14 +134,16 @@ def export(
         task: What the graphs answer; the checkpoint's task if None.
         candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
         max_seq: Longest input in tokens; the PLM's limit if None.
-        precisions: Precisions of the graphs; fp32 if empty.
-        targets: Who runs them; those of ``derive.DEFAULT_TARGETS`` if empty. What deployments among them are
-            made from is in the bundle too.
+        variants: Exactly these, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; the bundle also has the graphs that
+            deployments among them are made from.
+        precisions: With ``targets``, shorthand for more variants; see ``request.make_request``.
+        targets: Likewise; without any of the three the bundle has ``onnx-fp32``.
         calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
             that came with the checkpoint if None, or else sentences of our own and the bank's captions.
         evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
         min_agreement: Gate for the share of equal answers; the default of the precision if None.
         max_points_lost: Gate for the accuracy; the default of the precision if None.
+        skip_failed: Leave out lossy variants that are below a gate, with a warning, and write the others.
         without: Exact optimisations to leave out.
         deploy_options: What deployments must fit.
         retrieval: Where the bank is searched: ``in-graph``, or ``external``, by the app, with an index of its
@@ -140,30 +160,25 @@ def export(
         OutputExistsError: If the folder is in the way.
         OutputWriteError: If it cannot be written.
         ParityError: If a graph does not say what PyTorch says, or a lossy one is below its gate; the bundle
-            is kept beside as ``.rejected``.
+            is kept beside as ``.rejected``. With ``skip_failed``, if of an expert set no variant is left.
         XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
     check_opset(opset)
-    agreement.check_gate_options(min_agreement, max_points_lost)
-    check_names("target", targets, (*get_args(Target), *get_args(DeploymentTarget)))
-    check_names("precision", precisions, get_args(Precision))
+    check_gate_options(min_agreement, max_points_lost)
     check_names("expert set", (experts,) if isinstance(experts, str) else experts or (), EXPERT_SETS)
     check_names("retrieval", (retrieval,), get_args(Retrieval))
     check_names("optimisation of the merge", without, STEPS)
-    deployed = [cast(DeploymentTarget, target) for target in targets if target in get_args(DeploymentTarget)]
-    run_by = [cast(Target, target) for target in targets if target in get_args(Target)]
+    request = make_request(variants, precisions, targets)
     split = split or retrieval == "external"
-    if split and deployed:
-        raise ConfigError(
-            "deployments are made from whole graphs",
-            got=", ".join(deployed),
-            mend="export twice: once for them, and once with split graphs",
-        )
-    wanted = plan_variants(precisions, run_by) if run_by or not deployed else []
-    made_from = sources(deployed, precisions, elsewhere=[precision for _, precision in wanted])
-    wanted = list(dict.fromkeys([*wanted, *made_from]))
+    judging: dict[str, object] = {
+        "calibration": calibration,
+        "evaluate": evaluate,
+        "skip_failed": skip_failed,
+    }
+    judging |= {"min_agreement": min_agreement, "max_points_lost": max_points_lost}
+    check_request(request, split=split, judging=judging)
     deploy_options = deploy_options or DeployOptions()
-    check_options(deployed, precisions, deploy_options)
+    check_options(request.deployments, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -171,7 +186,7 @@ def export(
         else:
             source = type(model).__name__
         plan = make_plan(model, experts, task, candidates, max_seq, retrieval, split=split)
-        check_split(model, plan, wanted)
+        check_split(model, plan)
         context = model.clip.config.context_length if model.clip is not None else None
         check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
         cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask")
@@ -180,11 +195,13 @@ def export(
             unread.add("clip_input_ids")
         read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
         check_cases(deploy_options.profile, read)
-        gates = Gates.make(model, plan, wanted, calibration, evaluate, min_agreement, max_points_lost)
+        gates = Gates(min_agreement=min_agreement, max_points_lost=max_points_lost, skip_failed=skip_failed)
+        if request.is_lossy:
+            gates = gates.read(model, plan, calibration, evaluate)
         was_training = model.training
         try:
             builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(wanted, gates, cases, staged.final.name)
+            manifest, report = builder.build(request.graphs, gates, cases, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -193,7 +210,7 @@ def export(
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
             say = partial(on_stage, "deploy")
-            made = deploy(staged.path, manifest, deployed, precisions, deploy_options, say)
+            made = deploy(staged.path, manifest, request, deploy_options, say)
         except OSError:  # one about the output, which keeps nothing
             raise
         except XAdapterError as error:
@@ -202,7 +219,10 @@ def export(
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
-    return ExportResult(staged.final, manifest, report)
+    left_out = [*builder.left_out, *_not_deployed(request, manifest)]
+    for line in left_out[len(builder.left_out) :]:
+        warnings.warn(line, LeftOutWarning, stacklevel=2)
+    return ExportResult(staged.final, manifest, report, tuple(left_out))
 
 
 @dataclass
@@ -222,6 +242,7 @@ class _Builder:
     weights: dict[str, pack.SharedWeights] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=Rounding)
     answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def build(
         self,
@@ -245,6 +266,7 @@ class _Builder:
             for target, precision in wanted:
                 if target == "openvino":
                     self._write_ir(expert_set, precision, gates)
+        self._check_remaining(wanted)
 
         components = {component for spec in self.specs.values() for component in spec.component_parameters}
         retrieves = any(output.name == "retrieved" for spec in self.specs.values() for output in spec.outputs)
@@ -326,6 +348,8 @@ class _Builder:
                     measured = self._try(expert_set, graphs, target, precision, gates)
                 if measured is None or agreement.passes(measured):
                     break
+            if self._leaves_out(f"{target}-{precision}", expert_set, measured, gates):
+                continue
             self._write_graphs(expert_set, target, precision, graphs, [*saved, *add_up(done)], measured)
 
     def _write_graphs(
@@ -355,12 +379,13 @@ class _Builder:
 
     def _answer_in_fp32(self, expert_set: ExpertSet, gates: Gates) -> None:
         """Asks the portable graph what lossy ones will be asked."""
-        if gates.compared_on is None:
+        if gates.calibration is None:
             return
         self.on_stage("compare", f"{expert_set}, fp32")
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         spec, task = self.specs[expert_set], self.plan.task
-        probe = agreement.make_probe(encoder, spec, task, gates.compared_on, gates.questions)
+        texts = gates.calibration.compared_on
+        probe = agreement.make_probe(encoder, spec, task, texts, gates.questions)
         session = self._open_portable(expert_set)
         self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
 
@@ -415,15 +440,40 @@ class _Builder:
             precision,
             min_agreement=gates.min_agreement,
             max_points_lost=gates.max_points_lost,
+            judged_on=gates.judged_on(agreement.name_processor(read_machine())),
         )
+
+    def _leaves_out(self, name: str, expert_set: ExpertSet, measured: Agreement | None, gates: Gates) -> bool:
+        """Whether a variant is below its gate and is to be left out; then a warning says so."""
+        if measured is None or not gates.skip_failed:
+            return False
+        try:
+            agreement.check(measured, f"{name}, experts {expert_set}")
+        except ParityError as error:
+            self.left_out.append(f"left out: {error}")
+            warnings.warn(self.left_out[-1], LeftOutWarning, stacklevel=2)
+            return True
+        return False
+
+    def _check_remaining(self, wanted: Sequence[tuple[Target, Precision]]) -> None:
+        """Refuses a bundle that would have nothing that was asked for of an expert set."""
+        for expert_set in self.plan.expert_sets:
+            written = {(v.target, v.precision) for v in self.variants if v.expert_set == expert_set}
+            if written.isdisjoint(wanted):
+                raise ParityError(
+                    "every variant that was asked for is below its gate, so there is no bundle",
+                    where=f"experts {expert_set}",
+                    got=", ".join("-".join(pair) for pair in wanted),
+                    mend="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
+                )
 
     def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""
-        if gates.made_with is None:
+        if gates.calibration is None:
             return []
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
-        return calibration_feeds(encoder, gates.made_with, names)
+        return calibration_feeds(encoder, gates.calibration.made_with, names)
 
     def _part_feeds(
         self, expert_set: ExpertSet, parts: Collection[Part], gates: Gates | None
@@ -478,6 +528,12 @@ class _Builder:
             done = [*portable.optimisations, step]
             if agreement.passes(measured):
                 break
+        if self._leaves_out(f"openvino-{precision}", expert_set, measured, gates):
+            for left in (path, weights):
+                (self.folder / left).unlink()
+            if not any((self.folder / path).parent.iterdir()):
+                (self.folder / path).parent.rmdir()
+            return
         self._add(expert_set, "openvino", precision, path, (weights,), size, done, measured)
 
     def _add(
@@ -506,6 +562,18 @@ class _Builder:
         )
         self.variants.append(variant)
         self.variants.sort(key=lambda v: (self.plan.expert_sets.index(v.expert_set), v.name != "onnx-fp32"))
+
+
+def _not_deployed(request: Request, manifest: Manifest) -> list[str]:
+    """A line for each deployment that is not there because the graph it is made from was left out."""
+    there = {(v.expert_set, v.target, v.precision) for v in manifest.variants}
+    return [
+        f"left out: {'-'.join(name)}, experts {expert_set}, with {'-'.join(request.source(name))}, "
+        "which it is made from"
+        for name in request.deployments
+        for expert_set in manifest.expert_sets
+        if (expert_set, *request.source(name)) not in there
+    ]
 
 
 def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Variant]) -> None:

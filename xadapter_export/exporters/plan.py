@@ -1,14 +1,14 @@
 """What was asked for, checked against the checkpoint, before anything is made."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from xadapter_export.bundle.manifest import Candidate, ExpertSet, Precision, Target, Task
+from xadapter_export.bundle.manifest import Candidate, ExpertSet, JudgedOn, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters import agreement
-from xadapter_export.exporters.calibration import CalibrationTexts, calibration_texts
+from xadapter_export.exporters.calibration import Calibration, read_calibration
 from xadapter_export.exporters.merge import Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
@@ -18,29 +18,7 @@ _TASKS: dict[Task, tuple[Task, ...]] = {
     "text-classification": ("text-classification", "feature-extraction"),
     "feature-extraction": ("feature-extraction",),
 }
-# What is made from two graphs as well as from one: nothing here is calibrated on a graph's inputs.
-_SPLIT: tuple[tuple[Target, Precision], ...] = (
-    ("onnx", "fp32"),
-    ("onnx", "fp16"),
-    ("cuda", "fp32"),
-    ("cuda", "fp16"),
-    ("cpu", "fp32"),
-    ("cpu", "int8"),
-    ("cpu", "int4"),
-)
-_NUM_TEXTS = 600  # half to calibrate with, half to compare on
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
-
-
-def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Refuses names that are not known, which Python callers can misspell.
-
-    Raises:
-        ConfigError: If there is one.
-    """
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown {kind}", where=name, expected=f"one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -96,11 +74,11 @@ def make_plan(
     return Plan(expert_sets, task, found, max_seq or longest, retrieval, split)
 
 
-def check_split(model: XAdapterModel, plan: Plan, wanted: Sequence[tuple[Target, Precision]]) -> None:
-    """Refuses what cannot be split.
+def check_split(model: XAdapterModel, plan: Plan) -> None:
+    """Refuses to split where nothing can be.
 
     Raises:
-        ConfigError: If nothing can be, or a variant that was asked for is made from a whole graph.
+        ConfigError: If no graph reads CLIP, or no search can be moved out of one.
     """
     if not plan.split:
         return
@@ -120,14 +98,6 @@ def check_split(model: XAdapterModel, plan: Plan, wanted: Sequence[tuple[Target,
             where=f"experts {', '.join(plan.expert_sets)}",
             mend="leave --split out",
         )
-    whole = [f"{target}-{precision}" for target, precision in wanted if (target, precision) not in _SPLIT]
-    if whole:
-        raise ConfigError(
-            "this is not made from split graphs",
-            got=", ".join(whole),
-            expected=f"some of {', '.join('-'.join(pair) for pair in _SPLIT)}",
-            mend="choose one of those, or leave --split and --retrieval external out",
-        )
 
 
 def reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
@@ -137,43 +107,42 @@ def reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
 
 @dataclass(frozen=True)
 class Gates:
-    """What lossy variants are made and judged with; no texts where there are none."""
+    """What lossy variants are made and judged with; no texts where there are none.
 
-    made_with: CalibrationTexts | None = None
-    compared_on: CalibrationTexts | None = None
+    Attributes:
+        calibration: The texts.
+        questions: Questions with a known answer.
+        min_agreement: In the place of the default gate of a precision.
+        max_points_lost: Likewise.
+        skip_failed: Whether a variant below a gate is left out, and the others are written.
+    """
+
+    calibration: Calibration | None = None
     questions: agreement.Questions | None = None
     min_agreement: float | None = None
     max_points_lost: float | None = None
+    skip_failed: bool = False
 
-    @classmethod
-    def make(
-        cls,
-        model: XAdapterModel,
-        plan: Plan,
-        wanted: Sequence[tuple[Target, Precision]],
-        calibration: str | Path | None,
-        evaluate: str | Path | None,
-        min_agreement: float | None,
-        max_points_lost: float | None,
+    def judged_on(self, processor: str) -> JudgedOn | None:
+        """Return what a manifest says of the texts and questions; None where there are none."""
+        if self.calibration is None:
+            return None
+        asked = None if self.questions is None else self.questions.source
+        return JudgedOn(texts=self.calibration.source, questions=asked, processor=processor)
+
+    def read(
+        self, model: XAdapterModel, plan: Plan, calibration: str | Path | None, evaluate: str | Path | None
     ) -> Self:
-        """Reads the texts and questions; none where every graph is fp32.
+        """Return the same gates, with texts and questions.
 
         Raises:
-            XAdapterError: If they cannot be read, or were given and every graph is fp32.
+            XAdapterError: If they cannot be read.
         """
-        if all(precision == "fp32" for _, precision in wanted):
-            if any(option is not None for option in (calibration, evaluate, min_agreement, max_points_lost)):
-                raise ConfigError(
-                    "calibration, evaluate and the gates are for precisions below fp32",
-                    expected="fp16, int8 or int4 among the precisions",
-                    got="fp32 alone",
-                )
-            return cls()
         words = [candidate.word for candidate in plan.candidates or ()]
         source = None if calibration is None else Path(calibration)
-        texts = calibration_texts(model, source, plan.task, _NUM_TEXTS, candidates=words)
-        made_with, compared_on = texts.split()
-        questions = agreement.read_questions(
-            model, None if evaluate is None else Path(evaluate), plan.task, plan.candidates
+        asked = None if evaluate is None else Path(evaluate)
+        return replace(
+            self,
+            calibration=read_calibration(model, source, plan.task, candidates=words),
+            questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
         )
-        return cls(made_with, compared_on, questions, min_agreement, max_points_lost)

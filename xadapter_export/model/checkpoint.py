@@ -1,7 +1,6 @@
 """Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -105,8 +104,7 @@ def read_checkpoint(
                 "get the original"
             )
     _load_plugin(model, folder / PLUGIN_NAME)
-    if (folder / CALIBRATION_NAME).is_file():
-        model.calibration_file = folder / CALIBRATION_NAME
+    model.calibration = _read_calibration(folder / CALIBRATION_NAME)
     return model.eval()
 
 
@@ -121,6 +119,15 @@ def _refuse_pickles(folder: Path) -> None:
                 f"checkpoint {folder}: {path.relative_to(folder)} is a pickle, which is refused; "
                 "save weights as safetensors"
             )
+
+
+def _read_calibration(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read as UTF-8: {error}") from error
 
 
 def _load_plugin(model: XAdapterModel, path: Path) -> None:
@@ -169,8 +176,8 @@ def write_checkpoint(
             {name: tensor.contiguous() for name, tensor in model.trained_state().items()},
             staging / PLUGIN_NAME,
         )
-        if model.calibration_file is not None:
-            shutil.copyfile(model.calibration_file, staging / CALIBRATION_NAME)
+        if model.calibration is not None:
+            (staging / CALIBRATION_NAME).write_text(model.calibration, encoding="utf-8", newline="")
         for name, text in more_files.items():
             (staging / name).write_text(text, encoding="utf-8")
         if model.bank is not None:

@@ -103,7 +103,8 @@ class XAdapterModel(nn.Module):
     parameters that require a gradient. A forward pass changes no state.
 
     Attributes:
-        calibration_file: Texts as it was trained on, which came with the checkpoint, or None.
+        calibration: Texts as it was trained on, as JSON lines, or None. They are saved with the checkpoint;
+            lossy exports are made and judged with them.
     """
 
     bank_features: Tensor
@@ -116,7 +117,7 @@ class XAdapterModel(nn.Module):
         self.plm = plm
         self.clip = clip
         self.bank = bank
-        self.calibration_file: Path | None = None
+        self.calibration: str | None = None
         self._check()
         widths: dict[Expert, int] = {}
         if "v" in config.experts and bank is not None:

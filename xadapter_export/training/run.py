@@ -33,7 +33,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.evaluation.labelled import Labelled, read_labelled
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.checkpoint import CALIBRATION_NAME, RECORD_NAME
+from xadapter_export.model.checkpoint import RECORD_NAME
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
 from xadapter_export.model.identity import public_name, weights_sha256
@@ -59,7 +59,7 @@ from transformers.trainer import TRAINER_STATE_NAME  # isort: skip
 from transformers.trainer_callback import PrinterCallback  # isort: skip
 
 TRAIN_NAME = "train.json"
-_NUM_CALIBRATION = 600  # texts that a checkpoint carries for its export
+_NUM_CALIBRATION = 1300  # texts that a checkpoint carries for its export: 300 to calibrate, 1000 to compare
 RUN_NAME = "run.json"
 CONTROL_ROWS = 16
 _NOT_OF_THE_RUN = {"output", "run", "cache", "force", "log_every", "tensorboard", "self_contained"}
@@ -186,6 +186,7 @@ def train(
                 got="values that are not finite",
                 mend="lower learning_rate",
             )
+    model.calibration = _calibration(rows, config.seed)
     record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
     if is_first:
         on_stage("save", str(config.output))
@@ -200,7 +201,6 @@ def train(
             },
             more_files={
                 TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-                CALIBRATION_NAME: _calibration(rows, config.seed),
             },
         )
         for folder in config.run_folder.glob("state-*"):
