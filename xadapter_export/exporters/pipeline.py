@@ -59,7 +59,6 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
-from xadapter_export.runtime.choose import int8_overflows, read_machine
 
 Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
@@ -325,7 +324,7 @@ class _Builder:
                     done += steps
                 measured = None
                 if precision != "fp32":
-                    measured = self._try(expert_set, graphs, target, precision, gates)
+                    measured = self._try(expert_set, graphs, precision, gates)
                 if measured is None or agreement.passes(measured):
                     break
             self._write_graphs(expert_set, target, precision, graphs, [*saved, *add_up(done)], measured)
@@ -370,11 +369,9 @@ class _Builder:
         session = self._open(expert_set, files)
         self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
 
-    def _open(
-        self, expert_set: ExpertSet, files: Mapping[Part, Path], *, exact_int8: bool = False
-    ) -> OnnxSession:
+    def _open(self, expert_set: ExpertSet, files: Mapping[Part, Path]) -> OnnxSession:
         """Opens a graph, or two as one, while the bundle is being made."""
-        sessions = {part: create_session(file, exact_int8=exact_int8) for part, file in files.items()}
+        sessions = {part: create_session(file) for part, file in files.items()}
         if "whole" in sessions:
             return sessions["whole"]
         spec, retriever = self.specs[expert_set], None
@@ -388,7 +385,6 @@ class _Builder:
         self,
         expert_set: ExpertSet,
         graphs: Graphs,
-        target: Target,
         precision: Precision,
         gates: Gates,
     ) -> Agreement:
@@ -399,9 +395,7 @@ class _Builder:
             for part, graph in graphs.items():
                 files[part] = Path(folder) / f"{part}.onnx"
                 ir.save(graph, files[part], external_data=f"{part}.onnx_data")
-            exact = target == "cpu" and int8_overflows(read_machine())
-            session = self._open(expert_set, files, exact_int8=exact)
-            return self._compare(expert_set, session, precision, gates)
+            return self._compare(expert_set, self._open(expert_set, files), precision, gates)
 
     def _compare(
         self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates

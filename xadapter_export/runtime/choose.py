@@ -177,11 +177,6 @@ def _cpu_targets(machine: Machine) -> list[str]:
     return ["cpu", "onnx", "openvino"]  # one that is not installed says so when it is opened
 
 
-def int8_overflows(machine: Machine) -> bool:
-    """Whether onnxruntime's fastest int8 products overflow on this machine: x86 without int8 dot products."""
-    return machine.architecture == "x86-64" and machine.features.isdisjoint(INT8_DOT_PRODUCTS)
-
-
 @cache
 def read_machine() -> Machine:
     """Return what this machine is."""

@@ -25,7 +25,6 @@ def open_shared(
     *,
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
-    exact_int8: bool = False,
     cache_dir: Path | None = None,
 ) -> OnnxSession:
     """Open a variant as ``open_variant`` does, or return it if this process has it open already.
@@ -47,7 +46,6 @@ def open_shared(
             variant,
             providers=providers,
             num_threads=num_threads,
-            exact_int8=exact_int8,
             cache_dir=cache_dir,
         ),
     )

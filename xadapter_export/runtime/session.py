@@ -44,7 +44,6 @@ from xadapter_export.runtime.choose import (
     CPU_PROVIDER,
     Choice,
     choose,
-    int8_overflows,
     read_machine,
     runs_on_cpu,
 )
@@ -487,7 +486,6 @@ class XAdapterSession:
                     self.bundle,
                     providers=self._providers,
                     num_threads=self._num_threads,
-                    exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
                     cache_dir=self._cache_dir,
                 )
                 with self._verifying(variant.all_files):
