@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from xadapter_export.bundle.engine_session import largest_batch
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
     Candidate,
     Deployment,
@@ -40,13 +41,7 @@ from xadapter_export.errors import (
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import (
-    CPU_PROVIDER,
-    Choice,
-    choose,
-    read_machine,
-    runs_on_cpu,
-)
+from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
 from xadapter_export.runtime.loaded import open_shared, open_shared_engine
