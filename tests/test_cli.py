@@ -11,9 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
+from tests.test_prove import scale_weight
+from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import EXPERT_SETS, Task
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.cli import command
@@ -191,7 +193,7 @@ def test_parity_prints_a_table_and_passes(tiny: Path) -> None:
     result = call("parity", tiny)
     assert result.exit_code == 0, result.output
     assert "x_adapter.0.v" in result.stdout
-    assert result.stderr == "parity: passed, 60 cells\n"
+    assert result.stderr == f"parity: passed, 60 cells; on {read_machine()}\n"
     report = json.loads(call("parity", tiny, "--json", "--experts", "t").stdout)[str(tiny)]
     assert report["passed"] is True
     assert {cell["expert_set"] for cell in report["cells"]} == {"t"}
@@ -217,20 +219,28 @@ def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: 
     for name in ("onnx-fp32", "cpu-fp32"):
         proven = {(row[0].strip(), row[2].strip()) for row in rows if row[1].strip() == name}
         assert proven >= {("none", "logits"), ("v", "logits"), ("v", "retrieved"), ("v", "x_adapter.0.v")}
-    assert result.stderr == "parity: passed, 50 cells; lossy variants measured when they were made: 2\n"
+    recorded = f"lossy variants as recorded: 2, 10 cases; on {read_machine()}"
+    assert result.stderr == f"parity: passed, 50 cells; {recorded}\n"
     lines = [line for line in result.stdout.splitlines() if "cpu-int8" in line]
-    assert [line.split("\u2502")[1].strip() for line in lines] == ["none", "v"]
+    assert [line.split("\u2502")[0].strip() for line in lines] == ["none", "v"]
     agreement = (
         "320 answers, same top 99.7% (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right, fp32 80.0%"
     )
     assert all(agreement in line for line in lines)
+    assert all("passed, 5 cases, 0.0e+00 of " in line for line in lines)
     report = json.loads(call("parity", several, "--json", "--experts", "v").stdout)[str(several)]
     assert {cell["variant"] for cell in report["cells"]} == {"onnx-fp32", "cpu-fp32"}
     assert [(v["expert_set"], v["variant"]) for v in report["lossy"]] == [("v", "cpu-int8")]
     assert report["lossy"][0]["agreement"]["same_top"] == 0.997
+    assert {check["case"] for check in report["lossy"][0]["checks"]} == set(CASES)
+    assert report["processor"] == str(read_machine())
     only = call("parity", several, "--variant", "cpu-fp32")
-    assert only.stderr == "parity: passed, 25 cells\n"
+    assert only.stderr == f"parity: passed, 25 cells; on {read_machine()}\n"
     assert "int8" not in only.stdout
+    only = call("parity", several, "--variant", "cpu-int8", "--experts", "v")
+    assert only.stderr.startswith("parity: no fp32 variant to prove; lossy variants as recorded: 1, 5 cases;")
+    unknown = call("parity", several, "--variant", "cpu-int8", "--variant", "cpu-int9")
+    assert unknown.stderr.startswith("Error: the bundle does not hold this variant: cpu-int9")
 
 
 def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
@@ -238,13 +248,27 @@ def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
     result = call("parity", folder)
     assert result.exit_code == 0, result.output
     assert "cpu-int8" in result.stdout
-    assert result.stderr == (
-        "parity: no fp32 variant to prove; lossy variants measured when they were made: 1\n"
-    )
-    assert list(json.loads(call("parity", folder, "--json").stdout)[str(folder)]) == ["lossy"]
+    recorded = f"lossy variants as recorded: 1, 5 cases; on {read_machine()}"
+    assert result.stderr == f"parity: no fp32 variant to prove; {recorded}\n"
+    of_bundle = json.loads(call("parity", folder, "--json").stdout)[str(folder)]
+    assert list(of_bundle) == ["processor", "lossy"]
     graph = folder / "onnx/model_cpu_int8.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
     assert call("parity", folder).stderr.startswith("Error: a file of the bundle was changed")
+
+
+def test_parity_fails_where_a_lossy_variant_gives_other_numbers(several: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(several, tmp_path / "b"))
+    scale_weight(folder / read_bundle(folder).manifest.variant("v", "cpu-int8").file, "adapter_v", 1.05)
+    rehash(folder)
+    result = call("parity", folder)
+    assert result.exit_code == 1
+    assert "FAILED: " in result.stdout
+    line = (
+        f"Error: a lossy variant does not give what it gave when it was made: {folder}, cpu-int8, experts v"
+    )
+    assert result.stderr.startswith(line)
+    assert str(read_machine()) in result.stderr
 
 
 def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_path: Path) -> None:

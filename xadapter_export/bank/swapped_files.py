@@ -15,6 +15,7 @@ from xadapter_export.bundle.folder import (
     FEATURES_NAME,
     MANIFEST_NAME,
     PROVEN_BANK_NAME,
+    SWAPPED_NAME,
     Bundle,
     list_files,
 )
@@ -54,7 +55,7 @@ class SwappedFiles:
         """Write every file, and return the manifest that was written."""
         old, kept = self._old, self._kept
         proven = self._proven_bank(spec)
-        written = {MANIFEST_NAME, PROVEN_BANK_NAME, *self._graphs, *self._write_weights()}
+        written = {MANIFEST_NAME, PROVEN_BANK_NAME, SWAPPED_NAME, *self._graphs, *self._write_weights()}
         for file, graph in self._graphs.items():
             self._place(file).write_bytes(graph.to_bytes())
         if spec.features is not None:

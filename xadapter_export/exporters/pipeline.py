@@ -19,6 +19,7 @@ from xadapter_export.bundle.folder import (
     MANIFEST_NAME,
     PARITY_NAME,
     REFERENCE_NAME,
+    Bundle,
     list_files,
     staged_folder,
 )
@@ -36,7 +37,7 @@ from xadapter_export.bundle.manifest import (
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
@@ -57,6 +58,7 @@ from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
+from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 
@@ -264,6 +266,7 @@ class _Builder:
         _write_reference(folder, self.reference)
         _write_manifest(folder, manifest, name)
         report = prove_bundle(folder, verify=False)
+        self._record_lossy(manifest)
         proven = [
             v.model_copy(update={"parity": report.variant_parity(v.expert_set, v.name)})
             if v.agreement is None
@@ -409,6 +412,15 @@ class _Builder:
             min_agreement=gates.min_agreement,
             max_points_lost=gates.max_points_lost,
         )
+
+    def _record_lossy(self, manifest: Manifest) -> None:
+        """Keeps what every lossy variant says, and how far that is off, for whoever runs it elsewhere."""
+        bundle = Bundle(self.folder, manifest)
+        recorded: dict[str, Array] = {}
+        for variant in [v for v in self.variants if v.agreement is not None]:
+            spec = self.specs[variant.expert_set]
+            recorded |= record(open_variant(bundle, variant), variant, spec, self.reference)
+        self.reference |= recorded | noise(recorded, self.reference)
 
     def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""

@@ -14,7 +14,7 @@ GPU_PROVIDERS = frozenset(
     f"{name}ExecutionProvider"
     for name in ("CUDA", "Tensorrt", "NvTensorRTRTX", "ROCM", "MIGraphX", "Dml", "CoreML", "WebGpu")
 )
-_PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 Kind = Literal[
     "x86-64 with VNNI",
@@ -190,7 +190,7 @@ def choose(
         mend = "name one of those with variant=, or export with --precision fp32"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
             mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
-    elif name in _PRECISIONS:
+    elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
             for target in (_cpu_targets(name, machine) if on_cpu else _gpu_targets(providers))

@@ -34,16 +34,19 @@ from xadapter_export.errors import (
     BundleError,
     ConfigError,
     MissingExtraError,
+    ParityError,
     ProviderError,
     UnsupportedError,
     XAdapterError,
 )
+from xadapter_export.parity.recorded import Check, files_of_record
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import CPU_PROVIDER, Choice, choose, runs_on_cpu
+from xadapter_export.runtime.choose import CPU_PROVIDER, PRECISIONS, Choice, choose, runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
+from xadapter_export.runtime.load_check import CHECK_WHEN, CheckWhen, check_graph
 from xadapter_export.runtime.loaded import open_shared, open_shared_engine
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
@@ -73,6 +76,7 @@ class XAdapterSession:
         cache_size: int = CACHE_SIZE,
         cache_dir: Path | str | None = None,
         verify: bool = False,
+        check: CheckWhen = "once",
     ) -> None:
         limits = (
             ("batch_size", batch_size, 1),
@@ -82,6 +86,8 @@ class XAdapterSession:
         for name, value, least in limits:
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}", got=value)
+        if check not in CHECK_WHEN:
+            raise ConfigError("check is not one of its choices", expected=", ".join(CHECK_WHEN), got=check)
         manifest = bundle.manifest
         self.bundle = bundle
         self._verify = verify
@@ -98,12 +104,15 @@ class XAdapterSession:
         self._pairs = SplitPairs(bundle, index, cache_size, verify=verify)
         names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
         self._choose_variant = partial(choose, providers=names, machine=read_machine())
-        first = self._choose_for(self.experts, variant)
-        self._choices = {self.experts: first}
-        self._preferred = first.name
+        self._check = check
+        self._checks: list[Check] = []
+        self._refused: dict[ExpertSet, set[str]] = {}
         self._sessions: dict[ExpertSet, OnnxSession] = {}
         self._lock = threading.Lock()
+        self._asked = variant
+        self._choices = {self.experts: self._choose_for(self.experts, variant)}
         self._session(self.experts)  # what can go wrong goes wrong now, not at the first question
+        self._preferred = self._choices[self.experts].name
 
     @classmethod
     def load(
@@ -121,6 +130,7 @@ class XAdapterSession:
         cache_dir: Path | str | None = None,
         verify: bool = True,
         allow_fallback: bool = False,
+        check: CheckWhen = "once",
     ) -> Self:
         """Load a bundle.
 
@@ -155,9 +165,15 @@ class XAdapterSession:
             allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
                 an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
                 gives.
+            check: When a graph that is opened is asked one case that the bundle carries: ``once`` in this
+                process for the same files, ``always``, or ``never``. One that gives something else on this
+                processor is refused with a warning, and the next best answers; see ``checks``. Engines are
+                not asked.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
+            ParityError: If the variant that was named gives wrong answers on this processor, or all that
+                suit do.
             HashMismatchError: If a file was changed.
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
@@ -177,6 +193,7 @@ class XAdapterSession:
             cache_size=cache_size,
             cache_dir=cache_dir,
             verify=verify,
+            check=check,
         )
         try:
             return make(variant=variant, providers=providers)
@@ -208,6 +225,11 @@ class XAdapterSession:
     def variant_reason(self) -> str:
         """Why it is that one, in a few words."""
         return self._choice(self.experts).reason
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What was found when graphs were opened, in that order; those that were refused too."""
+        return tuple(self._checks)
 
     def with_experts(self, experts: ExpertSet) -> Self:
         """Return the same session with another expert set switched on; nothing is loaded twice.
@@ -444,6 +466,14 @@ class XAdapterSession:
             engine = "OpenVINO" if choice.variant.target == "openvino" else "onnxruntime"
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
+        for name, value in zip(names, values, strict=True):
+            # A sum is finite where every number is: float32 sums of logits are far from its limits.
+            if value.dtype.kind == "f" and not np.isfinite(value.sum()):
+                raise BundleError(
+                    "the graph gives NaN or infinity",
+                    where=f"{name} of {self._choice(experts or self.experts).name}",
+                    mend="copy or export the bundle again; xad-parity says which graphs are right",
+                )
         return dict(zip(names, values, strict=True))
 
     def _choice(self, experts: ExpertSet) -> Choice:
@@ -456,8 +486,12 @@ class XAdapterSession:
         return self._choices[experts]
 
     def _choose_for(self, experts: ExpertSet, name: str) -> Choice:
-        variants = self.manifest.variants_of(experts)
-        return self._choose_variant(variants, name, engines=self._engines_of(experts))
+        return self._choose_variant(
+            self.manifest.variants_of(experts),
+            name,
+            engines=self._engines_of(experts),
+            refused=self._refused.get(experts, ()),
+        )
 
     def _engines_of(self, experts: ExpertSet) -> tuple[Deployment, ...]:
         """Return the deployments of a set that are engines, made from graphs that are in the bundle."""
@@ -470,24 +504,63 @@ class XAdapterSession:
 
     def _session(self, experts: ExpertSet) -> OnnxSession:
         with self._lock:
-            if experts not in self._sessions:
+            while experts not in self._sessions:
                 choice = self._choice(experts)
-                if choice.engine is not None:
-                    session = open_shared_engine(self.bundle, choice.engine, verify=self._verify)
-                    return self._sessions.setdefault(experts, session)
-                variant = choice.variant
-                open_graph = partial(
-                    open_shared if self._share_weights else open_variant,
-                    self.bundle,
-                    providers=self._providers,
-                    num_threads=self._num_threads,
-                    cache_dir=self._cache_dir,
-                )
-                with self._verifying(variant.all_files):
-                    is_split = variant.query_file is not None
-                    session = self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
-                self._sessions[experts] = session
+                session = self._open(choice)
+                if self._passes(choice, session):
+                    self._sessions[experts] = session
             return self._sessions[experts]
+
+    def _open(self, choice: Choice) -> OnnxSession:
+        if choice.engine is not None:
+            return open_shared_engine(self.bundle, choice.engine, verify=self._verify)
+        variant = choice.variant
+        open_graph = partial(
+            open_shared if self._share_weights else open_variant,
+            self.bundle,
+            providers=self._providers,
+            num_threads=self._num_threads,
+            cache_dir=self._cache_dir,
+        )
+        compared = files_of_record(self.bundle) if self._check != "never" else ()
+        with self._verifying((*variant.all_files, *compared)):
+            is_split = variant.query_file is not None
+            return self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
+
+    def _passes(self, choice: Choice, session: OnnxSession) -> bool:
+        """Check a graph; where it fails, choose another one with a warning.
+
+        Raises:
+            ParityError: If it fails and no other will do.
+        """
+        if self._check == "never" or choice.engine is not None:
+            return True
+        variant = choice.variant
+        how = (repr(list(self._providers or [])), self._num_threads)
+        check = check_graph(self.bundle, variant, session, self._check, how)
+        self._checks.append(check)
+        if check.passed:
+            return True
+        error = ParityError(
+            "a variant gives wrong answers on this processor",
+            where=f"{variant.name}, experts {variant.expert_set}, {read_machine()}",
+            expected=check.expected,
+            got=check.got,
+            mend='choose another variant, or vouch for it with check="never" (--check never)'
+            if choice.named
+            else None,
+        )
+        if self._asked == variant.name:
+            raise error
+        self._refused.setdefault(variant.expert_set, set()).add(variant.name)
+        asked = self._asked if self._asked in PRECISIONS else "auto"
+        try:
+            self._choices[variant.expert_set] = self._choose_for(variant.expert_set, asked)
+        except XAdapterError as none_left:
+            raise ParityError(str(error), mend=str(none_left)) from none_left
+        answers = self._choices[variant.expert_set].name
+        warnings.warn(f"{error}; {answers} answers instead", UserWarning, stacklevel=2)
+        return False
 
     def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return verifying(self.bundle, names) if self._verify else nullcontext()
