@@ -284,6 +284,13 @@ def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_
 
 def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path) -> None:
     text = call("inspect", several).stdout
+    answers = {
+        line.split("\u2502")[0].strip(): line.split("\u2502")[1].strip()
+        for line in text.splitlines()
+        if line.strip().startswith(("x86-64", "Arm"))
+    }
+    assert answers["x86-64 with AVX2"] == "cpu-int8"
+    assert answers["x86-64 without AVX2"] == "cpu-fp32"
     assert [name in text for name in ("onnx-fp32", "cpu-fp32", "cpu-int8")] == [True] * 3
     assert "passed, 20 cells, max abs 1.0e-07" in text
     assert "320 answers, same top 99.7%" in text
@@ -323,7 +330,8 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     shown = call("inspect", broken).stdout
     assert re.search(rf"v +│ tensorrt-rtx │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
     assert re.search(rf"tensorrt-rtx │ {refused[0]}", shown)
-    card = model_card(read_bundle(broken).manifest, "b")
+    card = model_card(read_bundle(broken).manifest, "b", {"a CPU": "onnx-fp32"})
+    assert "| a CPU | onnx-fp32 |" in card
     assert f"| tensorrt-rtx | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
     assert f"- tensorrt-rtx: {refused[0]}" in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)

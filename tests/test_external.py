@@ -172,7 +172,7 @@ class Counting:
 
 
 def counting(session: XAdapterSession) -> tuple[Counting, Counting]:
-    pair = session._session(session.experts)
+    pair = session._graphs.session(session.experts)
     assert isinstance(pair, SplitSession)
     pair._query, pair._answer = Counting(pair._query), Counting(pair._answer)  # type: ignore[assignment]  # stand-ins
     return pair._query, pair._answer  # type: ignore[return-value]  # as just set

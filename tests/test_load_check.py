@@ -24,8 +24,7 @@ from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, ParityError
 from xadapter_export.parity import check_lossy
 from xadapter_export.parity.recorded import Check, Record, noise, opened_record
-from xadapter_export.runtime import loaded
-from xadapter_export.runtime import session as session_module
+from xadapter_export.runtime import graphs, loaded
 
 BANANA = "the color of a banana is [MASK]."
 VARIANTS = ("onnx-fp32", "cpu-fp32", "cpu-int8")
@@ -205,7 +204,7 @@ def test_a_wrong_kernel_is_refused_and_another_variant_is_right(
         session = opened(bundle, variant, **how)
         return WrongKernel(session, change) if variant.name == "cpu-int8" else session
 
-    monkeypatch.setattr(session_module, "open_shared", open_one)
+    monkeypatch.setattr(graphs, "open_shared", open_one)
     with pytest.warns(UserWarning, match=r"cpu-int8, experts v, .*; cpu-fp32 answers instead"):
         session = XAdapterSession.load(several, experts="v", num_threads=1, check="always")
     assert session.answered_by == "cpu-fp32"

@@ -155,7 +155,7 @@ def test_experts_are_switched_without_loading_twice(session: XAdapterSession) ->
     assert plain.fill_mask(BANANA)[0].token != "yellow"
     assert plain.fill_mask(BANANA) == session.fill_mask(BANANA, experts="none")
     assert session.fill_mask(BANANA, experts="t")[0].token == "fruit"
-    assert plain._sessions is session._sessions
+    assert plain._graphs is session._graphs
 
 
 def test_a_set_that_is_not_there(tmp_path: Path) -> None:

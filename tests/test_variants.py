@@ -210,6 +210,7 @@ def test_what_auto_takes_on_each_kind_of_cpu_is_what_it_says() -> None:
         expected = said[with_it] if here.has_openvino and with_it in said else said[kind]
         assert chosen(ALL, "auto", here) == expected
     assert choices_by_kind([make_variant("onnx-fp16")]) == {}
+    assert choices_by_kind([make_variant("onnx-fp32")]) == {"every CPU": "onnx-fp32"}
     only = choices_by_kind([make_variant("openvino-fp32")])
     assert set(only.values()) == {"openvino-fp32"}
     assert all(kind.endswith("OpenVINO installed") for kind in only)
@@ -268,10 +269,10 @@ def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
     before = len(loaded._loaded)
     first = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     again = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
-    assert again._session("t") is first._session("t")
+    assert again._graphs.session("t") is first._graphs.session("t")
     own = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1, share_weights=False)
     other = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=2)
-    assert len({id(s._session("t")) for s in (first, own, other)}) == 3
+    assert len({id(s._graphs.session("t")) for s in (first, own, other)}) == 3
     assert own.fill_mask(BANANA) == first.fill_mask(BANANA)
     assert len(loaded._loaded) == before + 2
     del first, again, own, other
@@ -289,7 +290,7 @@ def test_a_bundle_written_anew_is_loaded_anew(tmp_path: Path) -> None:
     onnx.save(doubled, folder / "onnx/model.onnx")
     rehash(folder)
     second = XAdapterSession.load(folder, num_threads=1, check="never")
-    assert second._session("none") is not first._session("none")
+    assert second._graphs.session("none") is not first._graphs.session("none")
     assert second.fill_mask(BANANA)[0].logit == pytest.approx(2 * before[0].logit, abs=1e-4)
     assert first.fill_mask(BANANA) == before
 

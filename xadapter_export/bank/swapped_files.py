@@ -27,6 +27,7 @@ from xadapter_export.errors import BundleError, UnsupportedError
 from xadapter_export.parity import proven_bank
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.parity.prove import read_reference
+from xadapter_export.runtime.choose import choices_of
 
 _ALIGNMENT = 64  # bytes, as the exporter aligns weights
 _COPY_BYTES = 2**24
@@ -76,7 +77,9 @@ class SwappedFiles:
                 "variants": tuple(self._resized(variant) for variant in kept.variants),
             }
         )
-        (self._folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
+        (self._folder / "README.md").write_text(
+            model_card(manifest, name, choices_of(manifest)), encoding="utf-8"
+        )
         manifest = manifest.model_copy(update={"files": list_files(self._folder)})
         (self._folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest

@@ -61,6 +61,7 @@ from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
+from xadapter_export.runtime.choose import choices_of
 
 Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
@@ -512,7 +513,7 @@ def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Va
 
 def _write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     """Writes the manifest and, before it lists the files, the model card."""
-    (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest, name, choices_of(manifest)), encoding="utf-8")
     complete = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
     return complete

@@ -6,7 +6,7 @@ from typing import Final, Literal, get_args
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.machine import INT8_DOT_PRODUCTS, Machine
-from xadapter_export.bundle.manifest import Deployment, Variant
+from xadapter_export.bundle.manifest import Deployment, Manifest, Variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -122,8 +122,8 @@ def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
         variants: The variants of one expert set.
 
     Returns:
-        Names of variants by kind of CPU. A kind has a second line, with OpenVINO, where that changes the
-        choice. Nothing where no CPU runs any of them.
+        Names of variants by kind of CPU, or of every CPU where they are the same. A kind has a second line,
+        with OpenVINO, where that changes the choice. Nothing where no CPU runs any of them.
     """
     there = {variant.name for variant in variants}
     found: dict[str, str] = {}
@@ -134,7 +134,13 @@ def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
             found[kind] = without[0]
         if names and names[:1] != without[:1]:
             found[f"{kind}, OpenVINO installed"] = names[0]
-    return found
+    same = len(set(found.values())) == 1 and set(found) == set(get_args(Kind))
+    return {"every CPU": next(iter(found.values()))} if same else found
+
+
+def choices_of(manifest: Manifest) -> dict[str, str]:
+    """Return ``choices_by_kind`` of a bundle's default expert set."""
+    return choices_by_kind(manifest.variants_of(manifest.default_expert_set))
 
 
 def rank(variants: Sequence[Variant], *, providers: Sequence[str], machine: Machine) -> list[Choice]:
