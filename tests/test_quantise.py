@@ -30,6 +30,7 @@ from xadapter_export.exporters.quantise import RECIPES, Recipe, quantise
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.parity import check_lossy
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -438,6 +439,20 @@ def test_every_variant_answers_like_the_fp32_one(result: ExportResult) -> None:
     expected = logits("onnx-fp32")
     for name, most in (("cpu-fp32", 1e-4), ("cpu-int8", 0.2), ("cpu-int4", 0.6)):
         assert np.abs(logits(name) - expected).max() < most, name
+
+
+def test_what_lossy_variants_say_is_recorded_and_comes_again(result: ExportResult) -> None:
+    lossy = [v for v in result.manifest.variants if v.agreement is not None]
+    with np.load(result.folder / "reference.npz") as reference:
+        for variant in lossy:
+            key = f"single_typical/{variant.expert_set}/{variant.name}/out/logits"
+            kept, whole = reference[key], reference[f"{key}#shape"]
+            assert kept.shape[:-1] == tuple(whole[:-1])
+            assert kept.shape[-1] == len(reference[f"{key}#columns"]) <= 300
+            assert 0 < float(reference[f"{key}#noise"][0]) < 2
+    checks = check_lossy(result.folder)
+    assert {(c.expert_set, c.variant) for c in checks} == {(v.expert_set, v.name) for v in lossy}
+    assert all(check.passed for check in checks), [c for c in checks if not c.passed]
 
 
 @pytest.fixture(scope="module")
