@@ -76,12 +76,15 @@ class Check:
     @property
     def got(self) -> str:
         """What was found, in a few words."""
-        return self.problem or f"{self.difference:.1e} in {self.output} of case {self.case}"
+        if self.difference is None:
+            return self.problem or "nothing"
+        off = f"{self.difference:.1e} off in {self.output} of case {self.case}"
+        return off if self.problem is None else f"{self.problem}, {off}" if self.difference else self.problem
 
     @property
     def expected(self) -> str | None:
         """What would have been right, in a few words; None where that is not a number."""
-        return None if self.problem or self.bound is None else f"at most {self.bound:.1e} off"
+        return None if self.bound is None or self.difference is None else f"at most {self.bound:.1e} off"
 
 
 @dataclass(frozen=True)

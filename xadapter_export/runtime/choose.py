@@ -25,7 +25,7 @@ Kind = Literal[
     "any other CPU",
 ]
 
-_NO_INT8 = "no int8 variant is there that suits this CPU"
+_NO_INT8 = "no int8 variant suits this CPU"
 _SLOW_INT8 = "int8 gains nothing on this CPU"
 _LAST = "nothing else is there"
 
