@@ -31,11 +31,12 @@ from xadapter_export.errors import (
     BundleError,
     ConfigError,
     OutputExistsError,
+    ParityError,
     UnsupportedError,
     XAdapterError,
 )
 from xadapter_export.model.x_adapter_model import XAdapterModel
-from xadapter_export.parity import prove_bundle
+from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
 
 D = 24
@@ -161,6 +162,30 @@ def test_it_answers_as_if_exported_with_that_bank(
         assert session.retrieve(TEXTS[0])[0].caption.endswith("of 1")
 
 
+def _check_every_variant(bundle: Path) -> None:
+    """Every graph gives here what it gave with the new bank, and one that gives something else is refused."""
+    for variant in read_bundle(bundle).manifest.variants:
+        if not variant.is_for_gpu:
+            session = XAdapterSession.load(
+                bundle, experts=variant.expert_set, variant=variant.name, num_threads=1, check="always"
+            )
+            assert [check.passed for check in session.checks] == [True]
+    assert all(check.passed for check in check_lossy(bundle))
+    unchecked = read_bundle(bundle)
+    experts = unchecked.manifest.default_expert_set
+    path = bundle / "reference_swapped.npz"
+    recorded = path.read_bytes()
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for key in arrays:
+        if key.endswith("/out/logits"):
+            arrays[key] = arrays[key] + np.float32(1)
+    np.savez(path, **arrays)
+    with pytest.raises(ParityError, match="wrong answers on this processor: cpu-fp32"):
+        XAdapterSession(unchecked, experts=experts, variant="cpu-fp32", num_threads=1)
+    path.write_bytes(recorded)
+
+
 @pytest.mark.parametrize("kind", ["searched", "static"])
 def test_the_first_bank_swapped_in_again_gives_the_first_bundle(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -174,6 +199,8 @@ def test_the_first_bank_swapped_in_again_gives_the_first_bundle(
     after = contents(bundle)
     assert after["onnx/model.onnx"] != before["onnx/model.onnx"]
     assert "reference_bank.npz" in after
+    assert "reference_swapped.npz" in after
+    _check_every_variant(bundle)
     swap(bundle, made.banks["first"])
     assert contents(bundle) == before
     untouched = (
@@ -215,6 +242,9 @@ def test_graphs_that_are_split_take_another_bank(
         made.append(export(part, tmp_path / name, experts, targets=("onnx", "cpu"), **settings))
     before = contents(made[0].folder)
     result = swap_bank(made[0].folder, tmp_path / "second", tmp_path / "swapped")
+    for name in ("onnx-fp32", "cpu-fp32"):
+        session = XAdapterSession.load(result.folder, variant=name, num_threads=1, check="always")
+        assert [check.passed for check in session.checks] == [True]
     assert result.num_cells == len(made[0].parity.cells)
     assert (result.num_searched == 0) == static
     inputs = load_encoders(read_bundle(made[1].folder))[1].encode(TEXTS)

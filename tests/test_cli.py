@@ -11,9 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
+from tests.test_prove import scale_weight
+from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import EXPERT_SETS, Task
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.cli import command
@@ -191,7 +193,7 @@ def test_parity_prints_a_table_and_passes(tiny: Path) -> None:
     result = call("parity", tiny)
     assert result.exit_code == 0, result.output
     assert "x_adapter.0.v" in result.stdout
-    assert result.stderr == "parity: passed, 60 cells\n"
+    assert result.stderr == f"parity: passed, 60 cells; on {read_machine()}\n"
     report = json.loads(call("parity", tiny, "--json", "--experts", "t").stdout)[str(tiny)]
     assert report["passed"] is True
     assert {cell["expert_set"] for cell in report["cells"]} == {"t"}
@@ -217,18 +219,26 @@ def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: 
     for name in ("onnx-fp32", "cpu-fp32"):
         proven = {(row[0].strip(), row[2].strip()) for row in rows if row[1].strip() == name}
         assert proven >= {("none", "logits"), ("v", "logits"), ("v", "retrieved"), ("v", "x_adapter.0.v")}
-    assert result.stderr == "parity: passed, 50 cells; lossy variants measured when they were made: 2\n"
+    recorded = f"lossy variants as recorded: 2, 10 cases; on {read_machine()}"
+    assert result.stderr == f"parity: passed, 50 cells; {recorded}\n"
     lines = [line for line in result.stdout.splitlines() if "cpu-int8" in line]
-    assert [line.split("\u2502")[1].strip() for line in lines] == ["none", "v"]
+    assert [line.split("\u2502")[0].strip() for line in lines] == ["none", "v"]
     agreement = "same top answer in 99.7% of 320 (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right"
     assert all(agreement in line for line in lines)
+    assert all("passed, 5 cases, 0.0e+00 of " in line for line in lines)
     report = json.loads(call("parity", several, "--json", "--experts", "v").stdout)[str(several)]
     assert {cell["variant"] for cell in report["cells"]} == {"onnx-fp32", "cpu-fp32"}
     assert [(v["expert_set"], v["variant"]) for v in report["lossy"]] == [("v", "cpu-int8")]
     assert report["lossy"][0]["agreement"]["same_top"] == 0.997
+    assert {check["case"] for check in report["lossy"][0]["checks"]} == set(CASES)
+    assert report["processor"] == str(read_machine())
     only = call("parity", several, "--variant", "cpu-fp32")
-    assert only.stderr == "parity: passed, 25 cells\n"
+    assert only.stderr == f"parity: passed, 25 cells; on {read_machine()}\n"
     assert "int8" not in only.stdout
+    only = call("parity", several, "--variant", "cpu-int8", "--experts", "v")
+    assert only.stderr.startswith("parity: no fp32 variant to prove; lossy variants as recorded: 1, 5 cases;")
+    unknown = call("parity", several, "--variant", "cpu-int8", "--variant", "cpu-int9")
+    assert unknown.stderr.startswith("Error: the bundle does not hold this variant: cpu-int9")
 
 
 def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
@@ -236,13 +246,27 @@ def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
     result = call("parity", folder)
     assert result.exit_code == 0, result.output
     assert "cpu-int8" in result.stdout
-    assert result.stderr == (
-        "parity: no fp32 variant to prove; lossy variants measured when they were made: 1\n"
-    )
-    assert list(json.loads(call("parity", folder, "--json").stdout)[str(folder)]) == ["lossy"]
+    recorded = f"lossy variants as recorded: 1, 5 cases; on {read_machine()}"
+    assert result.stderr == f"parity: no fp32 variant to prove; {recorded}\n"
+    of_bundle = json.loads(call("parity", folder, "--json").stdout)[str(folder)]
+    assert list(of_bundle) == ["processor", "lossy"]
     graph = folder / "onnx/model_cpu_int8.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
     assert call("parity", folder).stderr.startswith("Error: a file of the bundle was changed")
+
+
+def test_parity_fails_where_a_lossy_variant_gives_other_numbers(several: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(several, tmp_path / "b"))
+    scale_weight(folder / read_bundle(folder).manifest.variant("v", "cpu-int8").file, "adapter_v", 1.05)
+    rehash(folder)
+    result = call("parity", folder)
+    assert result.exit_code == 1
+    assert "FAILED: " in result.stdout
+    line = (
+        f"Error: a lossy variant does not give what it gave when it was made: {folder}, cpu-int8, experts v"
+    )
+    assert result.stderr.startswith(line)
+    assert str(read_machine()) in result.stderr
 
 
 def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_path: Path) -> None:
@@ -258,6 +282,13 @@ def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_
 
 def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path) -> None:
     text = call("inspect", several).stdout
+    answers = {
+        line.split("\u2502")[0].strip(): line.split("\u2502")[1].strip()
+        for line in text.splitlines()
+        if line.strip().startswith(("x86-64", "Arm"))
+    }
+    assert answers["x86-64 with AVX2"] == "cpu-int8"
+    assert answers["x86-64 without AVX2"] == "cpu-fp32"
     assert [name in text for name in ("onnx-fp32", "cpu-fp32", "cpu-int8")] == [True] * 3
     assert "passed, 20 cells, max abs 1.0e-07" in text
     assert "same top answer in 99.7% of 320" in text
@@ -297,7 +328,8 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     shown = call("inspect", broken).stdout
     assert re.search(rf"v +│ tensorrt-rtx │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
     assert re.search(rf"tensorrt-rtx │ {refused[0]}", shown)
-    card = model_card(read_bundle(broken).manifest, "b")
+    card = model_card(read_bundle(broken).manifest, "b", {"a CPU": "onnx-fp32"})
+    assert "| a CPU | onnx-fp32 |" in card
     assert f"| tensorrt-rtx | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
     assert f"- tensorrt-rtx: {refused[0]}" in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)

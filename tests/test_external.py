@@ -9,12 +9,13 @@ from typing import Any
 
 import faiss
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from tests.perturbed import prove_with_each_matrix_off
-from tests.tiny_bundle import rewrite_manifest
+from tests.tiny_bundle import rehash, rewrite_manifest
 from tests.tiny_checkpoint import TEXTS, D, N, make_bank, make_model
 from xadapter_export import FeatureBank, XAdapterSession, export
 from xadapter_export.bank.convert import convert_bank
@@ -33,6 +34,7 @@ from xadapter_export.errors import (
     ConfigError,
     HashMismatchError,
     OutputExistsError,
+    ParityError,
 )
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
@@ -172,7 +174,7 @@ class Counting:
 
 
 def counting(session: XAdapterSession) -> tuple[Counting, Counting]:
-    pair = session._session(session.experts)
+    pair = session._graphs.session(session.experts)
     assert isinstance(pair, SplitSession)
     pair._query, pair._answer = Counting(pair._query), Counting(pair._answer)  # type: ignore[assignment]  # stand-ins
     return pair._query, pair._answer  # type: ignore[return-value]  # as just set
@@ -252,6 +254,39 @@ def test_any_object_that_searches_is_an_index(external: Path, whole: Path, form:
     one, two = run_all(whole, "v"), run_all(external, "v", index=Anything(form))
     assert np.array_equal(one["retrieved"], two["retrieved"])
     assert np.array_equal(one["logits"], two["logits"])
+
+
+@pytest.mark.parametrize("weight", ["clip", "adapters"])
+def test_both_graphs_are_checked_when_they_are_opened(external: Path, tmp_path: Path, weight: str) -> None:
+    folder = Path(shutil.copytree(external, tmp_path / "bundle"))
+    variant = read_bundle(folder).manifest.variant("vt")
+    assert variant.query_file is not None
+    graph = onnx.load(
+        folder / (variant.query_file if weight == "clip" else variant.file), load_external_data=False
+    ).graph
+    tensor = next(
+        t for t in graph.initializer if t.name.startswith(weight) and len(t.dims) == 2 and t.external_data
+    )
+    offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+    with (folder / variant.weight_files[0]).open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(np.full(tensor.dims, 0.5, np.float32).tobytes())
+    rehash(folder)
+    with pytest.raises(ParityError, match=r"wrong answers on this processor: onnx-fp32, experts vt"):
+        XAdapterSession.load(folder, experts="vt", variant="onnx-fp32", num_threads=1)
+
+
+def test_an_index_that_finds_only_some_of_it_does_not_fail_the_check(external: Path) -> None:
+    class Last:
+        """Always proposes the last rows of the bank."""
+
+        def search(self, queries: Float32, k: int) -> tuple[Float32, NDArray[np.int64]]:
+            rows = np.tile(np.arange(N - k, N), (len(queries), 1))
+            return np.zeros(rows.shape, np.float32), rows
+
+    session = XAdapterSession.load(external, experts="v", index=Last(), num_threads=1, check="always")
+    assert [check.passed for check in session.checks] == [True]
+    assert {picture.row for picture in session.retrieve(TEXTS[0])} <= set(range(N - 4, N))
 
 
 def test_features_that_an_index_returns_stand_for_the_bundles_own(external: Path, tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from xadapter_export.bundle.openvino_session import (
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.openvino_ir import convert_to_ir
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.quantise import RECIPES, measure_products
-from xadapter_export.exporters.rounding import Curvatures
+from xadapter_export.exporters.quantise import RECIPES, Rounding, measure_products
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.runtime.encoders import load_encoders
@@ -253,18 +252,18 @@ def test_int8_has_a_product_for_each_slice_and_all_have_reshapes_that_copy_their
 
 
 def test_int8_in_blocks_with_exact_activations(t: Case, t_int8: Path) -> None:
-    curvatures: Curvatures = {}
-    measure_products(ir.load(t.portable), t.feeds(t.texts[::8], 4), curvatures)
+    rounding = Rounding()
+    measure_products(ir.load(t.portable), t.feeds(t.texts[::8], 4), rounding)
     exact, products_alone = RECIPES["int8"][-2:]
     file = t.folder / "blocks.xml"
-    convert_to_ir(t.portable, file, "int8", [], blocks=exact, curvatures=curvatures)
+    convert_to_ir(t.portable, file, "int8", [], blocks=exact, rounding=rounding)
     assert not nodes(file, "FakeQuantize")
     assert all(name.endswith(".scale") for name in large_floats(file))
     assert agreement(t, file, 1) > agreement(t, t_int8, 1)
     assert agreement(t, file, 1)[0] >= 0.99
     size = file.with_suffix(".bin").stat().st_size
     assert size < 1.5 * t_int8.with_suffix(".bin").stat().st_size
-    convert_to_ir(t.portable, file, "int8", [], blocks=products_alone, curvatures=curvatures)
+    convert_to_ir(t.portable, file, "int8", [], blocks=products_alone, rounding=rounding)
     floats = large_floats(file)
     assert any("word_embeddings" in name for name in floats)
     assert any(name.startswith("clip") for name in floats)

@@ -1,7 +1,7 @@
 """Lossy graphs: what became int8, int4 and fp16, how far it is off, what is kept, and the way to a bundle."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
 from xadapter_export import XAdapterSession, export
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Variant
 from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.bundle.onnx_session import create_session
@@ -26,12 +27,12 @@ from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import agreement, derive, pipeline
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.quantise import RECIPES, Recipe, quantise
+from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
-from xadapter_export.runtime.choose import read_machine
+from xadapter_export.parity import check_lossy
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -316,6 +317,11 @@ def graph_of(table: NDArray[np.float32], matrix: NDArray[np.float32], bias: NDAr
 FEEDS = [{"ids": np.arange(start, start + 8)} for start in range(0, 32, 8)]  # what ``graph_of`` reads
 
 
+def quantise_with_feeds(model: ir.Model, recipe: Recipe, feeds: Sequence[Mapping[str, Any]]) -> None:
+    rounding = Rounding()
+    quantise(model, recipe, measure_products(model, feeds, rounding), rounding)
+
+
 def answers(model: ir.Model, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     ir.save(model, folder / "graph.onnx")
     (got,) = create_session(folder / "graph.onnx").run(["out"], {"ids": ids})
@@ -334,7 +340,7 @@ def test_odd_sizes_and_rows_of_zeros(bits: int, rows: int, width: int, tmp_path:
     ids = np.arange(rows)
     expected = answers(graph_of(table, matrix, bias), tmp_path, ids)
     model = graph_of(table, matrix, bias)
-    quantise(model, Recipe("all", bits, bits, bits), [{"ids": ids}])
+    quantise_with_feeds(model, Recipe("all", bits, bits, bits), [{"ids": ids}])
     assert not large(arrays(model))
     got = answers(model, tmp_path, ids)
     assert np.isfinite(got).all()
@@ -355,7 +361,9 @@ def test_blocks_of_8_bits_keep_what_lies_beside_a_large_number(width: int, tmp_p
     errors = []
     for block, rounds_activations in ((0, True), (32, True), (16, False)):
         model = graph_of(table, matrix, bias)
-        quantise(model, Recipe("all", 8, 8, 8, block=block, rounds_activations=rounds_activations), FEEDS)
+        quantise_with_feeds(
+            model, Recipe("all", 8, 8, 8, block=block, rounds_activations=rounds_activations), FEEDS
+        )
         in_blocks = int(block > 0 and width % 16 == 0)
         expanded = in_blocks * (not rounds_activations)
         nodes = products(model, "MatMulNBits")
@@ -372,7 +380,7 @@ def test_blocks_of_8_bits_keep_what_lies_beside_a_large_number(width: int, tmp_p
 def test_four_bits_need_rows_that_divide_into_blocks() -> None:
     matrix = np.ones((40, 40), np.float32)
     with pytest.raises(ParityError, match=r"4 bits need rows of a multiple of 16 \(got 40\); choose"):
-        quantise(graph_of(matrix, matrix, np.ones(40, np.float32)), Recipe("all", 4, 4, 4), FEEDS)
+        quantise_with_feeds(graph_of(matrix, matrix, np.ones(40, np.float32)), Recipe("all", 4, 4, 4), FEEDS)
 
 
 def test_a_recipe_may_leave_parts_in_fp32() -> None:
@@ -381,7 +389,7 @@ def test_a_recipe_may_leave_parts_in_fp32() -> None:
     for name in ("table", "matrix"):
         value = model.graph.initializers[name]
         value.name = f"clip.{name}"
-    quantise(model, Recipe("rest only", 8, 32, 8), FEEDS)
+    quantise_with_feeds(model, Recipe("rest only", 8, 32, 8), FEEDS)
     assert set(large(arrays(model))) == {"clip.table", "clip.matrix"}
     assert not products(model, "MatMulIntegerToFloat")
 
@@ -389,7 +397,7 @@ def test_a_recipe_may_leave_parts_in_fp32() -> None:
 def test_a_decoder_that_is_tied_to_a_table_stays_fp32_with_it() -> None:
     rng = np.random.default_rng(1)
     model = graph_of(*(rng.normal(0, 1, shape).astype(np.float32) for shape in ((40, 32), (32, 32), (32,))))
-    quantise(model, Recipe("products", 32, 32, 8, block=16, rounds_activations=False), FEEDS)
+    quantise_with_feeds(model, Recipe("products", 32, 32, 8, block=16, rounds_activations=False), FEEDS)
     assert set(large(arrays(model))) == {"table"}
     assert len(products(model, "MatMul")) == 2
     assert arrays(model)["matrix.int8"].dtype == np.uint8
@@ -460,6 +468,20 @@ def test_every_variant_answers_like_the_fp32_one(result: ExportResult) -> None:
     expected = logits("onnx-fp32")
     for name, most in (("cpu-fp32", 1e-4), ("cpu-int8", 0.2), ("cpu-int4", 0.6)):
         assert np.abs(logits(name) - expected).max() < most, name
+
+
+def test_what_lossy_variants_say_is_recorded_and_comes_again(result: ExportResult) -> None:
+    lossy = [v for v in result.manifest.variants if v.agreement is not None]
+    with np.load(result.folder / "reference.npz") as reference:
+        for variant in lossy:
+            key = f"single_typical/{variant.expert_set}/{variant.name}/out/logits"
+            kept, whole = reference[key], reference[f"{key}#shape"]
+            assert kept.shape[:-1] == tuple(whole[:-1])
+            assert kept.shape[-1] == len(reference[f"{key}#columns"]) <= 300
+            assert 0 < float(reference[f"{key}#noise"][0]) < 2
+    checks = check_lossy(result.folder)
+    assert {(c.expert_set, c.variant) for c in checks} == {(v.expert_set, v.name) for v in lossy}
+    assert all(check.passed for check in checks), [c for c in checks if not c.passed]
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,31 @@
 import gc
 import json
+import platform
 from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
+from archspec import cpu
+from archspec.cpu import detect
 from click.testing import CliRunner
 from onnx import numpy_helper
 
 from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
+from xadapter_export.bundle import machine
+from xadapter_export.bundle.machine import Machine, read_machine
 from xadapter_export.bundle.manifest import Deployment, ExpertSet, Precision, Target, Variant
 from xadapter_export.cli.run import run
-from xadapter_export.errors import BundleError, ConfigError
+from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.runtime import loaded
-from xadapter_export.runtime.choose import (
-    Machine,
-    choose,
-    parse_cpuinfo,
-    parse_sysctl,
-    read_machine,
-)
+from xadapter_export.runtime.choose import choices_by_kind, choose, kind_of
 
 BANANA = "the color of a banana is [MASK]."
 ALL = ("onnx-fp32", "onnx-fp16", "cpu-fp32", "cpu-int8", "cpu-int4", "openvino-fp32", "openvino-int8")
 VNNI = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=False)
 OPENVINO = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=True)
+AVX2 = Machine("x86-64", frozenset({"avx2"}), has_openvino=True)
 OLD = Machine("x86-64", frozenset(), has_openvino=False)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -58,7 +58,9 @@ def chosen(names: tuple[str, ...], name: str, machine: Machine, *providers: str)
         (VNNI, ALL, "cpu-int8"),
         (Machine("x86-64", frozenset({"avx_vnni"}), has_openvino=False), ALL, "cpu-int8"),
         (Machine("x86-64", frozenset({"avx2"}), has_openvino=False), ALL, "cpu-int8"),
+        (AVX2, ALL, "cpu-int8"),
         (OLD, ALL, "cpu-fp32"),
+        (OLD, ("onnx-int8",), "onnx-int8"),
         (OPENVINO, ("onnx-fp32", "cpu-int8"), "cpu-int8"),
         (OPENVINO, ("onnx-fp32", "openvino-fp32"), "openvino-fp32"),
         (Machine("arm64", frozenset(), has_openvino=True), ("onnx-fp32", "openvino-fp32"), "onnx-fp32"),
@@ -154,18 +156,76 @@ def test_what_is_not_there() -> None:
 
 def test_the_reason_is_said() -> None:
     variants = [make_variant(name) for name in ALL]
-    assert choose(variants, "auto", providers=(CPU,), machine=VNNI).reason == "the CPU has avx512_vnni"
+    assert (
+        choose(variants, "auto", providers=(CPU,), machine=VNNI).reason == "int8 products are fast with VNNI"
+    )
     assert choose(variants, "int4", providers=(CPU,), machine=VNNI).reason == "the fastest int4 here"
 
 
-def test_the_features_of_a_cpu_are_those_that_every_core_has() -> None:
-    assert parse_cpuinfo("processor : 0\nflags\t\t: fpu avx2 avx512_vnni\n") == {"avx2", "avx512_vnni"}
-    assert parse_cpuinfo("Features\t: fp asimd asimddp\n\nFeatures\t: fp asimd\n") == frozenset()
-    assert parse_cpuinfo("Features\t: fp asimd asimddp\n") == {"asimddp"}
-    assert parse_cpuinfo("") == frozenset()
-    text = "hw.optional.avx2_0: 0\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.neon: 1\n"
-    assert parse_sysctl(text) == {"asimddp"}
-    assert read_machine() is read_machine()
+def test_what_the_cpu_has_is_read_once_and_named() -> None:
+    here = read_machine()
+    assert here is read_machine()
+    assert here.architecture in str(here)
+    assert here.cpu != Machine.cpu
+
+
+def test_a_cpu_that_runs_no_code_of_ours_is_read_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("no memory may be executed")
+
+    monkeypatch.setattr(detect, "CpuidInfoCollector", refuse)
+    name, features = machine._read_cpu("x86-64")
+    if platform.system() == "Linux":
+        assert "sse2" in features
+        assert name
+    monkeypatch.setattr(cpu, "host", refuse)
+    assert machine._read_cpu("x86-64") == ("unknown CPU", frozenset())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features", "kind"),
+    [
+        ("x86-64", {"avx2", "avx_vnni"}, "x86-64 with VNNI"),
+        ("x86-64", {"avx2"}, "x86-64 with AVX2"),
+        ("x86-64", set(), "x86-64 without AVX2"),
+        ("arm64", {"asimddp", "sme"}, "Arm with int8 dot products"),
+        ("arm64", set(), "Arm without int8 dot products"),
+        ("riscv64", set(), "any other CPU"),
+    ],
+)
+def test_kinds_of_cpu(architecture: str, features: set[str], kind: str) -> None:
+    assert kind_of(Machine(architecture, frozenset(features), has_openvino=False)) == kind
+
+
+def test_what_auto_takes_on_each_kind_of_cpu_is_what_it_says() -> None:
+    variants = [make_variant(name) for name in ALL]
+    said = choices_by_kind(variants)
+    assert said["x86-64 with VNNI"] == "cpu-int8"
+    assert said["x86-64 with VNNI, OpenVINO installed"] == "openvino-int8"
+    assert said["x86-64 with AVX2"] == "cpu-int8"
+    assert "x86-64 with AVX2, OpenVINO installed" not in said  # the same
+    for here in (VNNI, OLD, OPENVINO, AVX2):
+        kind = kind_of(here)
+        with_it = f"{kind}, OpenVINO installed"
+        expected = said[with_it] if here.has_openvino and with_it in said else said[kind]
+        assert chosen(ALL, "auto", here) == expected
+    assert choices_by_kind([make_variant("onnx-fp16")]) == {}
+    assert choices_by_kind([make_variant("onnx-fp32")]) == {"every CPU": "onnx-fp32"}
+    only = choices_by_kind([make_variant("openvino-fp32")])
+    assert set(only.values()) == {"openvino-fp32"}
+    assert all(kind.endswith("OpenVINO installed") for kind in only)
+
+
+def test_what_was_refused_is_passed_over() -> None:
+    variants = [make_variant(name) for name in ("cpu-int8", "cpu-fp32")]
+    again = partial(choose, variants, providers=(CPU,), machine=VNNI)
+    assert again("auto", refused={"cpu-int8"}).name == "cpu-fp32"
+    assert not again("auto").named
+    assert again("cpu-int8").named
+    with pytest.raises(ParityError, match=r"every variant that suits .*: cpu-int8, cpu-fp32, experts t, unk"):
+        again("auto", refused={"cpu-int8", "cpu-fp32"})
+    with pytest.raises(ParityError, match="every variant that suits"):
+        again("int8", refused={"cpu-int8"})
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +269,10 @@ def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
     before = len(loaded._loaded)
     first = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     again = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
-    assert again._session("t") is first._session("t")
+    assert again._graphs.session("t") is first._graphs.session("t")
     own = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1, share_weights=False)
     other = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=2)
-    assert len({id(s._session("t")) for s in (first, own, other)}) == 3
+    assert len({id(s._graphs.session("t")) for s in (first, own, other)}) == 3
     assert own.fill_mask(BANANA) == first.fill_mask(BANANA)
     assert len(loaded._loaded) == before + 2
     del first, again, own, other
@@ -229,8 +289,8 @@ def test_a_bundle_written_anew_is_loaded_anew(tmp_path: Path) -> None:
     weight.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(weight), "decoder"))
     onnx.save(doubled, folder / "onnx/model.onnx")
     rehash(folder)
-    second = XAdapterSession.load(folder, num_threads=1)
-    assert second._session("none") is not first._session("none")
+    second = XAdapterSession.load(folder, num_threads=1, check="never")
+    assert second._graphs.session("none") is not first._graphs.session("none")
     assert second.fill_mask(BANANA)[0].logit == pytest.approx(2 * before[0].logit, abs=1e-4)
     assert first.fill_mask(BANANA) == before
 

@@ -24,18 +24,22 @@ from xadapter_export.bundle.folder import (
     FEATURES_NAME,
     MANIFEST_NAME,
     PROJECTIONS_NAME,
+    SWAPPED_NAME,
     Bundle,
+    list_files,
     read_bundle,
     staged_folder,
 )
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
-from xadapter_export.bundle.onnx_session import OnnxSession, create_session
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.bundle.retrieval import open_retriever
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
+from xadapter_export.parity.recorded import record
+from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.taps import extra_outputs
 
 # Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.
@@ -112,6 +116,7 @@ def swap_bank(
         if cells is not None:
             cells.raise_if_failed()
         num_searched = _check_answers(new, reader)
+        manifest = _record_answers(new)
     return SwapResult(
         staged.final,
         manifest,
@@ -282,6 +287,29 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
                     mend="please report this",
                 )
     return num_searched
+
+
+def _record_answers(new: Bundle) -> Manifest:
+    """Write what the graphs say with the new bank, so that a session can see whether they say it elsewhere.
+
+    Where the app searches, it is asked with the bank of the proof instead.
+
+    Returns:
+        The manifest that was written.
+    """
+    manifest = new.manifest
+    assert manifest.bank is not None  # checked before
+    if manifest.bank.swapped_from is None or manifest.bank.features is not None:
+        return manifest
+    reference = read_reference(new)
+    recorded: dict[str, Array] = {}
+    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+        spec = manifest.expert_sets[variant.expert_set]
+        recorded |= record(open_variant(new, variant), variant, spec, reference)
+    np.savez_compressed(new.folder / SWAPPED_NAME, **sample_reference(recorded))  # type: ignore[arg-type]  # keywords are arrays, not flags
+    manifest = manifest.model_copy(update={"files": list_files(new.folder)})
+    (new.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
 def _finds(rows: Int64, scores: Float32, best_scores: Float32, best: Int64, place: Place) -> bool:

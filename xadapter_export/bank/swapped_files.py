@@ -15,6 +15,7 @@ from xadapter_export.bundle.folder import (
     FEATURES_NAME,
     MANIFEST_NAME,
     PROVEN_BANK_NAME,
+    SWAPPED_NAME,
     Bundle,
     list_files,
 )
@@ -26,6 +27,7 @@ from xadapter_export.errors import BundleError, UnsupportedError
 from xadapter_export.parity import proven_bank
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.parity.prove import read_reference
+from xadapter_export.runtime.choose import choices_of
 
 _ALIGNMENT = 64  # bytes, as the exporter aligns weights
 _COPY_BYTES = 2**24
@@ -54,7 +56,7 @@ class SwappedFiles:
         """Write every file, and return the manifest that was written."""
         old, kept = self._old, self._kept
         proven = self._proven_bank(spec)
-        written = {MANIFEST_NAME, PROVEN_BANK_NAME, *self._graphs, *self._write_weights()}
+        written = {MANIFEST_NAME, PROVEN_BANK_NAME, SWAPPED_NAME, *self._graphs, *self._write_weights()}
         for file, graph in self._graphs.items():
             self._place(file).write_bytes(graph.to_bytes())
         if spec.features is not None:
@@ -75,7 +77,9 @@ class SwappedFiles:
                 "variants": tuple(self._resized(variant) for variant in kept.variants),
             }
         )
-        (self._folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
+        (self._folder / "README.md").write_text(
+            model_card(manifest, name, choices_of(manifest)), encoding="utf-8"
+        )
         manifest = manifest.model_copy(update={"files": list_files(self._folder)})
         (self._folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest

@@ -34,6 +34,7 @@ FEATURES_NAME = "bank.safetensors"
 PROJECTIONS_NAME = "bank_projections.safetensors"
 REFERENCE_NAME = "reference.npz"
 PROVEN_BANK_NAME = "reference_bank.npz"
+SWAPPED_NAME = "reference_swapped.npz"
 PARITY_NAME = "parity.json"
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current folder; linux/fs.h
@@ -403,5 +404,5 @@ def _files_to_list(bundle: Bundle) -> set[str]:
     names = companions(manifest) | {path for variant in manifest.variants for path in variant.all_files}
     if manifest.bank is not None and manifest.bank.features is not None:
         names.add(manifest.bank.features)
-    optional = (PROJECTIONS_NAME, REFERENCE_NAME, PROVEN_BANK_NAME, PARITY_NAME)
+    optional = (PROJECTIONS_NAME, REFERENCE_NAME, PROVEN_BANK_NAME, SWAPPED_NAME, PARITY_NAME)
     return names | {name for name in optional if (bundle.folder / name).exists()}

@@ -1,11 +1,19 @@
 """The README of a bundle."""
 
+from collections.abc import Mapping
+
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import Agreement, Manifest
 
 
-def model_card(manifest: Manifest, name: str) -> str:
-    """Writes the bundle's README: what it is, how to run it, what was proven."""
+def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str:
+    """Writes the bundle's README: what it is, how to run it, what was proven.
+
+    Args:
+        manifest: The bundle's.
+        name: Its title.
+        choices: The variant that answers by kind of CPU; see ``runtime.choose.choices_by_kind``.
+    """
     sets = " | ".join(manifest.expert_sets)
     is_portable = any(variant.target == "onnx" for variant in manifest.variants)
     extra, provider = ("gpu", f" --provider {CUDA_PROVIDER}") if manifest.is_for_gpu else ("cpu", "")
@@ -46,6 +54,9 @@ def model_card(manifest: Manifest, name: str) -> str:
         lines.append(
             f"- experts {variant.expert_set}, {variant.name}: {describe_agreement(variant.agreement)}"
         )
+    if choices:
+        lines += ["", "Unless another is named, a session takes:", "", "| CPU | variant |", "|---|---|"]
+        lines += [f"| {kind} | {variant} |" for kind, variant in choices.items()]
     if manifest.deployments:
         lines += [
             "",

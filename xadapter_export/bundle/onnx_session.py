@@ -32,9 +32,6 @@ Array = NDArray[np.int64] | NDArray[np.float32]
 Provider = str | tuple[str, dict[str, str]]
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-# On x86 without VNNI onnxruntime's fastest int8 kernel overflows, and answers are wrong. With this it takes
-# an exact one, which with VNNI is slower for the same answers.
-_EXACT_INT8_KEY = "session.x64quantprecision"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
@@ -77,7 +74,6 @@ def open_variant(
     num_threads: int | None = None,
     appended: bytes = b"",
     weights: Mapping[str, Array] | None = None,
-    exact_int8: bool = False,
     cache_dir: Path | None = None,
     retriever: "Retriever | None" = None,
 ) -> OnnxSession:
@@ -90,7 +86,6 @@ def open_variant(
         num_threads: Threads inside one operator; the engine's choice if None.
         appended: As ``create_session``, for the answer graph; the target ``openvino`` takes none.
         weights: As ``create_session``, for whichever graph has them; the target ``openvino`` takes none.
-        exact_int8: As ``create_session``.
         cache_dir: Where compiled graphs of the target ``openvino`` are kept, each in a folder that is named
             by the hash of its files; None for nowhere.
         retriever: What searches the bank where no graph does; the bundle's own features if None.
@@ -114,7 +109,6 @@ def open_variant(
                 num_threads=num_threads,
                 appended=more,
                 weights=weights,
-                exact_int8=exact_int8,
                 cache_dir=cache_dir,
             )
 
@@ -130,7 +124,6 @@ def open_variant(
             num_threads=num_threads,
             appended=appended,
             weights=weights,
-            exact_int8=exact_int8,
         )
     from xadapter_export.bundle.openvino_session import create_openvino_session
 
@@ -149,7 +142,6 @@ def create_session(
     num_threads: int | None = None,
     appended: bytes = b"",
     weights: Mapping[str, Array] | None = None,
-    exact_int8: bool = False,
 ) -> OnnxSession:
     """Load a graph into onnxruntime.
 
@@ -159,8 +151,6 @@ def create_session(
         num_threads: Threads inside one operator; onnxruntime's choice if None.
         appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
         weights: Arrays to put in the place of weights of these names, whatever their shape.
-        exact_int8: Whether to keep int8 products from overflowing on x86 without VNNI; a graph of Q/DQ cannot
-            be loaded so.
 
     Raises:
         MissingExtraError: If onnxruntime is not installed.
@@ -182,8 +172,6 @@ def create_session(
 
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    if exact_int8:
-        options.add_session_config_entry(_EXACT_INT8_KEY, "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     model: str | bytes = str(model_file)

@@ -105,6 +105,11 @@ class SplitSession:
             name: input_feed[name] if name in input_feed else memory[name] for name in self._answer_inputs
         }
 
+    def without_memory(self, retriever: Retriever | None) -> "SplitSession":
+        """Return the same graphs with no cache, and with another search of the bank where one is given."""
+        search = self._retriever if retriever is None else retriever
+        return SplitSession(self._query, self._answer, self._spec, self._name, search)
+
     def get_providers(self) -> list[str]:
         """Return the active execution providers."""
         return self._answer.get_providers()

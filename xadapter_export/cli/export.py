@@ -2,7 +2,7 @@
 
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -319,6 +319,8 @@ def export(
 
 
 def _report(result: "ExportResult") -> None:
+    from xadapter_export.runtime.choose import choices_of
+
     manifest = result.manifest
     console = make_console()
     for variant in manifest.variants:
@@ -335,11 +337,21 @@ def _report(result: "ExportResult") -> None:
         )
         for line in made.refused:
             console.print(f"refused: {line}")
+    for name, kinds in _by_variant(choices_of(manifest)).items():
+        console.print(f"answers unless another is named: {name} on {'; '.join(kinds)}")
     console.print(f"bundle: {result.folder}")
     if manifest.task == "fill-mask":
         provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
         question = f'"The color of a banana is {manifest.plm.mask_token}."'
         console.print(f"try: {as_typed('xad-run')} {result.folder} {question}{provider}")
+
+
+def _by_variant(choices: "Mapping[str, str]") -> dict[str, list[str]]:
+    """Returns kinds of CPU by the variant that answers there."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name in choices.items():
+        kinds.setdefault(name, []).append(kind)
+    return kinds
 
 
 def _proof(variant: "Variant") -> str:

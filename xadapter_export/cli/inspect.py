@@ -37,7 +37,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     console = make_console()
     for name, value in _facts(manifest, verify=verify).items():
         console.print(f"{name:<12}{value}")
-    tables = (_variants, _deployments, _refused, _optimisations, _tensors, _parameters)
+    tables = (_variants, _choices, _deployments, _refused, _optimisations, _tensors, _parameters)
     for table in (make(manifest) for make in tables):
         if table.row_count:
             console.print()
@@ -81,6 +81,15 @@ def _variants(manifest: "Manifest") -> "Table":
             f"{variant.size_bytes / MIB:.1f}",
             _proof(variant),
         )
+    return table
+
+
+def _choices(manifest: "Manifest") -> "Table":
+    from xadapter_export.runtime.choose import choices_of
+
+    table = _table("CPU", "variant that answers")
+    for kind, variant in choices_of(manifest).items():
+        table.add_row(kind, variant)
     return table
 
 

@@ -1,6 +1,7 @@
 """``xad parity``: prove a bundle, with no PyTorch installed."""
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from xadapter_export.bundle.manifest import ExpertSet, Variant
-    from xadapter_export.parity import ParityReport
+    from xadapter_export.parity import Check, ParityReport
+
+
+@dataclass
+class _Findings:
+    """What was found of one bundle.
+
+    Attributes:
+        report: The proof of its fp32 variants, or of its engines; None where there is none to prove.
+        lossy: Its lossy variants.
+        checks: What they give here.
+        swapped: Whether its bank was swapped.
+    """
+
+    report: "ParityReport | None"
+    lossy: "list[Variant]" = field(default_factory=list)
+    checks: "tuple[Check, ...]" = ()
+    swapped: bool = False
+
+    def checks_of(self, variant: "Variant") -> "list[Check]":
+        """Return the checks of one lossy variant."""
+        return [c for c in self.checks if (c.expert_set, c.variant) == (variant.expert_set, variant.name)]
 
 
 @click.command(
@@ -41,7 +63,7 @@ if TYPE_CHECKING:
     "variants",
     metavar="NAME",
     multiple=True,
-    help="fp32 variant to prove, such as onnx-fp32; may be repeated. [default: all]",
+    help="Variant to check, such as onnx-fp32; may be repeated. [default: all]",
 )
 @click.option(
     "--engine",
@@ -65,108 +87,181 @@ def parity(
     """Prove that bundles say what PyTorch said when they were made.
 
     Runs every fp32 graph on the inputs that the bundle carries, compares outputs and each expert's
-    contribution with PyTorch's, prints the table, and exits 1 if an element is too far off. Of a lossy
-    variant it prints what it was measured to say when it was made, and exits 1 if it was not measured.
-    A lossy engine is compared with its own graph in onnxruntime.
+    contribution with PyTorch's, prints the table, and exits 1 if an element is too far off. A lossy variant
+    is compared with its own outputs, recorded when the bundle was made: the command exits 1 if it gives
+    others on this processor, or if nobody measured its agreement with fp32. A lossy engine is compared with
+    its own graph in onnxruntime.
 
     Where the bank was swapped, graphs with the V-expert are compared with rows of the old bank in its place.
     """
     if engine is not None and (providers or threads is not None):
         raise click.UsageError("--engine runs on the GPU here; leave --provider and --threads out.")
-    from xadapter_export.bundle.folder import read_bundle
-    from xadapter_export.parity import TOLERANCES, prove_bundle, prove_engines
+    from xadapter_export.bundle.machine import read_machine
+    from xadapter_export.parity import prove_engines
     from xadapter_export.parity.table import parity_table
 
-    reports: dict[str, ParityReport] = {}
-    lossy: dict[str, list[Variant]] = {}
-    swapped: list[Path] = []
+    found: dict[str, _Findings] = {}
     for bundle in bundles:
         if engine is not None:
-            lossy[str(bundle)] = []
-            reports[str(bundle)] = prove_engines(bundle, engine, experts or None, variants=variants or None)
-            continue
-        manifest = read_bundle(bundle).manifest
-        swapped += [bundle] if manifest.bank is not None and manifest.bank.swapped_from is not None else []
-        held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
-        lossy[str(bundle)] = [v for v in held if v.precision not in TOLERANCES and not variants]
-        if len(lossy[str(bundle)]) < len(held):
-            reports[str(bundle)] = prove_bundle(
-                bundle,
-                experts or None,
-                variants=variants or None,
-                providers=providers or None,
-                num_threads=threads,
-                verify=False,  # just done
-            )
+            report = prove_engines(bundle, engine, experts or None, variants=variants or None)
+            found[str(bundle)] = _Findings(report)
+        else:
+            found[str(bundle)] = _examine(bundle, experts or None, variants, providers or None, threads)
+    reports = {bundle: of.report for bundle, of in found.items() if of.report is not None}
+    num_lossy = sum(len(of.lossy) for of in found.values())
     if as_json:
-        print_json({bundle: _to_json(reports.get(bundle), lossy[bundle]) for bundle in lossy})
+        print_json({bundle: _to_json(of) for bundle, of in found.items()})
     else:
         console = make_console()
         if reports:
             console.print(parity_table(reports, every_cell=every_cell))
-        if any(lossy.values()):
-            console.print(_agreement_table(lossy))
+        if num_lossy:
+            console.print(_lossy_table(found))
     for report in reports.values():
         report.raise_if_failed()
-    _require_agreement(lossy)
-    for bundle in swapped:
-        click.echo(
-            f"note: the bank of {bundle} was swapped; sets with the V-expert were proven with rows of the "
-            "bank that it was exported with, and lossy variants measured with that one",
-            err=True,
-        )
+    for name, of in found.items():
+        _require_agreement(name, of)
+        _require_the_same(name, of, str(read_machine()))
+        if of.swapped:
+            click.echo(
+                f"note: the bank of {name} was swapped; sets with the V-expert were proven with rows of the "
+                "bank that it was exported with, and lossy variants measured with that one; they are "
+                "compared with what they gave when the new one was put in",
+                err=True,
+            )
     num_cells = sum(len(report.cells) for report in reports.values())
-    num_lossy = sum(len(held) for held in lossy.values())
+    num_cases = sum(len(of.checks) for of in found.values())
     proven = f"passed, {num_cells} cells" if reports else "no fp32 variant to prove"
-    measured = f"; lossy variants measured when they were made: {num_lossy}" if num_lossy else ""
-    click.echo(f"parity: {proven}{measured}", err=True)
+    recorded = f"; lossy variants as recorded: {num_lossy}, {num_cases} cases" if num_lossy else ""
+    click.echo(f"parity: {proven}{recorded}; on {read_machine()}", err=True)
 
 
-def _to_json(report: "ParityReport | None", lossy: "list[Variant]") -> dict[str, object]:
-    """Return the report, if there is one, and what each lossy variant was measured to say."""
-    fields = {} if report is None else json.loads(report.to_json())
+def _examine(
+    bundle: Path,
+    experts: "tuple[ExpertSet, ...] | None",
+    variants: tuple[str, ...],
+    providers: tuple[str, ...] | None,
+    threads: int | None,
+) -> _Findings:
+    """Prove the fp32 variants of a bundle, and check its lossy ones.
+
+    Raises:
+        As ``prove_bundle`` and ``check_lossy``.
+    """
+    from xadapter_export.bundle.folder import read_bundle
+    from xadapter_export.parity import TOLERANCES, check_lossy, prove_bundle
+
+    manifest = read_bundle(bundle).manifest
+    held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
+    lossy = [v for v in held if v.precision not in TOLERANCES and (not variants or v.name in variants)]
+    # What is not among the lossy ones is proven, or there is no such variant.
+    exact = [name for name in variants or [v.name for v in held] if name not in {v.name for v in lossy}]
+    report: ParityReport | None = None
+    checks: tuple[Check, ...] = ()
+    if exact:
+        report = prove_bundle(
+            bundle,
+            experts,
+            variants=exact if variants else None,
+            providers=providers,
+            num_threads=threads,
+            verify=False,  # just done
+        )
+    if lossy:
+        checks = check_lossy(
+            bundle,
+            experts,
+            variants=variants or None,
+            providers=providers,
+            num_threads=threads,
+            verify=False,
+        )
+    return _Findings(
+        report, lossy, checks, manifest.bank is not None and manifest.bank.swapped_from is not None
+    )
+
+
+def _to_json(of: _Findings) -> dict[str, object]:
+    """Return the report, if there is one, and what each lossy variant was measured to say, and says here."""
+    from xadapter_export.bundle.machine import read_machine
+
+    fields = {} if of.report is None else json.loads(of.report.to_json())
     measured = [
         {
             "expert_set": variant.expert_set,
             "variant": variant.name,
             "agreement": variant.agreement and variant.agreement.model_dump(mode="json"),
+            "checks": [asdict(check) for check in of.checks_of(variant)],
         }
-        for variant in lossy
+        for variant in of.lossy
     ]
-    return {**fields, "lossy": measured}
+    return {**fields, "processor": str(read_machine()), "lossy": measured}
 
 
-def _agreement_table(lossy: "dict[str, list[Variant]]") -> "Table":
+def _lossy_table(found: dict[str, _Findings]) -> "Table":
     from rich.table import Table
 
-    table = Table(caption="measured against fp32 when the bundle was made", show_edge=False)
-    for column in ("bundle", "experts", "variant", "agreement with fp32"):
+    table = Table(
+        caption="agreement: measured against fp32 when the bundle was made; here: root mean square of the "
+        "differences from the outputs recorded then, and how much is allowed",
+        show_edge=False,
+    )
+    several = len(found) > 1
+    for column in [*(["bundle"] if several else []), "experts", "variant", "agreement with fp32", "here"]:
         table.add_column(column)
-    for bundle, variants in lossy.items():
-        for variant in variants:
-            agreement = variant.agreement
+    for bundle, of in found.items():
+        for variant in of.lossy:
+            agreement, checks = variant.agreement, of.checks_of(variant)
             measured = "NOT MEASURED" if agreement is None else describe_agreement(agreement)
+            is_right = agreement is not None and all(check.passed for check in checks)
             table.add_row(
-                bundle,
+                *([bundle] if several else []),
                 variant.expert_set,
                 variant.name,
                 measured,
-                style="bold red" if agreement is None else None,
+                _describe_checks(checks),
+                style=None if is_right else "bold red",
             )
     return table
 
 
-def _require_agreement(lossy: "dict[str, list[Variant]]") -> None:
+def _describe_checks(checks: "list[Check]") -> str:
+    """Return in a few words what a variant gives here, by its worst case."""
+    if not checks:
+        return "not run with these providers"
+    worst = max(checks, key=lambda c: (not c.passed, (c.difference or 0.0) / (c.bound or 1.0)))
+    if not worst.passed:
+        return f"FAILED: {worst.got}"
+    allowed = "" if worst.bound is None else f", {worst.difference or 0.0:.1e} of {worst.bound:.1e}"
+    return f"passed, {len(checks)} cases{allowed}"
+
+
+def _require_agreement(bundle: str, of: _Findings) -> None:
     """Refuse a lossy variant that nobody measured.
 
     Raises:
         ParityError: If there is one.
     """
-    for bundle, variants in lossy.items():
-        for variant in variants:
-            if variant.agreement is None:
-                raise ParityError(
-                    "a lossy variant was not measured against fp32",
-                    where=f"{bundle}, {variant.name}, experts {variant.expert_set}",
-                    mend="export the bundle again",
-                )
+    for variant in of.lossy:
+        if variant.agreement is None:
+            raise ParityError(
+                "a lossy variant was not measured against fp32",
+                where=f"{bundle}, {variant.name}, experts {variant.expert_set}",
+                mend="export the bundle again",
+            )
+
+
+def _require_the_same(bundle: str, of: _Findings, processor: str) -> None:
+    """Refuse a lossy variant that does not give here what it gave when it was made.
+
+    Raises:
+        ParityError: If there is one.
+    """
+    for check in of.checks:
+        if not check.passed:
+            raise ParityError(
+                "a lossy variant does not give what it gave when it was made",
+                where=f"{bundle}, {check.variant}, experts {check.expert_set}, {processor}",
+                expected=check.expected,
+                got=check.got,
+            )

@@ -40,7 +40,6 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.checkpoint import read_record
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import Machine
 from xadapter_export.runtime.text import TextEncoder
 
 Feed = Mapping[str, Array]
@@ -335,11 +334,6 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def name_processor(machine: Machine) -> str:
-    """Return a machine's architecture and the int8 features of its CPU, as ``x86-64 avx2 avx512_vnni``."""
-    return " ".join([machine.architecture, *sorted(machine.features)])
 
 
 def share_of_same_rows(reference: Answers, candidate: Answers) -> float | None:

@@ -1,6 +1,6 @@
 """Every variant of an expert set, from its portable graph: their files, and how one is made."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -8,13 +8,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.qdq import quantise_qdq
-from xadapter_export.exporters.quantise import Recipe, Rounding, quantise
+from xadapter_export.exporters.quantise import Ranges, Recipe, Rounding, quantise
 
 # Suffixes that transformers.js and optimum know, and one for what they have no name for.
 _SUFFIXES: dict[tuple[Target, Precision], str] = {
@@ -58,7 +57,7 @@ def derive(
     target: Target,
     precision: Precision,
     recipe: Recipe | None = None,
-    feeds: Sequence[Mapping[str, Array]] = (),
+    ranges: Ranges | None = None,
     rounding: Rounding | None = None,
 ) -> tuple[ir.Model, list[Optimisation]]:
     """Makes a variant that onnxruntime runs.
@@ -69,7 +68,7 @@ def derive(
         target: ``onnx``, ``cpu`` or ``cuda``.
         precision: One that the target takes.
         recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
-        feeds: Inputs to calibrate int8 with, and to round weights with.
+        ranges: What goes into the portable graph's products; below fp16.
         rounding: As ``quantise``.
 
     Returns:
@@ -82,7 +81,7 @@ def derive(
         if precision == "fp32":
             return portable, []
         if precision == "int8":
-            quantised = quantise_qdq(portable, feeds, rounding)
+            quantised = quantise_qdq(portable, ranges or {}, rounding or Rounding())
             return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
         half = _to_half(portable, _FP32_ISLANDS)
         return half, [_bytes_saved("fp16_weights", portable, half, merged)]
@@ -102,7 +101,7 @@ def derive(
             model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", portable, model, merged))
     else:
-        quantise(model, recipe, feeds, rounding)
+        quantise(model, recipe, ranges or {}, rounding or Rounding())
         done.append(_bytes_saved(recipe.name, portable, model, merged))
     return model, [step for step in done if step is not None]
 

@@ -20,9 +20,11 @@ from xadapter_export.bundle.folder import (
     MANIFEST_NAME,
     PARITY_NAME,
     REFERENCE_NAME,
+    Bundle,
     list_files,
     staged_folder,
 )
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
     EXPERT_SETS,
     Agreement,
@@ -37,7 +39,7 @@ from xadapter_export.bundle.manifest import (
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
@@ -50,7 +52,14 @@ from xadapter_export.exporters.deploy import DeployOptions, check_options, deplo
 from xadapter_export.exporters.derive import add_up, derive, variant_file, weights_file
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, round_products
+from xadapter_export.exporters.quantise import (
+    RECIPES,
+    Ranges,
+    Recipe,
+    Rounding,
+    measure_products,
+    round_products,
+)
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.request import (
     Request,
@@ -64,11 +73,12 @@ from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
+from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
-from xadapter_export.runtime.choose import int8_overflows, read_machine
+from xadapter_export.runtime.choose import choices_of
 
-Stage = Literal["load", "merge", "trace", "check", "derive", "prove", "compare", "deploy"]
+Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
 Graphs = dict[Part, ir.Model]
 
@@ -286,6 +296,7 @@ class _Builder:
         _write_reference(folder, self.reference)
         _write_manifest(folder, manifest, name)
         report = prove_bundle(folder, verify=False)
+        self._record_lossy(manifest)
         proven = [
             v.model_copy(update={"parity": report.variant_parity(v.expert_set, v.name)})
             if v.agreement is None
@@ -330,22 +341,26 @@ class _Builder:
         self.specs[expert_set] = pack.expert_set_spec(portable, parts, input_names)
         self._write_graphs(expert_set, "onnx", "fp32", portable, saved)
         self._answer_in_fp32(expert_set, gates)
+        ranges: dict[Part, Ranges] = {}
+        if any(precision in RECIPES for _, precision in wanted):
+            ranges = self._measure(expert_set, portable, gates)
+        if ("openvino", "int8") in wanted:
+            round_products(portable["whole"], ranges["whole"], self.rounding)
         for target, precision in wanted:
             if target == "openvino" or (target, precision) == ("onnx", "fp32"):
                 continue
-            feeds = self._part_feeds(expert_set, parts, gates if precision in RECIPES else None)
             for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
                 self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
                 graphs: Graphs = {}
                 done: list[Optimisation] = []
                 for part, merged in parts.items():
                     graphs[part], steps = derive(
-                        portable[part], merged, target, precision, recipe, feeds[part], self.rounding
+                        portable[part], merged, target, precision, recipe, ranges.get(part), self.rounding
                     )
                     done += steps
                 measured = None
                 if precision != "fp32":
-                    measured = self._try(expert_set, graphs, target, precision, gates)
+                    measured = self._try(expert_set, graphs, precision, gates)
                 if measured is None or agreement.passes(measured):
                     break
             if self._leaves_out(f"{target}-{precision}", expert_set, measured, gates):
@@ -396,11 +411,9 @@ class _Builder:
             files = {"query": self.folder / variant.query_file, "answer": self.folder / variant.file}
         return self._open(expert_set, files)
 
-    def _open(
-        self, expert_set: ExpertSet, files: Mapping[Part, Path], *, exact_int8: bool = False
-    ) -> OnnxSession:
+    def _open(self, expert_set: ExpertSet, files: Mapping[Part, Path]) -> OnnxSession:
         """Opens a graph, or two as one, while the bundle is being made."""
-        sessions = {part: create_session(file, exact_int8=exact_int8) for part, file in files.items()}
+        sessions = {part: create_session(file) for part, file in files.items()}
         if "whole" in sessions:
             return sessions["whole"]
         spec, retriever = self.specs[expert_set], None
@@ -414,7 +427,6 @@ class _Builder:
         self,
         expert_set: ExpertSet,
         graphs: Graphs,
-        target: Target,
         precision: Precision,
         gates: Gates,
     ) -> Agreement:
@@ -425,9 +437,7 @@ class _Builder:
             for part, graph in graphs.items():
                 files[part] = Path(folder) / f"{part}.onnx"
                 ir.save(graph, files[part], external_data=f"{part}.onnx_data")
-            exact = target == "cpu" and int8_overflows(read_machine())
-            session = self._open(expert_set, files, exact_int8=exact)
-            return self._compare(expert_set, session, precision, gates)
+            return self._compare(expert_set, self._open(expert_set, files), precision, gates)
 
     def _compare(
         self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates
@@ -440,7 +450,7 @@ class _Builder:
             precision,
             min_agreement=gates.min_agreement,
             max_points_lost=gates.max_points_lost,
-            judged_on=gates.judged_on(agreement.name_processor(read_machine())),
+            judged_on=gates.judged_on(str(read_machine())),
         )
 
     def _leaves_out(self, name: str, expert_set: ExpertSet, measured: Agreement | None, gates: Gates) -> bool:
@@ -467,6 +477,15 @@ class _Builder:
                     mend="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
                 )
 
+    def _record_lossy(self, manifest: Manifest) -> None:
+        """Keeps what every lossy variant says, and how far that is off, for whoever runs it elsewhere."""
+        bundle = Bundle(self.folder, manifest)
+        recorded: dict[str, Array] = {}
+        for variant in [v for v in self.variants if v.agreement is not None]:
+            spec = self.specs[variant.expert_set]
+            recorded |= record(open_variant(bundle, variant), variant, spec, self.reference)
+        self.reference |= recorded | noise(recorded, self.reference)
+
     def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""
         if gates.calibration is None:
@@ -475,17 +494,18 @@ class _Builder:
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
         return calibration_feeds(encoder, gates.calibration.made_with, names)
 
-    def _part_feeds(
-        self, expert_set: ExpertSet, parts: Collection[Part], gates: Gates | None
-    ) -> dict[Part, list[dict[str, Array]]]:
-        """Inputs to calibrate each graph with; without gates none."""
-        feeds = [] if gates is None else self._calibration(expert_set, gates)
-        by_part: dict[Part, list[dict[str, Array]]] = dict.fromkeys(parts, feeds)
-        if "answer" in by_part and feeds:  # it reads what the query graph says
-            session = self._open_portable(expert_set)
-            assert isinstance(session, SplitSession)  # it has an answer graph
-            by_part["answer"] = [session.answer_feed(feed) for feed in feeds]
-        return by_part
+    def _measure(self, expert_set: ExpertSet, portable: Graphs, gates: Gates) -> dict[Part, Ranges]:
+        """What goes into the products of each graph of a set."""
+        self.on_stage("calibrate", expert_set)
+        feeds = self._calibration(expert_set, gates)
+        found: dict[Part, Ranges] = {}
+        for part, graph in portable.items():
+            if part == "answer":  # it reads what the query graph says
+                session = self._open_portable(expert_set)
+                assert isinstance(session, SplitSession)  # it has an answer graph
+                feeds = [session.answer_feed(feed) for feed in feeds]
+            found[part] = measure_products(graph, feeds, self.rounding)
+        return found
 
     def _portable(self, expert_set: ExpertSet) -> Variant:
         return next(v for v in self.variants if (v.expert_set, v.name) == (expert_set, "onnx-fp32"))
@@ -506,8 +526,6 @@ class _Builder:
             name = recipe.name if isinstance(recipe, Recipe) else recipe
             self.on_stage("derive", f"{expert_set}, {name}")
             source, file = self.folder / portable.file, self.folder / path
-            if precision == "int8":
-                round_products(ir.load(source), feeds, self.rounding)
             convert_to_ir(
                 source,
                 file,
@@ -587,7 +605,7 @@ def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Va
 
 def _write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     """Writes the manifest and, before it lists the files, the model card."""
-    (folder / "README.md").write_text(model_card(manifest, name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest, name, choices_of(manifest)), encoding="utf-8")
     complete = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
     return complete

@@ -4,21 +4,18 @@ The weights are those of ``cpu-int8``. Activations are symmetric, as TensorRT wa
 leaves in fp32 stays so here, and so does a tied decoder, whose table is int8.
 """
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.quantise import (
     Product,
+    Ranges,
     Rounding,
     add_initializer,
     find_products,
     is_large,
-    measure_products,
     quantise_rows,
     replace_node,
     round_product,
@@ -26,25 +23,21 @@ from xadapter_export.exporters.quantise import (
 from xadapter_export.exporters.rounding import Range
 
 
-def quantise_qdq(
-    portable: ir.Model, feeds: Sequence[Mapping[str, Array]], rounding: Rounding | None = None
-) -> ir.Model:
+def quantise_qdq(portable: ir.Model, ranges: Ranges, rounding: Rounding) -> ir.Model:
     """Make an int8 graph of standard operators.
 
     Args:
         portable: The portable graph; it is not changed.
-        feeds: Inputs to calibrate with, by name.
+        ranges: What goes into its products, as ``measure_products`` found.
         rounding: What graphs with the same weights have in common; it is added to.
 
     Returns:
         The graph, its weights in memory.
 
     Raises:
-        ParityError: If nothing was quantised.
+        ParityError: If there is nothing to quantise.
     """
     model = ir.external_data.load_to_model(portable.clone())
-    rounding = rounding or Rounding()
-    ranges = measure_products(model, feeds, rounding)
     lookups = [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]
     for table in dict.fromkeys(node.inputs[0] for node in lookups):
         assert table is not None  # it is large

@@ -157,27 +157,18 @@ class Rounding:
     rows: dict[str, SmoothRows] = field(default_factory=dict)
 
 
-def quantise(
-    model: ir.Model,
-    recipe: Recipe,
-    feeds: Sequence[Mapping[str, Array]],
-    rounding: Rounding | None = None,
-    ranges: Ranges | None = None,
-) -> None:
+def quantise(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding) -> None:
     """Quantises in place.
 
     Args:
         model: A graph in fp32.
         recipe: How many bits the weights get.
-        feeds: Inputs of texts to measure what goes into products with.
+        ranges: What goes into the graph's products, as ``measure_products`` found.
         rounding: What graphs with the same weights have in common; it is added to.
-        ranges: What ``measure_products`` found in this graph; measured now if None.
 
     Raises:
         ParityError: If a large matrix is still read in fp32 that should not be.
     """
-    rounding = rounding or Rounding()
-    ranges = ranges or measure_products(model, feeds, rounding)
     tables: dict[ir.Value, _Rows] = {}
     kept: set[ir.Value] = set()
     for gather in [node for node in model.graph if node.op_type == "Gather" and is_large(node.inputs[0])]:
@@ -239,15 +230,8 @@ def measure_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], roun
     return measure_inputs(probe, inputs, feeds, rounding.curvatures)
 
 
-def round_products(model: ir.Model, feeds: Sequence[Mapping[str, Array]], rounding: Rounding) -> None:
-    """Round the int8 weights of all products of a graph, which is not changed, but for those of tables.
-
-    Args:
-        model: A graph in fp32.
-        feeds: Inputs of texts.
-        rounding: Gets the curvatures and the weights that it lacks.
-    """
-    ranges = measure_products(model, feeds, rounding)
+def round_products(model: ir.Model, ranges: Ranges, rounding: Rounding) -> None:
+    """Round the int8 weights of all products of a graph, which is not changed, but for those of tables."""
     for found in find_products(model):
         if found.table is None:
             _round(found, ranges[str(found.weight.name)], rounding)

@@ -2,7 +2,18 @@
 
 from xadapter_export.parity.compare import TOLERANCES, Cell, Tolerance, compare
 from xadapter_export.parity.engines import prove_engines
-from xadapter_export.parity.prove import prove_bundle
+from xadapter_export.parity.prove import check_lossy, prove_bundle
+from xadapter_export.parity.recorded import Check
 from xadapter_export.parity.report import ParityReport
 
-__all__ = ["TOLERANCES", "Cell", "ParityReport", "Tolerance", "compare", "prove_bundle", "prove_engines"]
+__all__ = [
+    "TOLERANCES",
+    "Cell",
+    "Check",
+    "ParityReport",
+    "Tolerance",
+    "check_lossy",
+    "compare",
+    "prove_bundle",
+    "prove_engines",
+]

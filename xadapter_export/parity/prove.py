@@ -6,7 +6,7 @@ cases as when the bundle was made, so that nothing passes by not being looked at
 
 Every fp32 variant is held to the same rule. The portable graph has every tap; a fused one has those that the
 fusion left; a graph of OpenVINO gives its outputs only. A lossy variant cannot be proven like this: its
-manifest says what it was measured to say.
+manifest says what it was measured to say, and ``check_lossy`` whether it still says that.
 
 Of a bundle whose bank was swapped, the graphs with the V-expert are proven with the bank that the reference
 is of; see ``parity.proven_bank``. Whether the new one is in the graph is checked when it is put there.
@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
+from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
+from xadapter_export.parity.recorded import Check, opened_record
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
@@ -73,14 +75,7 @@ def prove_bundle(
         ParityError: If there is nothing to compare, or less than when the bundle was made.
     """
     bundle = read_bundle(folder, verify=verify)
-    names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
-    chosen = [
-        variant
-        for variant in _choose(bundle, expert_sets, variants)
-        if variant.target == "onnx"
-        or set(names) <= {CPU_PROVIDER}
-        or (variant.target == "cuda" and CUDA_PROVIDER in names)
-    ]
+    chosen = [variant for variant in _choose(bundle, expert_sets, variants) if _runs_on(variant, providers)]
     reference = read_reference(bundle)
     old_bank = read_proven_bank(bundle)
     cells: list[Cell] = []
@@ -119,6 +114,7 @@ def prove_bundle(
         tolerances=TOLERANCES,
         created_with={"numpy": np.__version__} | _engine_versions(chosen),
         providers=tuple(active),
+        processor=str(read_machine()),
         cells=tuple(cells),
     )
 
@@ -142,6 +138,55 @@ def _choose(
                 mend="the manifest says how far it agrees: see xad-inspect",
             )
     return [variant for variant in manifest.variants if variant in chosen]
+
+
+def check_lossy(
+    folder: Path | str,
+    expert_sets: Sequence[ExpertSet] | None = None,
+    *,
+    variants: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
+    num_threads: int | None = None,
+    verify: bool = True,
+) -> tuple[Check, ...]:
+    """Ask a bundle's lossy graphs every case, and compare with what they said when the bundle was made.
+
+    Args:
+        folder: The bundle.
+        expert_sets: The sets to check; all of them if None.
+        variants: Names of variants; every one if None. Those of fp32 are left aside.
+        providers: As ``prove_bundle``.
+        num_threads: As ``prove_bundle``.
+        verify: Whether to check the files' hashes first.
+
+    Returns:
+        A check for each case of each variant, by the rule of ``parity.recorded``; none where no lossy variant
+        runs with these providers.
+
+    Raises:
+        BundleError: If the bundle, or its reference, is not whole, or it lacks a set.
+        MissingExtraError: If the engine of a variant is not installed.
+    """
+    bundle = read_bundle(folder, verify=verify)
+    manifest = bundle.manifest
+    held = [v for name in expert_sets or manifest.expert_sets for v in manifest.variants_of(name)]
+    checks: list[Check] = []
+    for variant in [
+        v for v in held if v.precision not in TOLERANCES and (not variants or v.name in variants)
+    ]:
+        if not _runs_on(variant, providers):
+            continue
+        session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+        with opened_record(bundle) as record:
+            checks += [record.check(session, variant, case) for case in record.cases]
+    return tuple(checks)
+
+
+def _runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
+    """Whether a variant is made for these providers."""
+    names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
+    on_cpu = set(names) <= {CPU_PROVIDER}
+    return variant.target == "onnx" or on_cpu or (variant.target == "cuda" and CUDA_PROVIDER in names)
 
 
 def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[TapSpec, ...]:

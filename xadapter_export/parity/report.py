@@ -19,6 +19,7 @@ class ParityReport(BaseModel):
         tolerances: ``atol`` and ``rtol`` of each precision; of a lossy engine, of each ``VARIANT/OUTPUT``.
         created_with: Versions of the packages that computed the compared side.
         providers: Execution providers that computed it.
+        processor: The CPU of that machine.
         cells: Every comparison.
     """
 
@@ -28,6 +29,7 @@ class ParityReport(BaseModel):
     tolerances: dict[str, Tolerance]
     created_with: dict[str, str]
     providers: tuple[str, ...]
+    processor: str | None = None
     cells: tuple[Cell, ...]
 
     @property

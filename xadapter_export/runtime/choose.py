@@ -1,56 +1,153 @@
 """Which variant of an expert set answers on this machine: one rule, a pure function of what there is."""
 
-import importlib.util
-import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from typing import Final, Literal, get_args
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
-from xadapter_export.bundle.manifest import Deployment, Variant
-from xadapter_export.errors import BundleError, ConfigError
+from xadapter_export.bundle.machine import INT8_DOT_PRODUCTS, Machine
+from xadapter_export.bundle.manifest import Deployment, Manifest, Variant
+from xadapter_export.errors import BundleError, ConfigError, ParityError
 
 CPU_PROVIDER = "CPUExecutionProvider"
 GPU_PROVIDERS = frozenset(
     f"{name}ExecutionProvider"
     for name in ("CUDA", "Tensorrt", "NvTensorRTRTX", "ROCM", "MIGraphX", "Dml", "CoreML", "WebGpu")
 )
-INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "asimddp")
-_USED_FEATURES = frozenset((*INT8_DOT_PRODUCTS, "avx2"))
-_PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
+Kind = Literal[
+    "x86-64 with VNNI",
+    "x86-64 with AVX2",
+    "x86-64 without AVX2",
+    "Arm with int8 dot products",
+    "Arm without int8 dot products",
+    "any other CPU",
+]
 
-@dataclass(frozen=True)
-class Machine:
-    """What the rule needs to know of a machine.
+_NO_INT8 = "no int8 variant suits this CPU"
+_SLOW_INT8 = "int8 gains nothing on this CPU"
+_LAST = "nothing else is there"
 
-    Attributes:
-        architecture: ``x86-64``, ``arm64``, or whatever else Python calls it.
-        features: Which of AVX2 and the int8 dot products the CPU has, by Linux's names; none where that
-            cannot be found out.
-        has_openvino: Whether OpenVINO is installed.
-    """
-
-    architecture: str
-    features: frozenset[str]
-    has_openvino: bool
+# What ``auto`` takes on each kind of CPU, the best first, each with the reason. OpenVINO's variants are left
+# out where it is not installed.
+ORDERS: Final[dict[Kind, tuple[tuple[str, str], ...]]] = {
+    "x86-64 with VNNI": (
+        ("openvino-int8", "OpenVINO's int8 is the fastest with VNNI"),
+        ("cpu-int8", "int8 products are fast with VNNI"),
+        ("openvino-fp32", _NO_INT8),
+        ("cpu-fp32", _NO_INT8),
+        ("onnx-fp32", _NO_INT8),
+        ("onnx-int8", _LAST),
+    ),
+    "x86-64 with AVX2": (
+        ("cpu-int8", "onnxruntime's int8 is the fastest with AVX2 alone"),
+        ("openvino-int8", "OpenVINO's int8 is faster than fp32 for small models with AVX2"),
+        ("openvino-fp32", _NO_INT8),
+        ("cpu-fp32", _NO_INT8),
+        ("onnx-fp32", _NO_INT8),
+        ("onnx-int8", _LAST),
+    ),
+    "x86-64 without AVX2": (
+        ("openvino-fp32", _SLOW_INT8),
+        ("cpu-fp32", _SLOW_INT8),
+        ("onnx-fp32", _SLOW_INT8),
+        ("cpu-int8", _LAST),
+        ("openvino-int8", _LAST),
+        ("onnx-int8", _LAST),
+    ),
+    # OpenVINO's engine for Arm has no int8 kernels of its own.
+    "Arm with int8 dot products": (
+        ("cpu-int8", "int8 products are fast with Arm's dot products"),
+        ("cpu-fp32", _NO_INT8),
+        ("onnx-fp32", _NO_INT8),
+        ("onnx-int8", _LAST),
+        ("openvino-fp32", _LAST),
+        ("openvino-int8", _LAST),
+    ),
+    "Arm without int8 dot products": (
+        ("cpu-fp32", _SLOW_INT8),
+        ("onnx-fp32", _SLOW_INT8),
+        ("cpu-int8", _LAST),
+        ("onnx-int8", _LAST),
+        ("openvino-fp32", _LAST),
+        ("openvino-int8", _LAST),
+    ),
+    "any other CPU": (
+        ("cpu-fp32", "whether int8 is fast on this CPU is unknown"),
+        ("onnx-fp32", "whether int8 is fast on this CPU is unknown"),
+        ("cpu-int8", _LAST),
+        ("onnx-int8", _LAST),
+        ("openvino-fp32", _LAST),
+        ("openvino-int8", _LAST),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The variant that answers, and why in a few words; with ``engine``, its engines in its place."""
+    """The variant that answers, and why in a few words; with ``engine``, its engines in its place.
+
+    Attributes:
+        named: Whether it was asked for by its whole name, so that nothing else will do.
+    """
 
     variant: Variant
     reason: str
     engine: Deployment | None = None
+    named: bool = False
 
     @property
     def name(self) -> str:
         """Name of what answers: ``cpu-int8``, ``tensorrt-rtx-fp16``."""
         return self.variant.name if self.engine is None else self.engine.name
+
+
+def kind_of(machine: Machine) -> Kind:
+    """Return the kind of CPU, as far as the order of variants depends on it."""
+    has_dot_products = not machine.features.isdisjoint(INT8_DOT_PRODUCTS)
+    if machine.architecture == "x86-64":
+        if has_dot_products:
+            return "x86-64 with VNNI"
+        return "x86-64 with AVX2" if "avx2" in machine.features else "x86-64 without AVX2"
+    if machine.architecture == "arm64":
+        return "Arm with int8 dot products" if has_dot_products else "Arm without int8 dot products"
+    return "any other CPU"
+
+
+def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
+    """Return the variant that ``auto`` takes on each kind of CPU.
+
+    Args:
+        variants: The variants of one expert set.
+
+    Returns:
+        Names of variants by kind of CPU, or of every CPU where they are the same. A kind has a second line,
+        with OpenVINO, where that changes the choice. Nothing where no CPU runs any of them.
+    """
+    there = {variant.name for variant in variants}
+    found: dict[str, str] = {}
+    for kind in get_args(Kind):
+        names = [name for name, _ in ORDERS[kind] if name in there]
+        without = [name for name in names if not name.startswith("openvino")]
+        if without:
+            found[kind] = without[0]
+        if names and names[:1] != without[:1]:
+            found[f"{kind}, OpenVINO installed"] = names[0]
+    same = len(set(found.values())) == 1 and set(found) == set(get_args(Kind))
+    return {"every CPU": next(iter(found.values()))} if same else found
+
+
+def choices_of(manifest: Manifest) -> dict[str, str]:
+    """Return ``choices_by_kind`` of a bundle's default expert set."""
+    return choices_by_kind(manifest.variants_of(manifest.default_expert_set))
+
+
+def rank(variants: Sequence[Variant], *, providers: Sequence[str], machine: Machine) -> list[Choice]:
+    """Return what ``auto`` may take of one expert set, the best first; see ``choose``."""
+    by_name = {variant.name: variant for variant in variants}
+    rules = _rules(providers, machine)
+    return [Choice(by_name[name], reason) for name, reason in rules if name in by_name]
 
 
 def choose(
@@ -60,15 +157,14 @@ def choose(
     providers: Sequence[str],
     machine: Machine,
     engines: Sequence[Deployment] = (),
+    refused: Collection[str] = (),
 ) -> Choice:
     """Choose among the variants of one expert set.
 
     ``auto`` takes, with a GPU provider, fp16 and else fp32: of the graphs for CUDA where that is the provider
-    and they are there, else of the portable ones. On the CPU it takes the first of these that is there:
-    OpenVINO's int8 where OpenVINO is installed on x86-64; onnxruntime's int8 where the CPU has int8 dot
-    products or AVX2; fp32, where OpenVINO is installed on x86-64 its own first. It never takes fp16
-    on a CPU, where fp16 is slower than fp32; int4, and engines, only by name. Where the CPU's features are
-    unknown it takes fp32; int8, asked for by name, gives the same answers there, only more slowly.
+    and they are there, else of the portable ones. On the CPU it takes the first of the order for its kind
+    (``ORDERS``) that is there, OpenVINO's where that is installed. It never takes fp16 on a CPU, where fp16
+    is slower than fp32; int4, and engines, only by name.
 
     Args:
         variants: The variants of the set.
@@ -77,10 +173,12 @@ def choose(
         providers: Names of the onnxruntime providers that were asked for.
         machine: The machine.
         engines: The deployments of the set that are engines.
+        refused: Names of variants that gave wrong answers on this machine.
 
     Raises:
         BundleError: If the set has no such variant, or for ``auto`` none that suits.
         ConfigError: If the variant that is named cannot go with the providers.
+        ParityError: If all that would do were refused.
     """
     by_name = {variant.name: variant for variant in variants}
     on_cpu = set(providers) <= {CPU_PROVIDER}
@@ -92,20 +190,48 @@ def choose(
                 got=", ".join(providers),
                 mend="leave the provider out, or choose another variant",
             )
-        return Choice(by_name[engine.source], "named", engine)
+        return Choice(by_name[engine.source], "named", engine, named=True)
     if name == "auto":
         rules = _rules(providers, machine)
         mend = "name one of those with variant=, or export with --precision fp32"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
             mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
-    elif name in _PRECISIONS:
+    elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
-            for target in (_cpu_targets(machine) if on_cpu else _gpu_targets(providers))
+            for target in (_cpu_targets(name, machine) if on_cpu else _gpu_targets(providers))
         ]
         mend = "choose one of those, or export with its --precision and --target"
     else:
         rules, mend = [(name, "named")], "choose one of those, or export with its --precision and --target"
+    found = [(wanted, reason) for wanted, reason in rules if wanted in by_name]
+    _check_providers(name, providers)
+    for wanted, reason in found:
+        if wanted not in refused:
+            return Choice(by_name[wanted], reason, named=reason == "named")
+    if found:
+        raise ParityError(
+            "every variant that suits gives wrong answers on this processor",
+            where=f"{', '.join(wanted for wanted, _ in found)}, experts {variants[0].expert_set}, {machine}",
+            mend="copy the bundle again, update onnxruntime, and please report this",
+        )
+    raise BundleError(
+        "the bundle holds no variant that suits this machine"
+        if name == "auto"
+        else "the bundle does not hold this variant",
+        where=f"{name}, experts {variants[0].expert_set}",
+        expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
+        mend=mend,
+    )
+
+
+def _check_providers(name: str, providers: Sequence[str]) -> None:
+    """Refuse a name that cannot go with the providers.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    on_cpu = set(providers) <= {CPU_PROVIDER}
     is_engine = name.startswith("tensorrt")  # of which there is none, or it would be chosen
     if name.endswith("fp16") and not is_engine and not GPU_PROVIDERS & set(providers):
         raise ConfigError(
@@ -127,17 +253,6 @@ def choose(
             got=", ".join(providers),
             mend=f"ask for it (--provider {CUDA_PROVIDER}), or choose another variant",
         )
-    for wanted, reason in rules:
-        if wanted in by_name:
-            return Choice(by_name[wanted], reason)
-    raise BundleError(
-        "the bundle holds no variant that suits this machine"
-        if name == "auto"
-        else "the bundle does not hold this variant",
-        where=f"{name}, experts {variants[0].expert_set}",
-        expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
-        mend=mend,
-    )
 
 
 def runs_on_cpu(name: str) -> bool:
@@ -153,15 +268,11 @@ def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
         return [(f"{t}-{p}", reason) for t in _gpu_targets(providers) for p in precisions]
     if set(providers) - {CPU_PROVIDER}:
         return [("onnx-fp32", "the portable graph runs on any provider")]
-    rules = []
-    if machine.has_openvino and machine.architecture == "x86-64":
-        rules.append(("openvino-int8", "OpenVINO is installed and the CPU is x86-64"))
-    known = [feature for feature in (*INT8_DOT_PRODUCTS, "avx2") if feature in machine.features]
-    if known:
-        rules.append(("cpu-int8", f"the CPU has {known[0]}"))
-    reason = "no faster variant suits this CPU"
-    targets = [t for t in _cpu_targets(machine) if t != "openvino" or machine.has_openvino]
-    return rules + [(f"{target}-fp32", reason) for target in targets]
+    return [
+        (name, reason)
+        for name, reason in ORDERS[kind_of(machine)]
+        if machine.has_openvino or not name.startswith("openvino")
+    ]
 
 
 def _gpu_targets(providers: Sequence[str]) -> list[str]:
@@ -170,61 +281,9 @@ def _gpu_targets(providers: Sequence[str]) -> list[str]:
     return ["cuda", "onnx"] if first == CUDA_PROVIDER else ["onnx"]
 
 
-def _cpu_targets(machine: Machine) -> list[str]:
-    """Return the targets for the CPU, the fastest first."""
-    if machine.has_openvino and machine.architecture == "x86-64":
-        return ["openvino", "cpu", "onnx"]
-    return ["cpu", "onnx", "openvino"]  # one that is not installed says so when it is opened
-
-
-def int8_overflows(machine: Machine) -> bool:
-    """Whether onnxruntime's fastest int8 products overflow on this machine: x86 without int8 dot products."""
-    return machine.architecture == "x86-64" and machine.features.isdisjoint(INT8_DOT_PRODUCTS)
-
-
-@cache
-def read_machine() -> Machine:
-    """Return what this machine is."""
-    name = platform.machine().lower()
-    return Machine(
-        architecture={"amd64": "x86-64", "x86_64": "x86-64", "aarch64": "arm64"}.get(name, name),
-        features=_read_features(),
-        has_openvino=importlib.util.find_spec("openvino") is not None,
-    )
-
-
-def _read_features() -> frozenset[str]:
-    if sys.platform == "win32":
-        import ctypes
-
-        # PF_AVX2_INSTRUCTIONS_AVAILABLE and PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE of winnt.h
-        has = ctypes.windll.kernel32.IsProcessorFeaturePresent
-        return frozenset(name for number, name in ((40, "avx2"), (43, "asimddp")) if has(number))
-    try:
-        if sys.platform == "darwin":
-            line = ["/usr/sbin/sysctl", "hw.optional"]  # fixed: nothing of a user's is in it
-            done = subprocess.run(line, capture_output=True, text=True, check=True)  # noqa: S603
-            return parse_sysctl(done.stdout)
-        return parse_cpuinfo(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, subprocess.SubprocessError):
-        return frozenset()
-
-
-def parse_cpuinfo(text: str) -> frozenset[str]:
-    """Return the features that the rule uses from the text of Linux's ``/proc/cpuinfo``.
-
-    Where the cores differ, only what every core has.
-    """
-    rows = [
-        frozenset(value.split()) & _USED_FEATURES
-        for key, _, value in (line.partition(":") for line in text.splitlines())
-        if key.strip() in ("flags", "Features")  # x86 and Arm
-    ]
-    return frozenset.intersection(*rows) if rows else frozenset()
-
-
-def parse_sysctl(text: str) -> frozenset[str]:
-    """Return the features that the rule uses from what macOS's ``sysctl hw.optional`` prints."""
-    known = {"hw.optional.avx2_0": "avx2", "hw.optional.arm.FEAT_DotProd": "asimddp"}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return frozenset(known[key] for key, _, value in pairs if key in known and value.strip() == "1")
+def _cpu_targets(precision: str, machine: Machine) -> list[str]:
+    """Return the targets for the CPU, the fastest first; one that is not installed says so when opened."""
+    known = "fp32" if precision in ("fp32", "fp16") else "int8"
+    names = [name.split("-") for name, _ in ORDERS[kind_of(machine)]]
+    targets = [target for target, has in names if has == known]
+    return sorted(targets, key=lambda target: target == "openvino" and not machine.has_openvino)

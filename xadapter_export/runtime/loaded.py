@@ -25,7 +25,6 @@ def open_shared(
     *,
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
-    exact_int8: bool = False,
     cache_dir: Path | None = None,
 ) -> OnnxSession:
     """Open a variant as ``open_variant`` does, or return it if this process has it open already.
@@ -38,7 +37,7 @@ def open_shared(
     Raises:
         As ``open_variant``.
     """
-    files = _identify(bundle, variant.file, *variant.weight_files)
+    files = identify(bundle, variant.file, *variant.weight_files)
     key = (variant.target, files, repr(list(providers or [])), num_threads)
     return _share(
         key,
@@ -47,7 +46,6 @@ def open_shared(
             variant,
             providers=providers,
             num_threads=num_threads,
-            exact_int8=exact_int8,
             cache_dir=cache_dir,
         ),
     )
@@ -70,7 +68,7 @@ def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> Onn
     file = engine_file_for(made, find_gpu())
     if verify:
         verify_files(bundle, (file,))
-    key = (made.target, _identify(bundle, file))
+    key = (made.target, identify(bundle, file))
     return _share(key, lambda: open_engine(bundle.file(file), made.target))
 
 
@@ -82,6 +80,7 @@ def _share(key: tuple[object, ...], open_it: Callable[[], OnnxSession]) -> OnnxS
         return session
 
 
-def _identify(bundle: Bundle, *files: str) -> tuple[tuple[int, ...], ...]:
+def identify(bundle: Bundle, *files: str) -> tuple[tuple[int, ...], ...]:
+    """Return what tells these files from any others, and from what was in their places before."""
     stats = [bundle.file(file).stat() for file in files]
     return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)

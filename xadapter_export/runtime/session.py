@@ -4,10 +4,8 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 """
 
 import copy
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self, overload
@@ -16,17 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.engine_session import largest_batch
-from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle, verifying
+from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle
 from xadapter_export.bundle.manifest import (
     Candidate,
-    Deployment,
     ExpertSet,
     ExpertSetSpec,
     Manifest,
     Task,
     Variant,
 )
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
+from xadapter_export.bundle.onnx_session import Array, Provider
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.bundle.retrieval import PictureIndex
 from xadapter_export.errors import (
@@ -37,20 +34,15 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
+from xadapter_export.parity.recorded import Check
 from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import (
-    CPU_PROVIDER,
-    Choice,
-    choose,
-    int8_overflows,
-    read_machine,
-    runs_on_cpu,
-)
+from xadapter_export.runtime.choose import CPU_PROVIDER, runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
-from xadapter_export.runtime.loaded import open_shared, open_shared_engine
+from xadapter_export.runtime.graphs import Graphs, HowToOpen
+from xadapter_export.runtime.load_check import CheckWhen
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
 
@@ -79,6 +71,7 @@ class XAdapterSession:
         cache_size: int = CACHE_SIZE,
         cache_dir: Path | str | None = None,
         verify: bool = False,
+        check: CheckWhen = "once",
     ) -> None:
         limits = (
             ("batch_size", batch_size, 1),
@@ -90,26 +83,22 @@ class XAdapterSession:
                 raise ConfigError(f"{name} must be at least {least}", got=value)
         manifest = bundle.manifest
         self.bundle = bundle
-        self._verify = verify
+        how = HowToOpen(
+            providers=providers,
+            num_threads=num_threads,
+            share_weights=share_weights,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            verify=verify,
+            check=check,
+        )
         self.experts = experts or manifest.default_expert_set
-        with self._verifying(companions(manifest)):  # each graph when it is opened; what is not, never
+        with how.verifying(bundle, companions(manifest)):  # each graph when it is opened; what is not, never
             self._encoder, self._clip_encoder = load_encoders(bundle)
             self.pictures = self._read_pictures()
         self._tokenizer = self._encoder.tokenizer
         self._batch_size = batch_size
-        self._providers = providers
-        self._num_threads = num_threads
-        self._share_weights = share_weights
-        self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._pairs = SplitPairs(bundle, index, cache_size, verify=verify)
-        names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
-        self._choose_variant = partial(choose, providers=names, machine=read_machine())
-        first = self._choose_for(self.experts, variant)
-        self._choices = {self.experts: first}
-        self._preferred = first.name
-        self._sessions: dict[ExpertSet, OnnxSession] = {}
-        self._lock = threading.Lock()
-        self._session(self.experts)  # what can go wrong goes wrong now, not at the first question
+        pairs = SplitPairs(bundle, index, cache_size, verify=verify)
+        self._graphs = Graphs(bundle, variant, self.experts, how, pairs)
 
     @classmethod
     def load(
@@ -127,17 +116,19 @@ class XAdapterSession:
         cache_dir: Path | str | None = None,
         verify: bool = True,
         allow_fallback: bool = False,
+        check: CheckWhen = "once",
     ) -> Self:
         """Load a bundle.
 
         Args:
             bundle: Its folder.
             experts: The expert set that answers; the bundle's default if None.
-            variant: Which of the set's graphs answers: ``auto``, the fastest on this machine; a whole name,
-                ``onnx-fp32``, ``cpu-int8``, ``openvino-int8``; a precision, ``fp32`` or ``int8``, the
-                fastest here that has it; or engines, ``tensorrt-rtx-fp16``, for the GPU of this machine. The
-                rule is that of ``runtime.choose``. Another expert set of the session gets the same, or where
-                it lacks it what ``auto`` gives.
+            variant: Which of the set's graphs answers: ``auto``, by rule the fastest on this kind of CPU
+                (``runtime.choose``); ``fastest``, which opens what ``auto`` could take, times it on one text
+                and keeps the result in ``cache_dir``, in about 2 s; a whole name, ``onnx-fp32``,
+                ``cpu-int8``, ``openvino-int8``; a precision, ``fp32`` or ``int8``, the fastest here that has
+                it; or engines, ``tensorrt-rtx-fp16``, for the GPU of this machine. Another expert set of
+                the session gets the same, or where it lacks it what ``auto`` gives.
             providers: onnxruntime execution providers in order of preference; the CPU if None. One that does
                 not start is an error, never a silent fallback.
             num_threads: Threads inside one operator; the engine's choice if None: onnxruntime's is one for
@@ -155,15 +146,21 @@ class XAdapterSession:
                 the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
                 a few hundred.
             cache_dir: A folder, which nobody else may write to, where OpenVINO keeps the graphs that it
-                compiled, a few MB each: the next load takes a third of the time. None for nothing written;
-                of no use to other engines.
+                compiled, a few MB each: the next load takes a third of the time; and where what
+                ``variant="fastest"`` measured is kept. None for nothing written.
             verify: Whether to compare every file that is used with its hash first.
             allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
                 an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
                 gives.
+            check: When a graph that is opened is asked one case that the bundle carries: ``once`` in this
+                process for the same files, ``always``, or ``never``. One that gives something else on this
+                processor is refused with a warning, and the next best answers; see ``checks``. Engines are
+                not asked.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
+            ParityError: If the variant that was named gives wrong answers on this processor, or all that
+                suit do.
             HashMismatchError: If a file was changed.
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
@@ -183,6 +180,7 @@ class XAdapterSession:
             cache_size=cache_size,
             cache_dir=cache_dir,
             verify=verify,
+            check=check,
         )
         try:
             return make(variant=variant, providers=providers)
@@ -203,17 +201,22 @@ class XAdapterSession:
     @property
     def variant(self) -> Variant:
         """The variant that answers for the session's expert set, or that its engines were made from."""
-        return self._choice(self.experts).variant
+        return self._graphs.choice(self.experts).variant
 
     @property
     def answered_by(self) -> str:
         """Name of what answers for the session's expert set: that of the variant, or of its engines."""
-        return self._choice(self.experts).name
+        return self._graphs.choice(self.experts).name
 
     @property
     def variant_reason(self) -> str:
         """Why it is that one, in a few words."""
-        return self._choice(self.experts).reason
+        return self._graphs.choice(self.experts).reason
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What was found when graphs were opened, in that order; those that were refused too."""
+        return self._graphs.checks
 
     def with_experts(self, experts: ExpertSet) -> Self:
         """Return the same session with another expert set switched on; nothing is loaded twice.
@@ -221,7 +224,7 @@ class XAdapterSession:
         Raises:
             BundleError: If the bundle does not hold that set, or not in a variant that suits.
         """
-        self._choice(experts)
+        self._graphs.choice(experts)
         other = copy.copy(self)  # shares the graphs and their lock
         other.experts = experts
         return other
@@ -438,66 +441,27 @@ class XAdapterSession:
         spec = self._spec(experts)
         feed = check_feed(inputs, spec, self.manifest)
         names = [tensor.name for tensor in spec.outputs] if outputs is None else list(outputs)
-        session = self._session(experts or self.experts)
+        session = self._graphs.session(experts or self.experts)
         try:
             values = session.run(names, feed)
         except XAdapterError:  # of an index, or an engine
             raise
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
-            choice = self._choice(experts or self.experts)
+            choice = self._graphs.choice(experts or self.experts)
             if choice.engine is not None:
                 raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
             engine = "OpenVINO" if choice.variant.target == "openvino" else "onnxruntime"
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
-        return dict(zip(names, values, strict=True))
-
-    def _choice(self, experts: ExpertSet) -> Choice:
-        """Return what answers for an expert set: the variant that the first set has, or the next best."""
-        if experts not in self._choices:
-            names = [variant.name for variant in self.manifest.variants_of(experts)]
-            names += [made.name for made in self._engines_of(experts)]
-            has_it = self._preferred in names
-            self._choices[experts] = self._choose_for(experts, self._preferred if has_it else "auto")
-        return self._choices[experts]
-
-    def _choose_for(self, experts: ExpertSet, name: str) -> Choice:
-        variants = self.manifest.variants_of(experts)
-        return self._choose_variant(variants, name, engines=self._engines_of(experts))
-
-    def _engines_of(self, experts: ExpertSet) -> tuple[Deployment, ...]:
-        """Return the deployments of a set that are engines, made from graphs that are in the bundle."""
-        sources = {variant.name for variant in self.manifest.variants_of(experts)}
-        return tuple(
-            made
-            for made in self.manifest.deployments
-            if made.expert_set == experts and made.source in sources and made.engines
-        )
-
-    def _session(self, experts: ExpertSet) -> OnnxSession:
-        with self._lock:
-            if experts not in self._sessions:
-                choice = self._choice(experts)
-                if choice.engine is not None:
-                    session = open_shared_engine(self.bundle, choice.engine, verify=self._verify)
-                    return self._sessions.setdefault(experts, session)
-                variant = choice.variant
-                open_graph = partial(
-                    open_shared if self._share_weights else open_variant,
-                    self.bundle,
-                    providers=self._providers,
-                    num_threads=self._num_threads,
-                    exact_int8=variant.name == "cpu-int8" and int8_overflows(read_machine()),
-                    cache_dir=self._cache_dir,
+        for name, value in zip(names, values, strict=True):
+            # A sum is finite where every number is: float32 sums of logits are far from its limits.
+            if value.dtype.kind == "f" and not np.isfinite(value.sum()):
+                raise BundleError(
+                    "the graph gives NaN or infinity",
+                    where=f"{name} of {self._graphs.choice(experts or self.experts).name}",
+                    mend="copy or export the bundle again; xad-parity says which graphs are right",
                 )
-                with self._verifying(variant.all_files):
-                    is_split = variant.query_file is not None
-                    session = self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
-                self._sessions[experts] = session
-            return self._sessions[experts]
-
-    def _verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        return verifying(self.bundle, names) if self._verify else nullcontext()
+        return dict(zip(names, values, strict=True))
 
     def _read_pictures(self) -> Sequence[Picture]:
         """Return the pictures of the bank, where a graph says which ones it looked at."""
@@ -527,7 +491,7 @@ class XAdapterSession:
         """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
         encoder = self._encoder_for(experts)
         tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
-        engine = self._choice(experts or self.experts).engine
+        engine = self._graphs.choice(experts or self.experts).engine
         size = self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))
         for numbers in plan_batches([len(text.input_ids) for text in tokenized], size):
             yield numbers, encoder.collate([tokenized[number] for number in numbers])
