@@ -1,0 +1,263 @@
+"""``make processors``: ask every variant of two models on emulated processors, and compare the answers.
+
+Each processor is one process of qemu on one core; two run at a time. What is downloaded is kept in
+``build/processors``, and so are the bundles.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from benchmarks.prepare import key, versions
+from benchmarks.processors import report
+from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
+from benchmarks.processors.debian import UnavailableError
+from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
+from benchmarks.report import cpu_name
+from train.tables import Grid, print_grid, write_results
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.errors import XAdapterError
+
+CASES: Final = ("builtin", "minilm")
+NATIVE: Final = "this machine"
+_PROGRAM: Final = "benchmarks.processors.inside"
+
+
+class RunError(XAdapterError, RuntimeError):
+    """A program on an emulated processor failed."""
+
+
+def say(text: str, start: float = time.perf_counter()) -> None:
+    """Print progress on stderr, after the seconds since the start."""
+    click.echo(f"{time.perf_counter() - start:6.0f} s  {text}", err=True)
+
+
+def make_bundle(case: str, cache: Path = CACHE) -> Path:
+    """Export a case with every expert set and every variant for CPUs, or find it exported.
+
+    Gates are off: what a variant keeps is what is measured here.
+    """
+    from export.parity import CASES as MODELS
+    from xadapter_export import export
+
+    folder = cache / "bundles" / key(case, ours=True) / case
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export(
+            MODELS[case](),
+            folder,
+            EXPERT_SETS,
+            17,
+            precisions=("fp32", "int8", "int4"),
+            targets=("onnx", "cpu", "openvino") if case == "builtin" else ("onnx", "cpu"),
+            min_agreement=0.0,
+            max_points_lost=100.0,
+        )
+    return folder
+
+
+def read_texts(case: str, count: int) -> list[str]:
+    """Return texts of the kind that the gates are measured on, spread over all of them."""
+    from export.parity import CASES as MODELS
+    from xadapter_export.exporters.calibration import calibration_texts
+
+    model = MODELS[case]()
+    texts = calibration_texts(model, None, model.config.task).texts
+    return [texts[number * len(texts) // count] for number in range(count)]
+
+
+def run(name: str, machine: Machine, job: Mapping[str, Any], folder: Path) -> Ran:
+    """Run ``inside`` on a machine.
+
+    Raises:
+        RunError: If it fails; the reason is its last line.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file = folder / "job.json"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    with (folder / "errors.txt").open("w+", encoding="utf-8") as errors:
+        command = [*machine.command, "-m", _PROGRAM, str(file)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=machine.variables(), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout is not None
+        with process, process.stdout as lines:
+            for line in lines:
+                say(f"{name}: {line.strip()}")
+        if process.returncode:
+            errors.seek(0)
+            reason = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
+            raise RunError("a processor failed", where=name, got=f"exit {process.returncode}: {reason}")
+    return Ran.read(folder)
+
+
+def run_all(
+    names: Sequence[str], job: Mapping[str, Any], cache: Path
+) -> tuple[dict[str, Ran], dict[str, Machine], dict[str, str]]:
+    """Run the job here and on each processor, two at a time: answers, machines, and what was left out."""
+    machines: dict[str, Machine] = {NATIVE: native()}
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            machines[PROCESSORS[name].name] = build(PROCESSORS[name], cache)
+            say(f"{PROCESSORS[name].name}: ready")
+        except UnavailableError as error:
+            left_out[PROCESSORS[name].name] = str(error)
+            say(f"{PROCESSORS[name].name}: left out: {error}")
+    ran: dict[str, Ran] = {}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        running = {
+            name: pool.submit(run, name, machine, job, cache / "answers" / name.replace(" ", "-"))
+            for name, machine in machines.items()
+        }
+        for name, future in running.items():
+            try:
+                ran[name] = future.result()
+            except RunError as error:
+                left_out[name] = str(error)
+                say(str(error))
+    return ran, machines, left_out
+
+
+@click.command()
+@click.option(
+    "--processor", "names", type=click.Choice(list(PROCESSORS)), multiple=True, help="[default: all]"
+)
+@click.option("--case", "cases", type=click.Choice(CASES), multiple=True, help="[default: both]")
+@click.option("--experts", type=click.Choice(EXPERT_SETS), multiple=True, help="[default: all]")
+@click.option("--texts", default=50, show_default=True, type=click.IntRange(1, 255), help="For each variant.")
+@click.option("--write", is_flag=True, help="Write the tables to docs/results.md.")
+def main(
+    names: tuple[str, ...],
+    cases: tuple[str, ...],
+    experts: tuple[ExpertSet, ...],
+    texts: int,
+    write: bool,
+) -> None:
+    """Ask every variant on emulated processors, and compare with fp32 there and with this machine."""
+    cache = CACHE
+    bundles = {}
+    for case in cases or CASES:
+        say(f"{case}: bundle")
+        bundles[case] = make_bundle(case, cache)
+    job = {
+        "parity": True,
+        "routes": ["session", "plain"],
+        "cases": {
+            case: {"bundle": str(bundle), "texts": read_texts(case, texts), "sets": experts or EXPERT_SETS}
+            for case, bundle in bundles.items()
+        },
+    }
+    ran, machines, left_out = run_all(names or tuple(PROCESSORS), job, cache)
+    if NATIVE not in ran:
+        raise RunError("this machine gave no answers to compare with", got=left_out[NATIVE])
+    manifests = {case: read_bundle(bundle, verify=False).manifest for case, bundle in bundles.items()}
+    findings = [
+        finding
+        for name, found in ran.items()
+        if name != NATIVE
+        for finding in compare(name, found, ran[NATIVE], manifests)
+    ]
+    _finish(findings, ran, machines, left_out, texts, cache, write=write)
+
+
+def _finish(
+    findings: Sequence[Finding],
+    ran: dict[str, Ran],
+    machines: Mapping[str, Machine],
+    left_out: Mapping[str, str],
+    texts: int,
+    cache: Path,
+    *,
+    write: bool,
+) -> None:
+    """Print, write and judge."""
+    processors = [name for name in ran if name != NATIVE]
+    grids = [
+        report.kept_grid(findings, processors),
+        report.native_grid(findings, processors),
+        report.parity_grid(ran),
+    ]
+    console = Console(width=220, markup=False, highlight=False)
+    for grid in grids:
+        print_grid(grid, console)
+    bad = wrong(findings)
+    faulty = {processor.name for processor in PROCESSORS.values() if processor.is_faulty}
+    file = cache / "processors.json"
+    file.write_text(
+        json.dumps(_as_json(findings, ran, machines, left_out, texts), indent=1) + "\n", encoding="utf-8"
+    )
+    if write:
+        _write(grids, _notes(machines, left_out, texts))
+    for finding in bad:
+        click.echo(
+            f"{finding.processor}, {finding.case}, {finding.experts}, {finding.variant}, {finding.route}: "
+            f"keeps {finding.kept:.1%} of fp32's answers, natively {finding.kept_natively:.1%}"
+        )
+    unexpected = [finding for finding in bad if finding.processor not in faulty]
+    click.echo(f"processors: {len(findings) - len(bad)} right, {len(bad)} not; {file}")
+    unproven = [name for name, found in ran.items() if not all(p["passed"] for p in found.parity.values())]
+    sys.exit(1 if unexpected or set(unproven) - faulty or left_out else 0)
+
+
+def _as_json(
+    findings: Iterable[Finding],
+    ran: Mapping[str, Ran],
+    machines: Mapping[str, Machine],
+    left_out: Mapping[str, str],
+    texts: int,
+) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "texts": texts,
+        "processors": {
+            name: {**found.machine, "emulator": machines[name].emulator, "parity": found.parity}
+            for name, found in ran.items()
+        },
+        "left_out": dict(left_out),
+        "findings": [{**asdict(finding), "is_right": finding.is_right} for finding in findings],
+    }
+
+
+def _write(grids: Sequence[Grid], notes: Sequence[str]) -> None:
+    write_results(
+        ROOT / "docs" / "results.md", "benchmarks.processors", grids, notes, "by emulation with qemu"
+    )
+
+
+def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: int) -> list[str]:
+    emulated = [
+        f"{processor.name} ({processor.has}; `{machines[processor.name].emulator} -cpu {processor.cpu}`)"
+        for processor in PROCESSORS.values()
+        if processor.name in machines
+    ]
+    return [
+        f"Processors: {', '.join(emulated)}.",
+        f"This machine: {cpu_name()}. onnxruntime {versions()['onnxruntime']}, "
+        f"OpenVINO {versions()['openvino']}.",
+        f"{texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2. The column "
+        f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more than "
+        f"{MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
+        "MiniLM gives embeddings: its numbers are mean cosines, times 100. Its plug-in is random.",
+        *(f"Left out: {name}: {reason}." for name, reason in left_out.items()),
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except XAdapterError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
