@@ -5,12 +5,8 @@ Each processor is one process of qemu on one core; two run at a time. What is do
 """
 
 import json
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +19,7 @@ from benchmarks.processors import report
 from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
 from benchmarks.processors.debian import UnavailableError
 from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
+from benchmarks.processors.run import NATIVE, RunError, run_all, say
 from benchmarks.report import cpu_name
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
@@ -30,17 +27,21 @@ from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
 from xadapter_export.errors import XAdapterError
 
 CASES: Final = ("builtin", "minilm")
-NATIVE: Final = "this machine"
-_PROGRAM: Final = "benchmarks.processors.inside"
 
 
-class RunError(XAdapterError, RuntimeError):
-    """A program on an emulated processor failed."""
-
-
-def say(text: str, start: float = time.perf_counter()) -> None:
-    """Print progress on stderr, after the seconds since the start."""
-    click.echo(f"{time.perf_counter() - start:6.0f} s  {text}", err=True)
+def get_machines(names: Sequence[str], cache: Path) -> tuple[dict[str, Machine], dict[str, str]]:
+    """Return this machine and the processors, and why others cannot be had."""
+    machines: dict[str, Machine] = {NATIVE: native()}
+    left_out: dict[str, str] = {}
+    for name in names:
+        processor = PROCESSORS[name]
+        try:
+            machines[processor.name] = build(processor, cache)
+            say(f"{processor.name}: ready")
+        except UnavailableError as error:
+            left_out[processor.name] = str(error)
+            say(f"{processor.name}: left out: {error}")
+    return machines, left_out
 
 
 def make_bundle(case: str, cache: Path = CACHE) -> Path:
@@ -77,60 +78,6 @@ def read_texts(case: str, count: int) -> list[str]:
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
-def run(name: str, machine: Machine, job: Mapping[str, Any], folder: Path) -> Ran:
-    """Run ``inside`` on a machine.
-
-    Raises:
-        RunError: If it fails; the reason is its last line.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    file = folder / "job.json"
-    file.write_text(json.dumps(job), encoding="utf-8")
-    with (folder / "errors.txt").open("w+", encoding="utf-8") as errors:
-        command = [*machine.command, "-m", _PROGRAM, str(file)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=machine.variables(), stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        assert process.stdout is not None
-        with process, process.stdout as lines:
-            for line in lines:
-                say(f"{name}: {line.strip()}")
-        if process.returncode:
-            errors.seek(0)
-            reason = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
-            raise RunError("a processor failed", where=name, got=f"exit {process.returncode}: {reason}")
-    return Ran.read(folder)
-
-
-def run_all(
-    names: Sequence[str], job: Mapping[str, Any], cache: Path
-) -> tuple[dict[str, Ran], dict[str, Machine], dict[str, str]]:
-    """Run the job here and on each processor, two at a time: answers, machines, and what was left out."""
-    machines: dict[str, Machine] = {NATIVE: native()}
-    left_out: dict[str, str] = {}
-    for name in names:
-        try:
-            machines[PROCESSORS[name].name] = build(PROCESSORS[name], cache)
-            say(f"{PROCESSORS[name].name}: ready")
-        except UnavailableError as error:
-            left_out[PROCESSORS[name].name] = str(error)
-            say(f"{PROCESSORS[name].name}: left out: {error}")
-    ran: dict[str, Ran] = {}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        running = {
-            name: pool.submit(run, name, machine, job, cache / "answers" / name.replace(" ", "-"))
-            for name, machine in machines.items()
-        }
-        for name, future in running.items():
-            try:
-                ran[name] = future.result()
-            except RunError as error:
-                left_out[name] = str(error)
-                say(str(error))
-    return ran, machines, left_out
-
-
 @click.command()
 @click.option(
     "--processor", "names", type=click.Choice(list(PROCESSORS)), multiple=True, help="[default: all]"
@@ -160,7 +107,9 @@ def main(
             for case, bundle in bundles.items()
         },
     }
-    ran, machines, left_out = run_all(names or tuple(PROCESSORS), job, cache)
+    machines, left_out = get_machines(names or tuple(PROCESSORS), cache)
+    ran, failed = run_all(machines, job, cache / "answers")
+    left_out.update(failed)
     if NATIVE not in ran:
         raise RunError("this machine gave no answers to compare with", got=left_out[NATIVE])
     manifests = {case: read_bundle(bundle, verify=False).manifest for case, bundle in bundles.items()}
@@ -248,8 +197,8 @@ def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: 
         f"This machine: {cpu_name()}. onnxruntime {versions()['onnxruntime']}, "
         f"OpenVINO {versions()['openvino']}.",
         f"{texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2. The column "
-        f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more than "
-        f"{MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
+        f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more "
+        f"than {MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
         "MiniLM gives embeddings: its numbers are mean cosines, times 100. Its plug-in is random.",
         *(f"Left out: {name}: {reason}." for name, reason in left_out.items()),
     ]

@@ -55,7 +55,7 @@ class Finding:
         case: The model.
         experts: The expert set.
         variant: The variant.
-        route: ``session``, opened by ours, or ``plain``, by onnxruntime or OpenVINO without options.
+        route: ``session``, opened by ours, or ``plain``, by onnxruntime without options.
         gate: What the manifest says it keeps of fp32's answers; None of an fp32 variant.
         kept: What it keeps there: the share of top answers that are fp32's; of embeddings the mean cosine.
         kept_natively: The same on this machine, of the same texts.

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -23,6 +23,8 @@ CACHE: Final = ROOT / "build" / "processors"
 SUITE: Final = "trixie"  # a fixed release, so that every machine emulates with the same qemu
 ARM_PYTHON: Final = "3.13"  # of that release
 _PLATFORMS: Final = ("manylinux_2_28", "manylinux_2_27", "manylinux2014")
+_SSE: Final = "fpu cx8 cmov mmx fxsr sse sse2 ht syscall nx lm pni ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm"
+_AVX2: Final = f"{_SSE} pclmulqdq aes xsave avx f16c rdrand fma movbe bmi1 bmi2 avx2 abm fsgsbase smep erms"
 _ARMV8: Final = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 _NEOVERSE_N1: Final = f"{_ARMV8} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
 _NEOVERSE_V1: Final = (
@@ -42,8 +44,8 @@ class Processor:
         cpu: What qemu calls it.
         architecture: Of its instructions.
         has: What decides which kernels run on it, in words.
-        features: Of an Arm one, what Linux would list in ``/proc/cpuinfo``; onnxruntime reads that.
-        part: Of an Arm one, its number there.
+        features: What Linux would list in ``/proc/cpuinfo``: apps and onnxruntime read that.
+        part: Number of its part there; on x86 of its model.
         suite: The release of Debian whose qemu emulates it.
         is_faulty: Whether that qemu is known to compute wrongly: a processor that a session must detect.
     """
@@ -52,15 +54,15 @@ class Processor:
     cpu: str
     architecture: Literal["x86_64", "aarch64"]
     has: str
-    features: str = ""
-    part: str = ""
+    features: str
+    part: str
     suite: str = SUITE
     is_faulty: bool = False
 
 
 PROCESSORS: Final = {
-    "nehalem": Processor("Nehalem", "Nehalem", "x86_64", "SSE4.2"),
-    "haswell": Processor("Haswell", "Haswell-noTSX", "x86_64", "AVX2, no VNNI"),
+    "nehalem": Processor("Nehalem", "Nehalem", "x86_64", "SSE4.2", _SSE, "26"),
+    "haswell": Processor("Haswell", "Haswell-noTSX", "x86_64", "AVX2, no VNNI", _AVX2, "60"),
     "cortex-a57": Processor("Cortex-A57", "cortex-a57", "aarch64", "no dot products", _ARMV8, "0xd07"),
     "neoverse-n1": Processor("Neoverse-N1", "neoverse-n1", "aarch64", "dot products", _NEOVERSE_N1, "0xd0c"),
     "neoverse-v1": Processor("Neoverse-V1", "neoverse-v1", "aarch64", "SVE, i8mm", _NEOVERSE_V1, "0xd40"),
@@ -85,7 +87,7 @@ class Machine:
     environment: Mapping[str, str]
     emulator: str = ""
 
-    def variables(self) -> dict[str, str]:
+    def whole_environment(self) -> dict[str, str]:
         """Return the whole environment of a process: the user's, less Python's own, and ``environment``."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         return {**kept, **self.environment}
@@ -93,7 +95,7 @@ class Machine:
 
 def native() -> Machine:
     """Return this machine."""
-    return Machine((str(Path(sys.executable).resolve()),), _variables(_own_packages()))
+    return Machine((str(Path(sys.executable).resolve()),), variables(_own_packages()))
 
 
 def build(processor: Processor, cache: Path = CACHE) -> Machine:
@@ -106,16 +108,18 @@ def build(processor: Processor, cache: Path = CACHE) -> Machine:
         raise UnavailableError("processors are emulated on x86-64 Linux only")
     qemu = find_qemu(processor.architecture, processor.suite, cache)
     emulator = call([str(qemu), "--version"]).splitlines()[0].replace(" version ", " ").split(" (")[0]
-    command = [str(qemu), "-cpu", processor.cpu]
+    # qemu looks under -L first: for /proc/cpuinfo, and of another architecture for libraries.
+    view = cache / "roots" / processor.name.replace(" ", "-")
+    command = (str(qemu), "-cpu", processor.cpu, "-L", str(view))
     if processor.architecture == "x86_64":
+        _write_view(view, processor, None)
         own = native()
         return Machine((*command, *own.command), own.environment, emulator)
-    # A root for each processor: qemu looks for /proc/cpuinfo there first.
     root = unpack(cache / f"python-{SUITE}-arm64", ("python3", "libstdc++6"), SUITE, "arm64")
-    view = _view(root, cache / "roots" / processor.name.replace(" ", "-"), processor)
+    _write_view(view, processor, root)
     packages = install(ARM_PYTHON, "aarch64", cache)
     python = root / "usr" / "bin" / f"python{ARM_PYTHON}"
-    return Machine((*command, "-L", str(view), str(python)), _variables(packages), emulator)
+    return Machine((*command, str(python)), variables(packages), emulator)
 
 
 def find_qemu(architecture: str, suite: str, cache: Path = CACHE) -> Path:
@@ -124,10 +128,10 @@ def find_qemu(architecture: str, suite: str, cache: Path = CACHE) -> Path:
     Raises:
         UnavailableError: If it cannot be downloaded.
     """
-    package = "qemu-user-static" if suite == "bookworm" else "qemu-user"  # static itself since trixie
-    folder = unpack(cache / f"qemu-{suite}", (package,), suite, "amd64", with_dependencies=False)
-    (found,) = folder.glob(f"usr/bin/qemu-{architecture}*")
-    return found
+    ending = "-static" if suite == "bookworm" else ""  # qemu-user is static itself since trixie
+    packages = (f"qemu-user{ending}",)
+    folder = unpack(cache / f"qemu-{suite}", packages, suite, "amd64", with_dependencies=False)
+    return folder / "usr" / "bin" / f"qemu-{architecture}{ending}"
 
 
 def install(python: str, architecture: Literal["x86_64", "aarch64"], cache: Path = CACHE) -> Path:
@@ -163,43 +167,31 @@ def install(python: str, architecture: Literal["x86_64", "aarch64"], cache: Path
     return folder
 
 
-def _view(root: Path, view: Path, processor: Processor) -> Path:
-    """Return a folder that shows ``root`` and the processor's own ``/proc/cpuinfo``."""
+def _write_view(view: Path, processor: Processor, root: Path | None) -> None:
+    """Write a folder that shows ``root``, if there is one, and the processor's own ``/proc/cpuinfo``."""
     shutil.rmtree(view, ignore_errors=True)
     (view / "proc").mkdir(parents=True)
-    for path in root.iterdir():
+    for path in root.iterdir() if root is not None else ():
         (view / path.name).symlink_to(path.resolve())
-    (view / "proc" / "cpuinfo").write_text(
-        f"processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: {processor.features}\nCPU implementer\t: 0x41\n"
-        f"CPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: {processor.part}\nCPU revision\t: 0\n\n",
-        encoding="utf-8",
-    )
-    return view
+    if processor.architecture == "x86_64":
+        identity = {"vendor_id": "GenuineIntel", "cpu family": "6", "model": processor.part}
+        lines = {**identity, "model name": processor.name, "stepping": "1", "flags": processor.features}
+    else:
+        identity = {"CPU implementer": "0x41", "CPU architecture": "8", "CPU variant": "0x1"}
+        lines = {"Features": processor.features, **identity, "CPU part": processor.part, "CPU revision": "0"}
+    lines = {"processor": "0", **lines}
+    text = "".join(f"{key}\t: {value}\n" for key, value in lines.items())
+    (view / "proc" / "cpuinfo").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _own_packages() -> Path:
     return Path(sysconfig.get_paths()["purelib"])
 
 
-def _variables(packages: Path) -> dict[str, str]:
+def variables(packages: Path) -> dict[str, str]:
+    """Return what an interpreter needs to find this checkout and its packages, and one thread."""
     return {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",  # a processor is one thread of this machine
     }
-
-
-def run_python(machine: Machine, arguments: Sequence[str]) -> str:
-    """Run a short piece of Python to its end and return what it printed.
-
-    Raises:
-        UnavailableError: If it fails.
-    """
-    return call(
-        [
-            "env",
-            *(f"{key}={value}" for key, value in machine.environment.items()),
-            *machine.command,
-            *arguments,
-        ]
-    )
