@@ -12,8 +12,8 @@ def kept_grid(findings: Sequence[Finding], processors: Sequence[str]) -> Grid:
     for (case, experts, variant), group in _grouped(findings):
         gate = next(finding.gate for finding in group)
         cells = [_kept(group, processor) for processor in processors]
-        native = group[0]
-        rows.append((f"{case}, {experts}, {variant}", _share(gate), _share(native.kept_natively), *cells))
+        native = max(finding.kept_natively for finding in group)  # 0 where it was refused
+        rows.append((f"{case}, {experts}, {variant}", _share(gate), _share(native), *cells))
     return Grid(
         "Answers equal to fp32's on the same processor, %: opened by our session / by a plain one",
         ("case, experts, variant", "manifest", "natively", *processors),
