@@ -19,6 +19,7 @@ from benchmarks.processors import report
 from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
 from benchmarks.processors.debian import UnavailableError
 from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
+from benchmarks.processors.pythons import VERSIONS, build_python
 from benchmarks.processors.run import NATIVE, RunError, run_all, say
 from benchmarks.report import cpu_name
 from train.tables import Grid, print_grid, write_results
@@ -99,7 +100,7 @@ def main(
     for case in cases or CASES:
         say(f"{case}: bundle")
         bundles[case] = make_bundle(case, cache)
-    job = {
+    job: dict[str, Any] = {
         "parity": True,
         "routes": ["session", "plain"],
         "cases": {
@@ -110,6 +111,7 @@ def main(
     machines, left_out = get_machines(names or tuple(PROCESSORS), cache)
     ran, failed = run_all(machines, job, cache / "answers")
     left_out.update(failed)
+    pythons = _run_pythons(next(iter(job["cases"].items())), cache, left_out)
     if NATIVE not in ran:
         raise RunError("this machine gave no answers to compare with", got=left_out[NATIVE])
     manifests = {case: read_bundle(bundle, verify=False).manifest for case, bundle in bundles.items()}
@@ -119,12 +121,30 @@ def main(
         if name != NATIVE
         for finding in compare(name, found, ran[NATIVE], manifests)
     ]
-    _finish(findings, ran, machines, left_out, texts, cache, write=write)
+    _finish(findings, ran, pythons, machines, left_out, texts, cache, write=write)
+
+
+def _run_pythons(case: tuple[str, dict[str, Any]], cache: Path, left_out: dict[str, str]) -> dict[str, Ran]:
+    """Run a case's first expert set and ten texts on this processor with each version of Python."""
+    machines = {}
+    for version in VERSIONS:
+        name = f"Python {version}"
+        try:
+            machines[name] = build_python(version, cache)
+        except UnavailableError as error:
+            left_out[name] = str(error)
+            say(f"{name}: left out: {error}")
+    few = {**case[1], "texts": case[1]["texts"][:10], "sets": case[1]["sets"][:1]}
+    job = {"parity": True, "routes": ["session"], "cases": {case[0]: few}}
+    ran, failed = run_all(machines, job, cache / "answers")
+    left_out.update(failed)
+    return ran
 
 
 def _finish(
     findings: Sequence[Finding],
     ran: dict[str, Ran],
+    pythons: dict[str, Ran],
     machines: Mapping[str, Machine],
     left_out: Mapping[str, str],
     texts: int,
@@ -138,6 +158,7 @@ def _finish(
         report.kept_grid(findings, processors),
         report.native_grid(findings, processors),
         report.parity_grid(ran),
+        report.python_grid(pythons),
     ]
     console = Console(width=220, markup=False, highlight=False)
     for grid in grids:
@@ -146,7 +167,17 @@ def _finish(
     faulty = {processor.name for processor in PROCESSORS.values() if processor.is_faulty}
     file = cache / "processors.json"
     file.write_text(
-        json.dumps(_as_json(findings, ran, machines, left_out, texts), indent=1) + "\n", encoding="utf-8"
+        json.dumps(
+            {
+                **_as_json(findings, ran, machines, left_out, texts),
+                "pythons": {
+                    name: {**found.machine, "parity": found.parity} for name, found in pythons.items()
+                },
+            },
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
     )
     if write:
         _write(grids, _notes(machines, left_out, texts))
@@ -157,7 +188,11 @@ def _finish(
         )
     unexpected = [finding for finding in bad if finding.processor not in faulty]
     click.echo(f"processors: {len(findings) - len(bad)} right, {len(bad)} not; {file}")
-    unproven = [name for name, found in ran.items() if not all(p["passed"] for p in found.parity.values())]
+    unproven = [
+        name
+        for name, found in {**ran, **pythons}.items()
+        if not all(p["passed"] for p in found.parity.values())
+    ]
     sys.exit(1 if unexpected or set(unproven) - faulty or left_out else 0)
 
 

@@ -54,6 +54,23 @@ def parity_grid(ran: dict[str, Ran]) -> Grid:
     )
 
 
+def python_grid(ran: dict[str, Ran]) -> Grid:
+    """The base package with other versions of Python, on this processor."""
+    return Grid(
+        "The base package with other versions of Python, on this processor",
+        ("version", "onnxruntime", "numpy", "xad-parity of fp32: largest difference (cells)"),
+        tuple(
+            (
+                found.machine["python"],
+                found.machine["versions"]["onnxruntime"],
+                found.machine["versions"]["numpy"],
+                *(_parity(found, case) for case in found.parity),
+            )
+            for found in ran.values()
+        ),
+    )
+
+
 def _parity(found: Ran, case: str) -> str:
     if case not in found.parity:
         return "-"
