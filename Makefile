@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-others test-openvino parity check lint types imports docs bench bench-full bench-training web clean
+.PHONY: help install demo test test-others test-openvino parity check lint types imports docs bench bench-full bench-training processors web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench: $(STAMP) ## Time bundles against other exporters and engines, and the sea
 bench-full: $(STAMP) ## The same in every cell: hours.
 	$(BIN)/python -m benchmarks.latency --full
 	$(BIN)/python -m benchmarks.bank_search --faiss
+
+processors: $(STAMP) ## Ask two models on emulated processors, and compare with this one.
+	$(BIN)/python -m benchmarks.processors
 
 bench-training: $(STAMP) ## Time training against fine-tuning, and a bank's build against CLIP.
 	$(BIN)/python -m benchmarks.training --plm minilm

@@ -194,6 +194,15 @@ def cpu_flags() -> list[str]:
     return sorted(set(lines[0].partition(":")[2].split())) if lines else []
 
 
+def cpu_name() -> str:
+    """Return what the CPU calls itself, as Linux lists it, and which int8 instructions it has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    known = [flag for flag in ("avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm") if flag in cpu_flags()]
+    return f"{names[0] if names else platform.machine()} ({', '.join(known) or 'no int8 instructions'})"
+
+
 def write_json(value: Mapping[str, Any], path: Path) -> None:
     """Write JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

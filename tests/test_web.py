@@ -21,7 +21,7 @@ from export.web.build import bundle_bytes, install_packages, write_page
 from export.web.pictures import bank_pictures, write_sheets
 from export.web.server import make_server
 from tests.tiny_bundle import rewrite_manifest
-from xadapter_export import XAdapterSession
+from xadapter_export import XAdapterSession, export
 from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import (
@@ -482,6 +482,19 @@ def test_node_answers_as_python(
         if "v" in experts:
             rows = [picture.row for picture in python.retrieve(line["text"], experts=experts)]
             assert [picture["row"] for picture in line["pictures"]] == rows
+
+
+def test_node_answers_in_int8_as_python(node: Path, tmp_path: Path) -> None:
+    folder = export("builtin", tmp_path / "bundle", "t", precisions=("int8",), targets=("cpu",)).folder
+    texts = sentences()[:44]
+    done = run_node(node, folder, *texts, "--json")
+    assert done.returncode == 0, done.stderr
+    lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    session = XAdapterSession.load(folder, variant="cpu-int8")
+    for text, line in zip(texts, lines, strict=True):
+        ours, theirs = line["answers"][0][0], session.fill_mask(text)[0]
+        assert ours["word"] == theirs.token
+        assert ours["score"] == pytest.approx(theirs.score, abs=0.02)
 
 
 @pytest.mark.parametrize("path", ["../model.onnx", "/model.onnx", "a\\..\\model.onnx", "C:/model.onnx"])

@@ -1,0 +1,1 @@
+"""Other processors on this machine, by emulation: the same bundle, the same texts, the answers compared."""

@@ -1,0 +1,247 @@
+"""``make processors``: ask every variant of two models on emulated processors, and compare the answers.
+
+Each processor is one process of qemu on one core; two run at a time. What is downloaded is kept in
+``build/processors``, and so are the bundles.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from benchmarks.prepare import key, versions
+from benchmarks.processors import report
+from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
+from benchmarks.processors.debian import UnavailableError
+from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
+from benchmarks.processors.pythons import VERSIONS, build_python
+from benchmarks.processors.run import NATIVE, RunError, run_all, say
+from benchmarks.report import cpu_name
+from train.tables import Grid, print_grid, write_results
+from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.errors import XAdapterError
+
+CASES: Final = ("builtin", "minilm")
+
+
+def get_machines(names: Sequence[str], cache: Path) -> tuple[dict[str, Machine], dict[str, str]]:
+    """Return this machine and the processors, and why others cannot be had."""
+    machines: dict[str, Machine] = {NATIVE: native()}
+    left_out: dict[str, str] = {}
+    for name in names:
+        processor = PROCESSORS[name]
+        try:
+            machines[processor.name] = build(processor, cache)
+            say(f"{processor.name}: ready")
+        except UnavailableError as error:
+            left_out[processor.name] = str(error)
+            say(f"{processor.name}: left out: {error}")
+    return machines, left_out
+
+
+def make_bundle(case: str, cache: Path = CACHE) -> Path:
+    """Export a case with every expert set and every variant for CPUs, or find it exported.
+
+    Gates are off: what a variant keeps is what is measured here.
+    """
+    from export.parity import CASES as MODELS
+    from xadapter_export import export
+
+    folder = cache / "bundles" / key(case, ours=True) / case
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export(
+            MODELS[case](),
+            folder,
+            EXPERT_SETS,
+            17,
+            precisions=("fp32", "int8", "int4"),
+            targets=("onnx", "cpu", "openvino") if case == "builtin" else ("onnx", "cpu"),
+            min_agreement=0.0,
+            max_points_lost=100.0,
+        )
+    return folder
+
+
+def read_texts(case: str, count: int) -> list[str]:
+    """Return texts of the kind that the gates are measured on, spread over all of them."""
+    from export.parity import CASES as MODELS
+    from xadapter_export.exporters.calibration import calibration_texts
+
+    model = MODELS[case]()
+    texts = calibration_texts(model, None, model.config.task).texts
+    return [texts[number * len(texts) // count] for number in range(count)]
+
+
+@click.command()
+@click.option(
+    "--processor", "names", type=click.Choice(list(PROCESSORS)), multiple=True, help="[default: all]"
+)
+@click.option("--case", "cases", type=click.Choice(CASES), multiple=True, help="[default: both]")
+@click.option("--experts", type=click.Choice(EXPERT_SETS), multiple=True, help="[default: all]")
+@click.option("--texts", default=50, show_default=True, type=click.IntRange(1, 255), help="For each variant.")
+@click.option("--write", is_flag=True, help="Write the tables to docs/results.md.")
+def main(
+    names: tuple[str, ...],
+    cases: tuple[str, ...],
+    experts: tuple[ExpertSet, ...],
+    texts: int,
+    write: bool,
+) -> None:
+    """Ask every variant on emulated processors, and compare with fp32 there and with this machine."""
+    cache = CACHE
+    bundles = {}
+    for case in cases or CASES:
+        say(f"{case}: bundle")
+        bundles[case] = make_bundle(case, cache)
+    job: dict[str, Any] = {
+        "parity": True,
+        "routes": ["session", "plain"],
+        "cases": {
+            case: {"bundle": str(bundle), "texts": read_texts(case, texts), "sets": experts or EXPERT_SETS}
+            for case, bundle in bundles.items()
+        },
+    }
+    machines, left_out = get_machines(names or tuple(PROCESSORS), cache)
+    ran, failed = run_all(machines, job, cache / "answers")
+    left_out.update(failed)
+    pythons = _run_pythons(next(iter(job["cases"].items())), cache, left_out)
+    if NATIVE not in ran:
+        raise RunError("this machine gave no answers to compare with", got=left_out[NATIVE])
+    manifests = {case: read_bundle(bundle, verify=False).manifest for case, bundle in bundles.items()}
+    findings = [
+        finding
+        for name, found in ran.items()
+        if name != NATIVE
+        for finding in compare(name, found, ran[NATIVE], manifests)
+    ]
+    _finish(findings, ran, pythons, machines, left_out, texts, cache, write=write)
+
+
+def _run_pythons(case: tuple[str, dict[str, Any]], cache: Path, left_out: dict[str, str]) -> dict[str, Ran]:
+    """Run a case's first expert set and ten texts on this processor with each version of Python."""
+    machines = {}
+    for version in VERSIONS:
+        name = f"Python {version}"
+        try:
+            machines[name] = build_python(version, cache)
+        except UnavailableError as error:
+            left_out[name] = str(error)
+            say(f"{name}: left out: {error}")
+    few = {**case[1], "texts": case[1]["texts"][:10], "sets": case[1]["sets"][:1]}
+    job = {"parity": True, "routes": ["session"], "cases": {case[0]: few}}
+    ran, failed = run_all(machines, job, cache / "answers")
+    left_out.update(failed)
+    return ran
+
+
+def _finish(
+    findings: Sequence[Finding],
+    ran: dict[str, Ran],
+    pythons: dict[str, Ran],
+    machines: Mapping[str, Machine],
+    left_out: Mapping[str, str],
+    texts: int,
+    cache: Path,
+    *,
+    write: bool,
+) -> None:
+    """Print, write and judge."""
+    processors = [name for name in ran if name != NATIVE]
+    grids = [
+        report.kept_grid(findings, processors),
+        report.native_grid(findings, processors),
+        report.parity_grid(ran),
+        report.python_grid(pythons),
+    ]
+    console = Console(width=220, markup=False, highlight=False)
+    for grid in grids:
+        print_grid(grid, console)
+    bad = wrong(findings)
+    faulty = {processor.name for processor in PROCESSORS.values() if processor.is_faulty}
+    file = cache / "processors.json"
+    file.write_text(
+        json.dumps(
+            {
+                **_as_json(findings, ran, machines, left_out, texts),
+                "pythons": {
+                    name: {**found.machine, "parity": found.parity} for name, found in pythons.items()
+                },
+            },
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    if write:
+        _write(grids, _notes(machines, left_out, texts))
+    for finding in bad:
+        click.echo(
+            f"{finding.processor}, {finding.case}, {finding.experts}, {finding.variant}, {finding.route}: "
+            f"keeps {finding.kept:.1%} of fp32's answers, natively {finding.kept_natively:.1%}"
+        )
+    unexpected = [finding for finding in bad if finding.processor not in faulty]
+    click.echo(f"processors: {len(findings) - len(bad)} right, {len(bad)} not; {file}")
+    unproven = [
+        name
+        for name, found in {**ran, **pythons}.items()
+        if not all(p["passed"] for p in found.parity.values())
+    ]
+    sys.exit(1 if unexpected or set(unproven) - faulty or left_out else 0)
+
+
+def _as_json(
+    findings: Iterable[Finding],
+    ran: Mapping[str, Ran],
+    machines: Mapping[str, Machine],
+    left_out: Mapping[str, str],
+    texts: int,
+) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "texts": texts,
+        "processors": {
+            name: {**found.machine, "emulator": machines[name].emulator, "parity": found.parity}
+            for name, found in ran.items()
+        },
+        "left_out": dict(left_out),
+        "findings": [{**asdict(finding), "is_right": finding.is_right} for finding in findings],
+    }
+
+
+def _write(grids: Sequence[Grid], notes: Sequence[str]) -> None:
+    write_results(
+        ROOT / "docs" / "results.md", "benchmarks.processors", grids, notes, "by emulation with qemu"
+    )
+
+
+def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: int) -> list[str]:
+    emulated = [
+        f"{processor.name} ({processor.has}; `{machines[processor.name].emulator} -cpu {processor.cpu}`)"
+        for processor in PROCESSORS.values()
+        if processor.name in machines
+    ]
+    return [
+        f"Processors: {', '.join(emulated)}.",
+        f"This machine: {cpu_name()}. onnxruntime {versions()['onnxruntime']}, "
+        f"OpenVINO {versions()['openvino']}.",
+        f"{texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2. The column "
+        f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more "
+        f"than {MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
+        "MiniLM gives embeddings: its numbers are mean cosines, times 100. Its plug-in is random.",
+        *(f"Left out: {name}: {reason}." for name, reason in left_out.items()),
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except XAdapterError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
