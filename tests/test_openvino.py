@@ -57,7 +57,11 @@ class Case:
     def convert(self, precision: Precision, *, weights_only: bool = False) -> Path:
         path = self.folder / f"{precision}{'-weights' if weights_only else ''}.xml"
         feeds = [] if weights_only else self.feeds(self.texts[::4], 4)
-        convert_to_ir(self.portable, path, precision, feeds, weights_only=weights_only)
+        rounding = Rounding()
+        if precision == "int8" and feeds:
+            graph = ir.load(self.portable)
+            round_products(graph, measure_products(graph, feeds, rounding), rounding)
+        convert_to_ir(self.portable, path, precision, feeds, weights_only=weights_only, rounding=rounding)
         return path
 
 
