@@ -1,6 +1,10 @@
 """The benchmarks run, compare what they say they compare, and print what a reader needs."""
 
 import json
+import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import bank, latency, limits, prepare, training
+from benchmarks import bank, latency, limits, masked_cpu, prepare, training
 from benchmarks.cases import make_feed, make_model, torch_feed
 from benchmarks.contestants import Place
 from benchmarks.feeds import Cell, Feeding, feed_as
@@ -396,3 +400,48 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
     assert judged["fp32 times PyTorch eager at 1x12"]["status"] == "not measured"  # no such shape here
     assert judged["export: seconds"]["status"] in ("PASS", "MISS")
     assert (tmp_path / "results" / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+_ASKS = """
+#include <cpuid.h>
+unsigned leaf7(void) { unsigned a, b, c, d; __cpuid_count(7, 0, a, b, c, d); return b; }
+const unsigned char data[] = {0x0f, 0xa2, 0x0f, 0xa2};
+"""
+_AVX2, _AVX512 = 1 << 5, sum(1 << bit for bit in (16, 17, 21, 26, 27, 28, 30, 31))  # of EBX
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64"
+    or sys.platform != "linux"
+    or shutil.which("gcc") is None
+    or shutil.which("objdump") is None,
+    reason="needs gcc and objdump of x86-64 Linux",
+)
+def test_a_masked_process_sees_avx2_and_no_avx512(tmp_path: Path) -> None:
+    package = tmp_path / "from" / "asks_cpu"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "asks.c").write_text(_ASKS)
+    library = package / "asks.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, package / "asks.c"], check=True)
+    before = library.read_bytes()
+    folder = tmp_path / "masked"
+    masked_cpu.make(folder, [package])
+    assert library.read_bytes() == before  # only the copy is changed
+    copy = folder / "site" / "asks_cpu" / "asks.so"
+    assert copy.read_bytes().count(b"\xcc\x90") == before.count(b"\xcc\x90") + 1
+    assert b"\x0f\xa2\x0f\xa2" in copy.read_bytes()  # data stays
+    code = (
+        "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).leaf7() & 0xffffffff); "
+        "print(open('/proc/cpuinfo').read().count('avx512'))"
+    )
+    masked = subprocess.run(
+        [sys.executable, "-c", code, copy],
+        env=masked_cpu.masked(folder), check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    plain = subprocess.run([sys.executable, "-c", code, library], check=True, capture_output=True, text=True)
+    features, named = map(int, masked.stdout.split())
+    assert named == 0
+    assert not features & _AVX512
+    assert features & _AVX2 == int(plain.stdout.split()[0]) & _AVX2
+    assert not features & ~int(plain.stdout.split()[0])
