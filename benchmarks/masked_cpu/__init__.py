@@ -27,7 +27,7 @@ from typing import Final
 from xadapter_export.errors import XAdapterError
 
 MASKED: Final = "MASKED_CPUINFO"  # is set, to the masked /proc/cpuinfo, in a masked process
-PACKAGES: Final = ("onnxruntime", "openvino", "ai_edge_litert", "executorch")  # patched where installed
+PACKAGES: Final = ("onnxruntime", "openvino", "archspec")  # patched where installed
 SETTINGS: Final = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -37,6 +37,7 @@ SETTINGS: Final = {
     "OPENBLAS_CORETYPE": "Haswell",
 }
 _CPUID, _TRAP = b"\x0f\xa2", b"\xcc\x90"
+_CPUID_TEXT, _TRAP_TEXT = "0x0f, 0xa2,", "0xcc, 0x90,"  # machine code in a Python source, as archspec has it
 _FLAGS = re.compile(r" (avx512\w*|avx_(vnni|ifma|ne_convert)\w*|avx10\w*|amx_\w*|gfni)\b")
 _HERE = Path(__file__).resolve().parent
 _BUILD = _HERE.parent.parent / "build" / "masked-cpu"
@@ -131,14 +132,20 @@ def make(folder: Path, sources: Sequence[Path]) -> None:
     )
     information = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     (folder / "cpuinfo").write_text(_FLAGS.sub("", information), encoding="utf-8")
-    libraries: list[Path] = []
     for source in sources:
         for part in (source, source.with_name(f"{source.name}.libs")):
             if part.is_dir():
                 shutil.copytree(part, site / part.name, ignore=shutil.ignore_patterns("__pycache__"))
-                libraries += (site / part.name).rglob("*.so*")
+    patch_all(site)
+
+
+def patch_all(folder: Path) -> None:
+    """Patch every shared library, and every Python source that holds the instruction, below a folder."""
+    for source in folder.rglob("*cpuid*.py"):
+        text = source.read_text(encoding="utf-8")
+        source.write_text(text.replace(_CPUID_TEXT, _TRAP_TEXT), encoding="utf-8")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(patch, libraries))
+        list(pool.map(patch, folder.rglob("*.so*")))
 
 
 def patch(library: Path) -> int:
