@@ -12,18 +12,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import bank, latency, limits, masked_cpu, prepare, training
+from benchmarks import bank, field, latency, limits, masked_cpu, prepare, report, training
 from benchmarks.cases import make_feed, make_model, torch_feed
 from benchmarks.contestants import Place
 from benchmarks.feeds import Cell, Feeding, feed_as
 from benchmarks.footprint import Footprint
 from benchmarks.intervals import Spread, geometric_mean, ratio, spread
 from benchmarks.limits import Limits
+from benchmarks.machine import Cpu, CpuTime, Pick, cpu, picks_of
 from benchmarks.prepare import Cost, Preparation
+from benchmarks.rounds import Rounds, Turn
 from benchmarks.training import ARMS, _Arm, _Shape
-from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, chosen, judge
+from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, chosen, judge, picked
 from benchmarks.work import ModelShape
 from benchmarks.worker import ContestantError, Worker
+from tests.test_variants import make_variant
 from train.minilm import minilm_folder
 from xadapter_export.errors import ConfigError
 
@@ -121,6 +124,8 @@ def test_pictures_are_alike_from_run_to_run(tmp_path: Path) -> None:
 
 
 CELL = Cell("builtin", "t", 1, 12, "full")
+FIRST: Turn = (0, "user")
+SECOND: Turn = (1, "equal")
 
 
 def _row(name: str, feeding: Feeding = "user") -> Row:
@@ -263,6 +268,104 @@ def test_targets_are_judged_where_they_are_asked_and_by_the_stricter_feeding() -
     )
 
 
+def test_what_auto_takes_is_held_against_the_fastest_that_it_could_take() -> None:
+    names = ("cpu-int8", "cpu-fp32", "openvino-int8")
+    rows = {
+        _row(f"ours-{name}", "equal"): _measured(*times)
+        for name, times in zip(names, [(10, 10.4, 10), (20, 20, 20), (8, 8, 8)], strict=True)
+    }
+    picks = [Pick("without OpenVINO", "cpu-int8", names[:2]), Pick("with OpenVINO", "cpu-int8", names)]
+    results = Results({CELL: rows}, picks={CELL: picks}, cpu=Cpu("Some CPU", "AVX2"))
+    assert [(each.best, each.ratio.value) for each in picked(results)] == [
+        ("cpu-int8", 1.0),
+        ("openvino-int8", 1.25),
+    ]
+    (verdict,) = _verdicts(results, "auto")
+    assert (verdict.figure, verdict.status) == (1.25, "MISS")
+    assert "cpu-int8 for openvino-int8" in str(verdict)
+    (verdict,) = _verdicts(Results({CELL: rows}, picks={CELL: picks[:1]}), "auto")
+    assert verdict.status == "PASS"
+    console = report.make_console()
+    with console.capture() as said:
+        console.print(report.auto_table(results))
+    assert "what auto takes on Some CPU, AVX2" in said.get()
+    assert "25.0% (25.0% to 30.0%)" in said.get()
+
+
+def test_auto_picks_among_what_a_bundle_holds() -> None:
+    variants = [make_variant(name) for name in ("onnx-fp32", "cpu-int8", "openvino-fp32")]
+    for pick in picks_of(variants):
+        assert pick.variant in pick.among
+        assert set(pick.among) <= {variant.name for variant in variants}
+    assert not list(picks_of([]))
+
+
+def test_avx2_is_asked_for_more_at_our_lengths_where_there_is_nothing_else() -> None:
+    rows = {
+        _row("ort-int8", "equal"): _measured(16, 16, 16),
+        _row("ort-int8", "user"): _measured(11, 11, 11),
+        _row("openvino", "equal"): _measured(17, 17, 17),
+        _row("openvino", "user"): _measured(11, 11, 11),
+        _row("ctranslate2", "user"): _measured(1, 1, 1),  # the encoder alone: no other way to do the same
+        _row("ours-cpu-int8", "equal"): _measured(10, 10, 10),
+    }
+    cells = {CELL: rows}
+    int8, fp32 = _verdicts(Results(cells, cpu=Cpu("Some CPU", "AVX2")), "AVX2: cpu-int8")
+    assert (int8.figure, int8.status) == (1.6, "PASS")
+    assert (fp32.figure, fp32.status) == (1.7, "MISS")
+    elsewhere = judge(Results(cells, cpu=Cpu("Some CPU", "AVX-512 VNNI")))
+    assert not [verdict for verdict in elsewhere if verdict.text.startswith("AVX2")]
+
+
+def _rounds(times: list[tuple[float, float]], shares: list[float]) -> Rounds:
+    rounds = Rounds()
+    for (one, other), share in zip(times, shares, strict=True):
+        rounds.add({FIRST: one, SECOND: other}, share)
+    return rounds
+
+
+def test_a_cell_ends_when_ratios_are_narrow_or_its_time_is_over() -> None:
+    narrow = _rounds([(1, 2), (3, 6), (2, 4)], [0, 0, 0])  # a slow round slows both
+    wide = _rounds([(1, 2), (1, 3), (1, 4)], [0, 0, 0])
+    assert narrow.are_done(3, is_over=False)
+    assert not narrow.are_done(4, is_over=True)
+    assert not wide.are_done(3, is_over=False)
+    assert wide.are_done(3, is_over=True)
+    assert Rounds().are_done(3, is_over=False)  # nobody could run it
+
+
+def test_disturbed_rounds_are_run_again_and_else_kept_with_a_mark() -> None:
+    rounds = _rounds([(1, 2), (9, 9), (1, 2)], [0.0, 0.4, 0.01])
+    assert not rounds.are_done(3, is_over=True)
+    rounds.add({FIRST: 1.0, SECOND: 2.0}, 0.0)
+    assert rounds.are_done(3, is_over=False)
+    assert rounds.kept(3) == ({FIRST: (1, 1, 1), SECOND: (2, 2, 2)}, 0.01)
+    busy = _rounds([(number, 2 * number) for number in range(1, 7)], [0.5, 0.1, 0.9, 0.0, 0.2, 0.9])
+    assert busy.are_done(3, is_over=False)  # twice as many are enough, whatever they are
+    assert busy.kept(3) == ({FIRST: (2, 4, 5), SECOND: (4, 8, 10)}, 0.2)
+
+
+def test_the_cpu_is_named_with_its_kind() -> None:
+    text = "model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\nflags\t\t: fpu avx2 {}\n"
+    assert str(cpu(text.format(""))) == "AMD EPYC (family 25, model 17), AVX2"
+    assert cpu(text.format("avx512f avx512_vnni")).kind == "AVX-512 VNNI"
+    assert str(Cpu("AMD EPYC", "AVX2", is_masked=True)) == "AVX2 kernels (CPUID masked) on AMD EPYC"
+    assert cpu("").name == "unknown CPU"
+
+
+def test_what_others_took_is_what_is_busy_beyond_our_processes() -> None:
+    before = CpuTime(busy_s=100, own_s=40, all_s=1000)
+    assert before.others_share(CpuTime(busy_s=118, own_s=56, all_s=1020)) == pytest.approx(0.1)
+    assert before.others_share(CpuTime(busy_s=116, own_s=56, all_s=1020)) == 0
+    assert before.others_share(before) == 0
+
+
+def test_engines_that_cannot_be_installed_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(field, "PACKAGES", (f"nothing @ file://{tmp_path}/nothing-0-py3-none-any.whl",))
+    with pytest.raises(field.FieldError, match=r"could not be installed.*nothing-0-py3-none-any"):
+        prepare.prepare(Preparation("litert", "builtin", "t", "fill-mask"), tmp_path, {})
+
+
 def test_one_variant_is_judged_in_all_cells() -> None:
     longer = Cell("builtin", "t", 32, 64, "full")
     cells = {
@@ -326,8 +429,8 @@ def test_what_is_prepared_stands_under_its_code_versions_and_case(tmp_path: Path
     one, other = (Preparation("plain", "builtin", experts, "fill-mask") for experts in ("t", "none"))
     assert one.folder(tmp_path).parent == other.folder(tmp_path).parent
     assert one.folder(tmp_path) != other.folder(tmp_path)
-    assert prepare.key("builtin", ours=False) != prepare.key("minilm", ours=False)
-    assert prepare.key("builtin", ours=False) != prepare.key("builtin", ours=True)
+    assert prepare.key("builtin") != prepare.key("minilm")
+    assert prepare.key("builtin") != prepare.key("builtin", ("benchmarks/field.py",))
     broken = Preparation("tvm", "builtin", "t", "fill-mask")
     with pytest.raises(prepare.PreparationError, match=r"tvm-builtin-t-fill-mask.*KeyError"):
         prepare.prepare(broken, tmp_path, prepare.quiet_environment(1, tmp_path))
@@ -350,8 +453,14 @@ def test_wrong_options_are_one_line(option: list[str], problem: str) -> None:
 
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
     place = Place("builtin", "t", "fill-mask", tmp_path, threads=1)
+    environment = prepare.quiet_environment(1, tmp_path)
     with pytest.raises(ContestantError, match=r"ort.*model\.onnx"):
-        Worker("ort", place, prepare.quiet_environment(1, tmp_path))
+        Worker("ort", place, environment)
+    with Worker("eager", place, environment) as worker:
+        with pytest.raises(ContestantError, match=r"eager.*No such file"):
+            worker.first(tmp_path / "nothing.npz", "user", None)
+        with pytest.raises(ContestantError, match="has ended in an earlier cell: eager"):
+            worker.turn(1, is_warmed=False)
 
 
 def test_the_benchmark_measures_and_judges_the_built_in_case(
@@ -374,6 +483,7 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
         "machine",
         "limits",
         "cells",
+        "auto",
         "sizes",
         "footprints",
         "file_mib",
@@ -383,6 +493,9 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
         "must_show",
     }
     assert not found["not_measured"]
+    assert f", on {cpu()}: median ms" in result.stdout
+    assert {auto["variant"] for auto in found["auto"]} <= {"cpu-int8", "cpu-fp32"}
+    assert found["auto"]
     (cell,) = found["cells"]
     assert (cell["experts"], cell["shape"], cell["head"]) == ("t", "2x12", "full")
     rows = {(row["contestant"], row["feeding"]): row for row in cell["rows"]}
