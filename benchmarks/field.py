@@ -6,10 +6,12 @@ its Python.
 """
 
 import hashlib
+import importlib.metadata
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 PACKAGES: Final = ("ctranslate2==4.8.5", "executorch==1.5.1", "litert-torch==0.10.0")
 _OURS: Final = ("numpy", "torch", "transformers")  # stay as they are
 _PATCHED: Final = ("ctranslate2", "ctranslate2.libs", "ai_edge_litert", "executorch")
+_LOCK: Final = threading.Lock()  # two preparations at a time ask for the same environment
+_FAILED: Final[dict[Path, str]] = {}  # what could not be made in this run, and why
 _MOST_TEXTS, _MOST_TOKENS = 32, 128  # that ExecuTorch plans memory for: the largest of ``SHAPES``
 TFLITE: Final = "model.tflite"
 PTE: Final = "model.pte"
@@ -42,26 +46,35 @@ def find_python(cache: Path) -> Path:
     """
     digest = hashlib.sha256(f"{PACKAGES} {_pins()} {sys.prefix} {sys.version}".encode()).hexdigest()[:16]
     folder = cache.resolve() / f"field-{digest}{'-masked' * masked_cpu.is_masked()}"
-    python, done = folder / "bin" / "python", folder / "done"
-    if not done.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-        (site,) = folder.glob("lib/python*/site-packages")
-        (site / "ours.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
-        pins = folder / "constraints.txt"
-        pins.write_text("\n".join(_pins()), encoding="utf-8")
-        _run([str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pins), *PACKAGES])
-        if masked_cpu.is_masked():
-            for name in _PATCHED:
-                masked_cpu.patch_all(site / name)
-        done.touch()
-    return python
+    with _LOCK:
+        if folder in _FAILED:
+            raise FieldError(_FAILED[folder])
+        if not (folder / "done").is_file():
+            try:
+                _make(folder)
+            except FieldError as error:
+                _FAILED[folder] = str(error)
+                raise
+    return folder / "bin" / "python"
+
+
+def _make(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _run([sys.executable, "-m", "venv", str(folder)])
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    pins = folder / "constraints.txt"
+    pins.write_text("\n".join(_pins()), encoding="utf-8")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    _run([*pip, "--constraint", str(pins), *PACKAGES])
+    if masked_cpu.is_masked():
+        for name in _PATCHED:
+            masked_cpu.patch_all(site / name)
+    (folder / "done").touch()
 
 
 def _pins() -> list[str]:
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name).partition('+')[0]}" for name in _OURS]
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _OURS]
 
 
 def _run(command: list[str]) -> None:

@@ -32,6 +32,7 @@ from typing import Final
 
 import click
 import numpy as np
+from rich.table import Table
 
 from benchmarks import footprint, limits, report
 from benchmarks.contestants import THEIRS, Contestant, Place, find, ours
@@ -645,7 +646,7 @@ def _check_provider(provider: str) -> None:
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=ROOT / "build" / "bench" / "results",
-    help="Folder of latency.json and latency.png. [default: build/bench/results]",
+    help="Folder of latency.json, .md and .png. [default: build/bench/results]",
 )
 @click.option(
     "--cache",
@@ -670,26 +671,31 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
     benchmark = Benchmark(settings)
     results, machine = benchmark.run()
     verdicts = judge(results) if settings.provider == CPU_PROVIDER else []  # targets are for CPUs
-    _print(results, machine, verdicts, benchmark.found)
     found = benchmark.found
+    tables = _tables(results, machine)
+    _print(tables, verdicts, found)
+    (output / "latency.md").write_text(report.as_markdown(tables), encoding="utf-8")
     report.write_json(
         report.as_json(results, machine, verdicts, found.agreement, found.missing), output / "latency.json"
     )
     if results.cells:
         report.draw(results, output / "latency.png")
-    click.echo(f"{output / 'latency.json'} and latency.png")
+    click.echo(f"{output / 'latency.json'}, latency.md and latency.png")
     click.echo(shlex.join(["python", "-m", "benchmarks.latency", *sys.argv[1:]]))
 
 
-def _print(results: Results, machine: limits.Limits, verdicts: Sequence[Verdict], found: Found) -> None:
-    console = report.make_console()
-    tables = [
+def _tables(results: Results, machine: limits.Limits) -> list[Table]:
+    return [
         *report.latency_tables(results),
         *([report.auto_table(results)] if results.picks else []),
         report.limits_table(machine, results),
         report.size_table(results),
         report.footprint_table(results),
     ]
+
+
+def _print(tables: Sequence[Table], verdicts: Sequence[Verdict], found: Found) -> None:
+    console = report.make_console()
     for table in tables:
         console.print(table)
         console.print()

@@ -101,6 +101,19 @@ def auto_table(results: Results) -> Table:
     return table
 
 
+def as_markdown(tables: Iterable[Table]) -> str:
+    """Return the tables as Markdown, each under its title."""
+    parts = []
+    for table in tables:
+        columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+        rule = [["---:" if column.justify == "right" else "---" for column in table.columns]]
+        heads, *rows = zip(*columns, strict=True)
+        lines = ["| " + " | ".join(row) + " |" for row in (heads, *rule, *rows)]
+        parts += [f"### {table.title}", "\n".join(lines)]
+        parts += ["\n".join(f"- {line}" for line in str(table.caption).splitlines())] * bool(table.caption)
+    return "\n\n".join(parts) + "\n"
+
+
 def _entry(results: Results, cell: Cell, row: Row) -> str:
     rows = results.cells[cell]
     if row not in rows:

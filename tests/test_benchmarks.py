@@ -292,6 +292,18 @@ def test_what_auto_takes_is_held_against_the_fastest_that_it_could_take() -> Non
     assert "25.0% (25.0% to 30.0%)" in said.get()
 
 
+def test_tables_are_written_as_markdown_too() -> None:
+    rows = {_row("ort"): _measured(4, 4, 4), _row("ours-onnx-fp32", "equal"): _measured(2, 2, 2)}
+    rows[_row("ctranslate2")] = _measured(1, 1, 1, gflop=0.5)
+    results = Results({CELL: rows}, disturbed={CELL: 0.3}, cpu=Cpu("Some CPU", "AVX2"))
+    text = report.as_markdown(report.latency_tables(results))
+    assert text.startswith("### builtin, experts t, full, on Some CPU, AVX2: median ms")
+    assert "| contestant | 1x12 * |\n| --- | ---: |\n" in text
+    assert "x2.00 25% |" in text
+    assert "- CTranslate2, PLM's encoder alone, as its user feeds it: 50% of our operations at 1x12" in text
+    assert "- * disturbed, others took of the CPU: 1x12 30%" in text
+
+
 def test_auto_picks_among_what_a_bundle_holds() -> None:
     variants = [make_variant(name) for name in ("onnx-fp32", "cpu-int8", "openvino-fp32")]
     for pick in picks_of(variants):
@@ -512,6 +524,7 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
     judged = {verdict["text"]: verdict for verdict in found["must_show"]}
     assert judged["fp32 times PyTorch eager at 1x12"]["status"] == "not measured"  # no such shape here
     assert judged["export: seconds"]["status"] in ("PASS", "MISS")
+    assert f", on {cpu()}: median ms" in (tmp_path / "results" / "latency.md").read_text()
     assert (tmp_path / "results" / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
