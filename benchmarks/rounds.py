@@ -39,7 +39,7 @@ class Rounds:
         interval or the time of the cell ``is_over``; and after twice ``enough`` without so many quiet ones.
         """
         count = len(self.shares)
-        if count >= MOST_ROUNDS or not self.times:
+        if count >= MOST_ROUNDS:
             return True
         if len(self.quiet) < enough:
             return count >= 2 * enough

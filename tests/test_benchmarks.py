@@ -343,7 +343,7 @@ def test_a_cell_ends_when_ratios_are_narrow_or_its_time_is_over() -> None:
     assert not narrow.are_done(4, is_over=True)
     assert not wide.are_done(3, is_over=False)
     assert wide.are_done(3, is_over=True)
-    assert Rounds().are_done(3, is_over=False)  # nobody could run it
+    assert not Rounds().are_done(1, is_over=True)
 
 
 def test_disturbed_rounds_are_run_again_and_else_kept_with_a_mark() -> None:
