@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-others test-openvino parity check lint types imports docs bench bench-full bench-training processors web clean
+.PHONY: help install demo test test-others test-openvino parity check lint types imports docs bench bench-avx2 bench-full bench-training processors web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -59,6 +59,9 @@ docs: $(STAMP) ## Write docs/cli.md from what --help says.
 bench: $(STAMP) ## Time bundles against other exporters and engines, and the search of the bank: under 20 minutes.
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.bank_search --faiss --rows random
+
+bench-avx2: $(STAMP) ## The same bundles with AVX2 kernels on an x86-64 CPU that has AVX-512; needs gcc.
+	$(BIN)/python -m benchmarks.masked_cpu -- $(BIN)/python -m benchmarks.latency --output build/bench/results-avx2
 
 bench-full: $(STAMP) ## The same in every cell: hours.
 	$(BIN)/python -m benchmarks.latency --full

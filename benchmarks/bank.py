@@ -30,6 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.machine import cpu
 from xadapter_export.bank_builder.build import BuildSettings, encode_shards
 from xadapter_export.bank_builder.decode import decode_picture
 from xadapter_export.bank_builder.image_tower import ImageTower, choose_device, load_image_tower
@@ -189,6 +190,7 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
         table.add_row(name, f"{row[name]['pictures/s']:.1f}", f"{row[name]['CPU ms a picture']:.1f}")
     console = make_console()
     console.print(title)
+    console.print(f"on {cpu()}")
     console.print(table)
     for name in ("ratio", "ratio of CPU time"):
         found = row[name]

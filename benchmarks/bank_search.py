@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 from rich.table import Table
 
+from benchmarks.machine import cpu
 from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.errors import ConfigError, MissingExtraError
@@ -352,6 +353,7 @@ def main(sizes: list[str], precisions: list[str], rows: list[str], as_json: bool
     for row in found:
         table.add_row(*(_show(row.get(column, "-")) for column in columns))
     console = make_console()
+    console.print(f"on {cpu()}")
     console.print(table)
     for name, value, relation, limit, passed in gates:
         console.print(f"{'PASS' if passed else 'MISS'}  {name}: {value:.4g} ({relation} {limit:g})")

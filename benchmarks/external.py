@@ -18,6 +18,7 @@ from typing import Any, cast
 import click
 
 from benchmarks.bank_search import Rows, unit
+from benchmarks.machine import cpu
 from xadapter_export.runtime.picture_index import KINDS, IndexKind
 
 _D = 512
@@ -191,7 +192,7 @@ def main(pictures: int, kind: Rows, threads: int, folder: Path, builtin: bool, k
         return result
 
     size = stage("bank", write_bank, bank, pictures, kind)
-    click.echo(f"{pictures} {kind} rows, {size / _GIB:.2f} GiB")
+    click.echo(f"{pictures} {kind} rows, {size / _GIB:.2f} GiB, on {cpu()}")
     stage("export", export_bundle, bank, bundle)
     stage("ask exact", ask, bundle, None, threads)
     heads = "index, built in s, peak GiB, size MiB, recall@1, @5, @10, load s, first ms, again ms, peak GiB"

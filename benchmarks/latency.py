@@ -4,7 +4,9 @@ Every contestant runs in a process of its own, loaded once for all shapes, and h
 every cell, in an order that is drawn anew each round. Between turns its process is stopped (SIGSTOP), so no
 thread pool spins into another's turn, and every engine keeps its own defaults but for the number of threads,
 which is the same for all. A turn is an untimed run, where a run is short, and the median of a few timed ones.
-Ratios compare the same rounds; their interval is a bootstrap over rounds.
+Ratios compare the same rounds; their interval is a bootstrap over rounds. A cell ends when its intervals are
+narrow, or its time is over. A round in which others took part of the CPU does not count and is run again; a
+cell that has too few quiet ones is marked.
 
 Every other exporter's graph is fed twice: as its user feeds it (CLIP ids padded to CLIP's context, logits at
 every position) and at our lengths (CLIP at its true length). It computes the same for the full vocabulary and
@@ -12,6 +14,7 @@ for 11 candidates, so that its times stand in both tables. torch.compile is fed 
 ``--full``.
 """
 
+import os
 import shlex
 import statistics
 import sys
@@ -21,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -29,11 +32,14 @@ from typing import Final
 
 import click
 import numpy as np
+from rich.table import Table
 
 from benchmarks import footprint, limits, report
 from benchmarks.contestants import THEIRS, Contestant, Place, find, ours
 from benchmarks.feeds import CANDIDATES, SHAPES, Cell, Feeding, Head, heads_of, task_of
-from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, prepare, quiet_environment
+from benchmarks.machine import CpuTime, Pick, cpu, has_bf16, picks_of
+from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, find_python, prepare, quiet_environment
+from benchmarks.rounds import DISTURBED, Rounds, Turn
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
@@ -50,7 +56,6 @@ OURS_GPU: Final = ("ours-gpu", "ours-engines")
 COMPARED: Final = ("plain", "transformers", "ours-portable")  # whose seconds and memory are
 _STATIC: Final = Preparation("ours", "bert-base-static", "v", "fill-mask")  # for its size
 _UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
-_MOST_ROUNDS = 60
 _FEW_ROUNDS, _LONG_CELL_S = 3, 120.0  # rounds that do where they take that long
 _LONG_RUN_MS = 2000.0
 _TURN_MS = 40.0  # of timed runs in a turn, where a run is shorter
@@ -86,6 +91,8 @@ class Found:
     costs: dict[str, Cost] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    disturbed: dict[Cell, float] = field(default_factory=dict)
+    picks: dict[Cell, list[Pick]] = field(default_factory=dict)
     weights_mib: float = 0.0
 
 
@@ -97,6 +104,7 @@ class Entry:
     place: Place
     feedings: tuple[Feeding, ...]
     heads: tuple[Head, ...]
+    variant: Variant | None = None  # of ours, on a CPU
 
 
 class Benchmark:
@@ -135,6 +143,9 @@ class Benchmark:
             footprints=found.footprints,
             file_mib=found.file_mib,
             costs=found.costs,
+            disturbed=found.disturbed,
+            picks=found.picks,
+            cpu=cpu(),
             weights_mib=found.weights_mib,
             fp32_gflops=machine.fp32_gflops,
         )
@@ -177,10 +188,11 @@ class Benchmark:
         for contestant in THEIRS:
             is_wanted = contestant.name in self.settings.contestants
             is_double = (contestant.kind, experts) == ("plm", "none")
+            is_double |= contestant.name == "openvino-bf16" and not has_bf16()  # is its fp32 there
             # On a GPU each shape takes it minutes of a machine that is paid for by the minute.
             is_slow = contestant.name == "compile" and not self._is_on_cpu and not self.settings.full
             if is_wanted and not is_double and not is_slow and contestant.runs_with(self.settings.provider):
-                yield contestant, "none" if contestant.kind == "plm" else experts
+                yield contestant, "none" if contestant.kind in ("plm", "encoder") else experts
 
     @property
     def _kinds_of_ours(self) -> tuple[str, ...]:
@@ -248,6 +260,8 @@ class Benchmark:
                 feedings = ("user",)  # the two are the same
             if contestant.name == "compile" and not self.settings.full:
                 feedings = ("equal",)
+            if contestant.kind == "exporter" and contestant.name.startswith("litert"):
+                feedings = ("equal",) if runs != "none" else ("user",)  # a signature has one length
             place = Place(case, runs, task, folder, threads, None, provider)
             entries.append(Entry(contestant, place, feedings, heads))
         for head, kind in product(heads, self._kinds_of_ours):
@@ -265,7 +279,8 @@ class Benchmark:
                 is_timed = variant.precision not in _UNTIMED or self.settings.full or not self._is_on_cpu
                 if is_timed and ours(variant.name).runs_with(provider):
                     place = Place(case, experts, task, folder, threads, variant.name, provider)
-                    entries.append(Entry(ours(variant.name), place, ("equal",), (head,)))
+                    known = variant if isinstance(variant, Variant) else None
+                    entries.append(Entry(ours(variant.name), place, ("equal",), (head,), known))
         return entries
 
     def _prepare(self, preparation: Preparation) -> Cost | None:
@@ -325,8 +340,9 @@ class Benchmark:
                     self.found.file_mib[title] = size / _MIB
                 try:
                     for _ in range(1 if place.cache_dir is None else 2):  # the first keeps it
+                        python = find_python(entry.contestant.preparation, self.settings.cache)
                         self.found.footprints[title] = footprint.measure(
-                            name, place, feed, shape.clip_context, self.environment
+                            name, place, feed, shape.clip_context, self.environment, python
                         )
                 except XAdapterError as error:
                     self.note(f"footprint of {title}", error)
@@ -375,7 +391,8 @@ class _Group:
         """Start a contestant, which compiles what it must; one that cannot start is noted and left out."""
         name = entry.contestant.name
         try:
-            worker = Worker(name, entry.place, self.benchmark.environment)
+            python = find_python(entry.contestant.preparation, self.benchmark.settings.cache)
+            worker = Worker(name, entry.place, self.benchmark.environment, python)
             if name == "compile":  # each shape takes it half a minute on one core, while others load
                 for file, feeding in product(files, entry.feedings):
                     worker.first(file, feeding, self.shape.clip_context)
@@ -400,15 +417,51 @@ class _Group:
         reference = answers[named["eager"]]
         for number, answer in answers.items():
             entry = self.entries[number]
-            if entry.contestant.kind == "plm" or answer.shape != reference.shape:
+            if entry.contestant.kind in ("plm", "encoder") or answer.shape != reference.shape:
                 continue  # another model; or a head that is sliced
             cosine = np.sum(answer * reference) / np.linalg.norm(answer) / np.linalg.norm(reference)
             name = f"{self.case} {self.experts} {'/'.join(entry.heads)} {entry.contestant.name}"
             self.benchmark.found.agreement[name] = float(cosine)
 
     def _measure_shape(self, key: tuple[int, int], file: Path, workers: Mapping[int, Worker]) -> None:
-        settings, context = self.benchmark.settings, self.shape.clip_context
-        probes: dict[tuple[int, Feeding], float] = {}
+        settings, start = self.benchmark.settings, time.perf_counter()
+        rounds: Rounds = Rounds()
+        with self._round(workers, rounds) as probes:
+            probes.update(self._probe(key, file, workers))
+        # Where runs are long, the turn that tells how long they are is a round like the others.
+        is_long = sum(probes.values()) / 1e3 > _LONG_CELL_S / _FEW_ROUNDS
+        enough = min(_FEW_ROUNDS, settings.rounds) if is_long else settings.rounds
+        if not is_long:
+            rounds, start = Rounds(), time.perf_counter()
+        rng, turns = np.random.default_rng(0), list(probes)
+        while turns and not rounds.are_done(
+            enough, is_over=time.perf_counter() - start > settings.seconds_per_cell
+        ):
+            with self._round(workers, rounds) as found:
+                for index in rng.permutation(len(turns)):
+                    found[turns[index]] = self._take_turn(turns[index], probes[turns[index]], file, workers)
+        times, share = rounds.kept(enough)
+        self._keep(key, file, times, share if share > DISTURBED else None)
+        seconds = time.perf_counter() - start
+        name = f"{self.case} {self.experts} {key[0]}x{key[1]}"
+        disturbed = f", disturbed: others took {share:.0%} of the CPU" if share > DISTURBED else ""
+        self.benchmark.say(
+            f"{name}: {len(rounds.shares)} rounds of {len(turns)} in {seconds:.0f} s{disturbed}"
+        )
+
+    @contextmanager
+    def _round(self, workers: Mapping[int, Worker], rounds: Rounds) -> Iterator[dict[Turn, float]]:
+        """A round: gives what its times are put into, and adds it with what others took of the CPU."""
+        processes = [os.getpid(), *(worker.process_id for worker in workers.values())]
+        found: dict[Turn, float] = {}
+        before = CpuTime.read(processes)
+        yield found
+        rounds.add(found, before.others_share(CpuTime.read(processes)))
+
+    def _probe(self, key: tuple[int, int], file: Path, workers: Mapping[int, Worker]) -> dict[Turn, float]:
+        """Run every turn for the first time, and return about how long it takes, in ms."""
+        context = self.shape.clip_context
+        probes: dict[Turn, float] = {}
         for number, worker in workers.items():
             entry = self.entries[number]
             for feeding in entry.feedings:
@@ -420,32 +473,21 @@ class _Group:
                 except XAdapterError as error:
                     self.benchmark.note(f"{entry.contestant.name} {self.case} {self.experts} {key}", error)
                     break
-        # Where runs are long, the turn that tells how long they are is a round like the others.
-        is_long = sum(probes.values()) / 1e3 > _LONG_CELL_S / _FEW_ROUNDS
-        rounds = 1 if is_long else 0
-        times = {turn: [probe] * rounds for turn, probe in probes.items()}
-        rng = np.random.default_rng(0)
-        start, turns = time.perf_counter(), list(probes)
-        while rounds < _MOST_ROUNDS:
-            seconds = time.perf_counter() - start
-            enough = min(_FEW_ROUNDS, settings.rounds) if is_long else settings.rounds
-            if rounds >= enough and seconds > settings.seconds_per_cell:
-                break
-            for index in rng.permutation(len(turns)):
-                number, feeding = turns[index]
-                workers[number].use(file, feeding, context)
-                probe = probes[number, feeding]
-                count = max(1, min(10, round(_TURN_MS / probe)))
-                found = workers[number].turn(count, is_warmed=probe < _WARM_BELOW_MS)
-                times[number, feeding].append(statistics.median(found))
-            rounds += 1
-        self._keep(key, file, times)
-        seconds = time.perf_counter() - start
-        name = f"{self.case} {self.experts} {key[0]}x{key[1]}"
-        self.benchmark.say(f"{name}: {rounds} rounds of {len(turns)} in {seconds:.0f} s")
+        return probes
+
+    def _take_turn(self, turn: Turn, probe: float, file: Path, workers: Mapping[int, Worker]) -> float:
+        """Return the median ms of as many runs as a turn has."""
+        number, feeding = turn
+        workers[number].use(file, feeding, self.shape.clip_context)
+        count = max(1, min(10, round(_TURN_MS / probe)))
+        return statistics.median(workers[number].turn(count, is_warmed=probe < _WARM_BELOW_MS))
 
     def _keep(
-        self, key: tuple[int, int], file: Path, times: Mapping[tuple[int, Feeding], Sequence[float]]
+        self,
+        key: tuple[int, int],
+        file: Path,
+        times: Mapping[Turn, Sequence[float]],
+        disturbed: float | None,
     ) -> None:
         with np.load(file) as feed:
             clip_seq = feed["clip_input_ids"].shape[1] if "clip_input_ids" in feed else 0
@@ -453,6 +495,11 @@ class _Group:
         for head in dict.fromkeys(head for entry in self.entries for head in entry.heads):
             cell = Cell(self.case, self.experts, *key, head)
             rows = self.benchmark.found.cells.setdefault(cell, {})
+            if disturbed is not None:
+                self.benchmark.found.disturbed[cell] = disturbed
+            if self.benchmark.settings.provider == CPU_PROVIDER:
+                variants = [entry.variant for entry in self.entries if entry.variant and head in entry.heads]
+                self.benchmark.found.picks[cell] = list(picks_of(variants))
             for (number, feeding), found in times.items():
                 entry = self.entries[number]
                 if head not in entry.heads:
@@ -470,7 +517,7 @@ class _Group:
         only_masks = kind == "ours" or (kind == "torch" and feeding == "equal")
         return self.shape.work(
             entry.place.experts,
-            head,
+            "features" if kind == "encoder" else head,
             batch=batch,
             seq=seq,
             clip_seq=(self.shape.clip_context or 0) if feeding == "user" else clip_seq,
@@ -599,7 +646,7 @@ def _check_provider(provider: str) -> None:
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=ROOT / "build" / "bench" / "results",
-    help="Folder of latency.json and latency.png. [default: build/bench/results]",
+    help="Folder of latency.json, .md and .png. [default: build/bench/results]",
 )
 @click.option(
     "--cache",
@@ -624,25 +671,31 @@ def main(case: str, output: Path, full: bool, **options: object) -> None:
     benchmark = Benchmark(settings)
     results, machine = benchmark.run()
     verdicts = judge(results) if settings.provider == CPU_PROVIDER else []  # targets are for CPUs
-    _print(results, machine, verdicts, benchmark.found)
     found = benchmark.found
+    tables = _tables(results, machine)
+    _print(tables, verdicts, found)
+    (output / "latency.md").write_text(report.as_markdown(tables), encoding="utf-8")
     report.write_json(
         report.as_json(results, machine, verdicts, found.agreement, found.missing), output / "latency.json"
     )
     if results.cells:
         report.draw(results, output / "latency.png")
-    click.echo(f"{output / 'latency.json'} and latency.png")
+    click.echo(f"{output / 'latency.json'}, latency.md and latency.png")
     click.echo(shlex.join(["python", "-m", "benchmarks.latency", *sys.argv[1:]]))
 
 
-def _print(results: Results, machine: limits.Limits, verdicts: Sequence[Verdict], found: Found) -> None:
-    console = report.make_console()
-    tables = [
+def _tables(results: Results, machine: limits.Limits) -> list[Table]:
+    return [
         *report.latency_tables(results),
-        report.limits_table(machine),
+        *([report.auto_table(results)] if results.picks else []),
+        report.limits_table(machine, results),
         report.size_table(results),
         report.footprint_table(results),
     ]
+
+
+def _print(tables: Sequence[Table], verdicts: Sequence[Verdict], found: Found) -> None:
+    console = report.make_console()
     for table in tables:
         console.print(table)
         console.print()

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass
 
+from benchmarks.machine import has_bf16
+
 _SIDE = 2048  # of the square matrices
 _READ_BYTES = 1 << 29
 _SECONDS = 1.0  # of each measurement, at least
@@ -24,7 +26,7 @@ class Limits:
     Attributes:
         fp32_gflops: Multiplying large fp32 matrices, 2 operations to a multiply-add; the faster of
             onnxruntime and PyTorch.
-        bf16_gflops: The same in bf16, by PyTorch.
+        bf16_gflops: The same in bf16, by PyTorch; as in fp32 where the CPU has no bf16.
         int8_gops: The same in int8, the faster of both.
         read_gb_s: Reading an array much larger than the caches, 1e9 bytes a second.
         threads: Threads that each had.
@@ -77,9 +79,10 @@ def measure(
     a16, b16 = a.bfloat16(), b.bfloat16()
     large = torch.ones(read_bytes // 4)
     onnxruntime_s = functools.partial(_onnxruntime_s, side, threads, seconds)
+    fp32_gflops = operations / min(best_s(lambda: torch.mm(a, b), seconds), onnxruntime_s(is_int8=False))
     return Limits(
-        fp32_gflops=operations / min(best_s(lambda: torch.mm(a, b), seconds), onnxruntime_s(is_int8=False)),
-        bf16_gflops=operations / best_s(lambda: torch.mm(a16, b16), seconds),
+        fp32_gflops=fp32_gflops,
+        bf16_gflops=operations / best_s(lambda: torch.mm(a16, b16), seconds) if has_bf16() else fp32_gflops,
         int8_gops=operations / min(_int8_torch_s(side, seconds), onnxruntime_s(is_int8=True)),
         read_gb_s=read_bytes / 1e9 / best_s(large.sum, seconds),
         threads=threads,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks import field
 from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import DeploymentTarget, ExpertSet, Precision, Target, Task
 from xadapter_export.bundle.openvino_session import import_openvino
@@ -40,6 +41,7 @@ _MIB = 1 << 20
 _OPSET = 18
 _PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
+_FIELD_CODE = ("benchmarks/field.py", "benchmarks/feeds.py")
 _OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 
 
@@ -73,7 +75,8 @@ class Preparation:
 
     def folder(self, cache: Path) -> Path:
         """Where it is, or will be."""
-        return cache / key(self.case, ours=self.kind.startswith("ours")) / self.name
+        code = _OUR_CODE if self.kind.startswith("ours") else _FIELD_CODE if self.kind in APART else ()
+        return cache / key(self.case, code) / self.name
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,15 @@ class Cost:
 
 
 @functools.cache  # the code that this process runs does not change under it
-def key(case: str, *, ours: bool) -> str:
-    """Return the hash that a prepared folder stands under."""
+def key(case: str, code: tuple[str, ...] = ()) -> str:
+    """Return the hash that a prepared folder stands under.
+
+    Args:
+        case: The case.
+        code: Files and folders that make what stands there, beyond those that make everything.
+    """
     digest = hashlib.sha256(f"{case} {versions()}".encode())
-    for part in _THEIR_CODE + (_OUR_CODE if ours else ()):
+    for part in _THEIR_CODE + code:
         path = ROOT / part
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
@@ -125,7 +133,8 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
     folder = preparation.folder(cache)
     if not (folder / DONE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
+        python = find_python(preparation.kind, cache)
+        command = [str(python), "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
         child = subprocess.run(
             command, cwd=ROOT, env=dict(environment), check=False, capture_output=True, text=True
         )
@@ -133,6 +142,15 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
             reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
             raise PreparationError("a contestant could not be prepared", where=preparation.name, got=reason)
     return Cost(**json.loads((folder / DONE).read_text(encoding="utf-8")))
+
+
+def find_python(kind: str | None, cache: Path) -> Path:
+    """Return the Python that makes and runs a kind of preparation.
+
+    Raises:
+        FieldError: If it has to be made first, and that fails.
+    """
+    return field.find_python(cache) if kind in APART else Path(sys.executable)
 
 
 # ------------------------------------------------------------------------------------- in the child
@@ -183,9 +201,9 @@ def _plain(preparation: Preparation, model: "XAdapterModel", folder: Path) -> No
     """What a user writes by hand: a module that returns logits at all positions, and torch.onnx.export."""
     import torch
 
-    wrapper, inputs = _wrapper(model, preparation.experts)
+    wrapper, inputs = wrapper_of(model, preparation.experts)
     dims = {axis: torch.export.Dim(axis, max=limit) for axis, limit in _limits(model).items()}
-    shapes = {name: {0: dims["batch"], 1: dims[_second_axis(name)]} for name in inputs}
+    shapes = {name: {0: dims["batch"], 1: dims[second_axis(name)]} for name in inputs}
     torch.onnx.export(
         wrapper,
         (),
@@ -206,12 +224,22 @@ def _transformers(preparation: Preparation, model: "XAdapterModel", folder: Path
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    wrapper, inputs = _wrapper(model, preparation.experts)
+    target, inputs = as_target(model, preparation.experts)
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
-    target = model.plm.model if preparation.experts == "none" else _as_pretrained(wrapper, model)
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]  # transformers annotates no constructor here
     program, _ = exporter.export_program(target, inputs, config)
     exporter.save_program(program, folder / MODEL)
+
+
+def _openvino_transformers(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
+    """Give the model to transformers' own exporter for OpenVINO; weights stay fp32."""
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    target, inputs = as_target(model, preparation.experts)
+    exporter = OpenVINOExporter()  # type: ignore[no-untyped-call]  # transformers annotates no constructor here
+    program, _ = exporter.export_program(target, inputs, OpenVINOConfig(dynamic=True))
+    exporter.save_program(program, folder / "model.xml")
 
 
 def _fused(preparation: Preparation, folder: Path) -> None:
@@ -219,7 +247,7 @@ def _fused(preparation: Preparation, folder: Path) -> None:
     import onnx_ir as ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    graph = ir.load(_of("plain", preparation, folder) / MODEL)
+    graph = ir.load(of("plain", preparation, folder) / MODEL)
     fused = optimize_for_ort(graph)
     ir.save(fused[0] if isinstance(fused, tuple) else fused, folder / MODEL, external_data=f"{MODEL}.data")
 
@@ -231,7 +259,7 @@ def _int8(preparation: Preparation, folder: Path) -> None:
 
     source = "fused" if preparation.kind == "fused-int8" else "plain"
     quantize_dynamic(
-        _of(source, preparation, folder) / MODEL,
+        of(source, preparation, folder) / MODEL,
         folder / MODEL,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         per_channel=True,
@@ -247,7 +275,7 @@ def _fp16(preparation: Preparation, folder: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     source = "fused" if preparation.kind == "fused-fp16" else "plain"
-    graph = onnx.load(_of(source, preparation, folder) / MODEL)
+    graph = onnx.load(of(source, preparation, folder) / MODEL)
     half = convert_float_to_float16(graph, keep_io_types=True)
     onnx.save(half, folder / MODEL, save_as_external_data=True, location=f"{MODEL}.data")
 
@@ -255,7 +283,7 @@ def _fp16(preparation: Preparation, folder: Path) -> None:
 def _openvino(preparation: Preparation, folder: Path) -> None:
     """OpenVINO's own conversion of the plain export; weights stay fp32."""
     ov = import_openvino()
-    converted = ov.convert_model(_of("plain", preparation, folder) / MODEL)
+    converted = ov.convert_model(of("plain", preparation, folder) / MODEL)
     ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
 
 
@@ -265,7 +293,7 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
     from benchmarks.feeds import feed_as
 
     ov, nncf = import_openvino(), import_openvino("nncf")
-    converted = ov.Core().read_model(_of("openvino", preparation, folder) / "model.xml")
+    converted = ov.Core().read_model(of("openvino", preparation, folder) / "model.xml")
     names = {name for port in converted.inputs for name in port.get_names()}
     context = model.clip.config.context_length if model.clip is not None else None
     feeds = [
@@ -338,7 +366,12 @@ Maker = Callable[[Preparation, "XAdapterModel", Path], None]
 MAKERS: Final[dict[str, Maker]] = {
     "plain": _plain,
     "transformers": _transformers,
+    "openvino-transformers": _openvino_transformers,
     "openvino-int8": _openvino_int8,
+    "executorch": field.make_executorch,
+    "litert": field.make_litert,
+    "ctranslate2": field.make_ctranslate2,
+    "ctranslate2-int8": field.make_ctranslate2,
     "ours": _ours,
     "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
@@ -352,6 +385,7 @@ CONVERTERS: Final[dict[str, Callable[[Preparation, Path], None]]] = {  # of a gr
     "int8": _int8,
     "fused-int8": _int8,
     "openvino": _openvino,
+    "litert-int8": field.make_litert_int8,
 }
 NEEDS: Final = {
     "fused": "plain",
@@ -361,11 +395,19 @@ NEEDS: Final = {
     "fused-int8": "fused",
     "openvino": "plain",
     "openvino-int8": "openvino",
+    "litert-int8": "litert",
 }
+APART: Final = (
+    "executorch",
+    "litert",
+    "litert-int8",
+    "ctranslate2",
+    "ctranslate2-int8",
+)  # by ``field``'s Python
 
 
-def _of(kind: str, preparation: Preparation, folder: Path) -> Path:
-    """Where that which this is made from stands: beside it."""
+def of(kind: str, preparation: Preparation, folder: Path) -> Path:
+    """Return where that which this is made from stands: beside it."""
     return folder.parent / Preparation(kind, preparation.case, preparation.experts, preparation.task).name
 
 
@@ -374,7 +416,8 @@ def _limits(model: "XAdapterModel") -> dict[str, int | None]:
     return {"batch": None, "seq": model.plm.max_seq, "clip_seq": context}
 
 
-def _second_axis(name: str) -> str:
+def second_axis(name: str) -> str:
+    """Return the name of an input's second axis."""
     return "clip_seq" if name == "clip_input_ids" else "seq"
 
 
@@ -382,8 +425,8 @@ def _output_names(task: Task) -> list[str]:
     return ["last_hidden_state", "sentence_embedding"] if task == "feature-extraction" else ["logits"]
 
 
-def _wrapper(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", dict[str, "Tensor"]]:
-    """The module that a user would write around ``XAdapterModel``, and inputs to trace it with."""
+def wrapper_of(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", dict[str, "Tensor"]]:
+    """Return the module that a user would write around ``XAdapterModel``, and inputs to trace it with."""
     import torch
     from torch import Tensor, nn
 
@@ -416,6 +459,12 @@ def _wrapper(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", d
     ):
         inputs["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
     return Wrapper().eval(), inputs
+
+
+def as_target(model: "XAdapterModel", experts: ExpertSet) -> tuple[Any, dict[str, "Tensor"]]:
+    """Return what transformers' exporters are given: the plain PLM itself, or the module as one of theirs."""
+    wrapper, inputs = wrapper_of(model, experts)
+    return model.plm.model if experts == "none" else _as_pretrained(wrapper, model), inputs
 
 
 def _as_pretrained(wrapper: "nn.Module", model: "XAdapterModel") -> Any:

@@ -14,8 +14,9 @@ from benchmarks.contestants import THEIRS, find
 from benchmarks.feeds import Cell
 from benchmarks.intervals import ratio, spread
 from benchmarks.limits import Limits
+from benchmarks.machine import cpu_flags
 from benchmarks.prepare import versions
-from benchmarks.verdicts import Measured, Results, Row, Verdict, chosen
+from benchmarks.verdicts import MOST_OF_AUTO, Measured, Results, Row, Verdict, chosen, picked
 
 _WIDTH: Final = 200
 _FEEDINGS = {"user": "as its user feeds it", "equal": "at our lengths"}
@@ -44,17 +45,73 @@ def latency_tables(results: Results) -> Iterable[Table]:
         groups.setdefault((cell.case, cell.experts, cell.head), []).append(cell)
     for (case, experts, head), cells in groups.items():
         table = Table(
-            title=f"{case}, experts {experts}, {head}: median ms (quartiles), x ours, share of the limit",
+            title=f"{case}, experts {experts}, {head}, on {results.cpu}: "
+            "median ms (quartiles), x ours, share of the limit",
+            caption=_caption(results, cells),
             title_justify="left",
+            caption_justify="left",
             show_edge=False,
         )
         table.add_column("contestant", no_wrap=True)
         for cell in cells:
-            table.add_column(cell.shape, justify="right", no_wrap=True)
+            mark = " *" if cell in results.disturbed else ""
+            table.add_column(cell.shape + mark, justify="right", no_wrap=True)
         rows = list(dict.fromkeys(row for cell in cells for row in results.cells[cell]))
         for row in rows:
             table.add_row(label(row), *(_entry(results, cell, row) for cell in cells))
         yield table
+
+
+def _caption(results: Results, cells: Sequence[Cell]) -> str:
+    """What helps to read a table: the contestants that do less, and the cells that were disturbed."""
+    lines = []
+    first = results.cells[cells[-1]]
+    mine = next((each.gflop for row, each in first.items() if row.contestant.startswith("ours")), 0.0)
+    for row, each in first.items():
+        if find(row.contestant).kind in ("plm", "encoder") and mine:
+            lines.append(f"{label(row)}: {each.gflop / mine:.0%} of our operations at {cells[-1].shape}")
+    shares = [f"{cell.shape} {results.disturbed[cell]:.0%}" for cell in cells if cell in results.disturbed]
+    if shares:
+        lines.append(f"* disturbed, others took of the CPU: {', '.join(shares)}")
+    return "\n".join(lines)
+
+
+def auto_table(results: Results) -> Table:
+    """What ``auto`` takes in every cell, and by how much the fastest variant is faster."""
+    table = Table(title=f"what auto takes on {results.cpu}", title_justify="left", show_edge=False)
+    table.add_column("case, experts, shape, answer", no_wrap=True)
+    for column in ("", "auto takes", "the fastest"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("slower by (interval)", justify="right", no_wrap=True)
+    table.add_column("at most 5 %", no_wrap=True)
+    for each in picked(results):
+        value, low, high = (
+            f"{each_ratio - 1:.1%}" for each_ratio in (each.ratio.value, each.ratio.low, each.ratio.high)
+        )
+        verdict = "PASS" if each.ratio.value <= MOST_OF_AUTO else "MISS"
+        row = (
+            str(each.cell),
+            each.pick.title,
+            each.pick.variant,
+            each.best,
+            f"{value} ({low} to {high})",
+            verdict,
+        )
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
+    """Return the tables as Markdown, each under its title."""
+    parts = []
+    for table in tables:
+        columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+        rule = [["---:" if column.justify == "right" else "---" for column in table.columns]]
+        heads, *rows = zip(*columns, strict=True)
+        lines = ["| " + " | ".join(row) + " |" for row in (heads, *rule, *rows)]
+        parts += [f"### {table.title}", "\n".join(lines)]
+        parts += ["\n".join(f"- {line}" for line in str(table.caption).splitlines())] * bool(table.caption)
+    return "\n\n".join(parts) + "\n"
 
 
 def _entry(results: Results, cell: Cell, row: Row) -> str:
@@ -74,11 +131,11 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def limits_table(limits: Limits) -> Table:
+def limits_table(limits: Limits, results: Results) -> Table:
     """What the machine can do."""
     table = Table(
         title="limits of "
-        + (f"this machine, {limits.threads} threads" if limits.device == "cpu" else limits.device),
+        + (f"{results.cpu}, {limits.threads} threads" if limits.device == "cpu" else limits.device),
         title_justify="left",
         show_edge=False,
     )
@@ -109,7 +166,7 @@ def size_table(results: Results) -> Table:
 def footprint_table(results: Results) -> Table:
     """What having each contestant costs, and making it."""
     table = Table(
-        title="having and making, in fresh processes; memory is beyond the imported libraries",
+        title=f"having and making on {results.cpu}, in fresh processes; memory beyond the imported libraries",
         title_justify="left",
         show_edge=False,
     )
@@ -146,6 +203,7 @@ def as_json(
     return {
         "versions": versions(),
         "machine": {
+            "cpu": asdict(results.cpu),
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cpu_flags": cpu_flags(),
@@ -155,9 +213,14 @@ def as_json(
             {
                 **asdict(cell),
                 "shape": cell.shape,
+                "others_share_of_cpu": results.disturbed.get(cell),
                 "rows": [_row(row, measured) for row, measured in rows.items()],
             }
             for cell, rows in results.cells.items()
+        ],
+        "auto": [
+            {**asdict(each.cell), **asdict(each.pick), "best": each.best, "ratio": asdict(each.ratio)}
+            for each in picked(results)
         ],
         "sizes": [asdict(size) for size in results.sizes],
         "footprints": {name: asdict(found) for name, found in results.footprints.items()},
@@ -183,24 +246,6 @@ def _row(row: Row, measured: Measured) -> dict[str, Any]:
         "limit_ms": measured.limit_ms,
         "share_of_limit": measured.share,
     }
-
-
-def cpu_flags() -> list[str]:
-    """Return what the CPU can do, as Linux lists it; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return []
-    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    return sorted(set(lines[0].partition(":")[2].split())) if lines else []
-
-
-def cpu_name() -> str:
-    """Return what the CPU calls itself, as Linux lists it, and which int8 instructions it has."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    known = [flag for flag in ("avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm") if flag in cpu_flags()]
-    return f"{names[0] if names else platform.machine()} ({', '.join(known) or 'no int8 instructions'})"
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

@@ -36,6 +36,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from benchmarks.machine import cpu
 from export.parity import random_bank
 from train.minilm import minilm_folder
 from xadapter_export.cli.command import make_console, print_json
@@ -284,6 +285,7 @@ def main(
         table.add_row(name, f"{trained:,}", f"{speed:.1f}", f"{beyond[name]:.0f}")
     console = make_console()
     console.print(title)
+    console.print(f"on {cpu()}")
     console.print(table)
     console.print(
         f"plug-in to fine-tuning: {result['ratio']:.2f} times the samples/s "

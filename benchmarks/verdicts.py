@@ -12,10 +12,12 @@ from benchmarks.contestants import find
 from benchmarks.feeds import Cell, Feeding
 from benchmarks.footprint import KEPT, Footprint
 from benchmarks.intervals import Ratio, geometric_mean, ratio, spread
+from benchmarks.machine import UNKNOWN, Cpu, Pick
 from benchmarks.prepare import Cost
 
 Sense = Literal["at least", "at most"]
 _DISTURBED = 1.05  # times a limit: what is faster says that the limit was measured wrong
+MOST_OF_AUTO = 1.05  # times the fastest variant
 SIZE_LIMIT_MB = 112.0  # of the static V-bundle of BERT-base in int8
 
 
@@ -87,6 +89,9 @@ class Results:
     footprints: Mapping[str, Footprint] = field(default_factory=dict)
     file_mib: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    disturbed: Mapping[Cell, float] = field(default_factory=dict)  # share of the CPU that others took
+    picks: Mapping[Cell, Sequence[Pick]] = field(default_factory=dict)
+    cpu: Cpu = UNKNOWN
     weights_mib: float = 0.0
     fp32_gflops: float = 0.0
 
@@ -129,7 +134,15 @@ class Verdict:
 
 def judge(results: Results) -> list[Verdict]:
     """Hold what was measured against every target of demands 1, 2, 3 and 6."""
-    return [*_fp32(results), *_int8(results), *_openvino(results), *_sizes(results), *_footprint(results)]
+    return [
+        *_fp32(results),
+        *_int8(results),
+        *_openvino(results),
+        *_avx2(results),
+        *_auto(results),
+        *_sizes(results),
+        *_footprint(results),
+    ]
 
 
 # -------------------------------------------------------------------------------------------- speed
@@ -281,6 +294,69 @@ def _openvino(results: Results) -> Iterable[Verdict]:
         "; a cell is faster than the limit: disturbed, or the weights stay in the caches" if is_void else ""
     )
     yield Verdict("2", text, "at most", 2.0, None if where is None else over[where], note, is_void)
+
+
+def _avx2(results: Results) -> Iterable[Verdict]:
+    """What is asked of a CPU that has AVX2 alone: experts t, the full vocabulary, every cell, our lengths."""
+    if results.cpu.kind != "AVX2":
+        return
+    mine = "ours-cpu-int8"
+
+    def here(cell: Cell, row: Row) -> bool:
+        return cell.experts == "t" and cell.head == "full" and row.feeding == "equal"
+
+    def usual(cell: Cell, row: Row) -> bool:
+        return here(cell, row) and row.contestant in ("ort-int8", "ort-fused-int8")
+
+    def other_fp32(cell: Cell, row: Row) -> bool:
+        return here(cell, row) and (_is("exporter", "fp32")(row) or _is("torch", "fp32")(row))
+
+    text = "AVX2: cpu-int8, experts t, full vocabulary, times"
+    for target, wanted, words in (
+        (1.5, usual, "the usual int8"),
+        (1.8, other_fp32, "the best other in fp32"),
+    ):
+        yield _verdict("2", f"{text} {words} at our lengths", target, _worst(results, mine, wanted), mine)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What ``auto`` takes in a cell beside the fastest variant that it could take.
+
+    Attributes:
+        ratio: Its time to that of the fastest; 1 where it is that one.
+    """
+
+    cell: Cell
+    pick: Pick
+    best: str
+    ratio: Ratio
+
+
+def picked(results: Results) -> list[Picked]:
+    """Return what ``auto`` takes in each cell where all that it could take was timed."""
+    found = []
+    for cell, picks in results.picks.items():
+        timed = {row.contestant.removeprefix("ours-"): each for row, each in results.cells[cell].items()}
+        for pick in picks:
+            medians = {name: timed[name].median_ms for name in pick.among if name in timed}
+            if pick.variant in medians:
+                best = min(medians, key=medians.__getitem__)
+                times = ratio(timed[pick.variant].times_ms, timed[best].times_ms)
+                found.append(Picked(cell, pick, best, times))
+    return found
+
+
+def _auto(results: Results) -> Iterable[Verdict]:
+    text = "auto, times what the fastest variant in the bundle takes"
+    worst = max(picked(results), key=lambda each: each.ratio.value, default=None)
+    if worst is None:
+        yield Verdict("4", text, "at most", MOST_OF_AUTO, None)
+    else:
+        note = (
+            f"{worst.pick.variant} for {worst.best} at {worst.cell}, {worst.pick.title}, ratio {worst.ratio}"
+        )
+        yield Verdict("4", text, "at most", MOST_OF_AUTO, worst.ratio.value, note)
 
 
 # ------------------------------------------------------------------------------------ size and cost

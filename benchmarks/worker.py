@@ -37,14 +37,22 @@ class Worker:
         contestant: Its name.
         place: What it runs.
         environment: Environment of the process.
+        python: Its interpreter.
 
     Raises:
         ContestantError: If it cannot be loaded.
     """
 
-    def __init__(self, contestant: str, place: Place, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, contestant: str, place: Place, environment: Mapping[str, str], python: Path | None = None
+    ) -> None:
         self.contestant = contestant
-        command = [sys.executable, "-m", "benchmarks.worker", json.dumps([contestant, place.as_json()])]
+        command = [
+            str(python or sys.executable),
+            "-m",
+            "benchmarks.worker",
+            json.dumps([contestant, place.as_json()]),
+        ]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open until ``close``: a pipe that fills up would stop the process
         self._process = subprocess.Popen(
             command,
@@ -57,6 +65,11 @@ class Worker:
         )
         self.loaded = self._read()
         self._stop()
+
+    @property
+    def process_id(self) -> int:
+        """Number of its process."""
+        return self._process.pid
 
     def first(self, feed: Path, feeding: str, clip_context: int | None) -> float:
         """Run a cell for the first time, where engines compile and plan; return the seconds it took."""
@@ -92,6 +105,8 @@ class Worker:
 
     def _ask(self, request: dict[str, object]) -> Any:
         assert self._process.stdin is not None
+        if self._process.poll() is not None:
+            raise ContestantError("a contestant has ended in an earlier cell", where=self.contestant)
         os.kill(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

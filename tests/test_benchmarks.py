@@ -1,6 +1,10 @@
 """The benchmarks run, compare what they say they compare, and print what a reader needs."""
 
 import json
+import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +12,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import bank, latency, limits, prepare, training
+from benchmarks import bank, field, latency, limits, masked_cpu, prepare, report, training
 from benchmarks.cases import make_feed, make_model, torch_feed
 from benchmarks.contestants import Place
 from benchmarks.feeds import Cell, Feeding, feed_as
 from benchmarks.footprint import Footprint
 from benchmarks.intervals import Spread, geometric_mean, ratio, spread
 from benchmarks.limits import Limits
+from benchmarks.machine import Cpu, CpuTime, Pick, cpu, picks_of
 from benchmarks.prepare import Cost, Preparation
+from benchmarks.rounds import Rounds, Turn
 from benchmarks.training import ARMS, _Arm, _Shape
-from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, chosen, judge
+from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, chosen, judge, picked
 from benchmarks.work import ModelShape
 from benchmarks.worker import ContestantError, Worker
+from tests.test_variants import make_variant
 from train.minilm import minilm_folder
 from xadapter_export.errors import ConfigError
 
@@ -117,6 +124,8 @@ def test_pictures_are_alike_from_run_to_run(tmp_path: Path) -> None:
 
 
 CELL = Cell("builtin", "t", 1, 12, "full")
+FIRST: Turn = (0, "user")
+SECOND: Turn = (1, "equal")
 
 
 def _row(name: str, feeding: Feeding = "user") -> Row:
@@ -259,6 +268,116 @@ def test_targets_are_judged_where_they_are_asked_and_by_the_stricter_feeding() -
     )
 
 
+def test_what_auto_takes_is_held_against_the_fastest_that_it_could_take() -> None:
+    names = ("cpu-int8", "cpu-fp32", "openvino-int8")
+    rows = {
+        _row(f"ours-{name}", "equal"): _measured(*times)
+        for name, times in zip(names, [(10, 10.4, 10), (20, 20, 20), (8, 8, 8)], strict=True)
+    }
+    picks = [Pick("without OpenVINO", "cpu-int8", names[:2]), Pick("with OpenVINO", "cpu-int8", names)]
+    results = Results({CELL: rows}, picks={CELL: picks}, cpu=Cpu("Some CPU", "AVX2"))
+    assert [(each.best, each.ratio.value) for each in picked(results)] == [
+        ("cpu-int8", 1.0),
+        ("openvino-int8", 1.25),
+    ]
+    (verdict,) = _verdicts(results, "auto")
+    assert (verdict.figure, verdict.status) == (1.25, "MISS")
+    assert "cpu-int8 for openvino-int8" in str(verdict)
+    (verdict,) = _verdicts(Results({CELL: rows}, picks={CELL: picks[:1]}), "auto")
+    assert verdict.status == "PASS"
+    console = report.make_console()
+    with console.capture() as said:
+        console.print(report.auto_table(results))
+    assert "what auto takes on Some CPU, AVX2" in said.get()
+    assert "25.0% (25.0% to 30.0%)" in said.get()
+
+
+def test_tables_are_written_as_markdown_too() -> None:
+    rows = {_row("ort"): _measured(4, 4, 4), _row("ours-onnx-fp32", "equal"): _measured(2, 2, 2)}
+    rows[_row("ctranslate2")] = _measured(1, 1, 1, gflop=0.5)
+    results = Results({CELL: rows}, disturbed={CELL: 0.3}, cpu=Cpu("Some CPU", "AVX2"))
+    text = report.as_markdown(report.latency_tables(results))
+    assert text.startswith("### builtin, experts t, full, on Some CPU, AVX2: median ms")
+    assert "| contestant | 1x12 * |\n| --- | ---: |\n" in text
+    assert "x2.00 25% |" in text
+    assert "- CTranslate2, PLM's encoder alone, as its user feeds it: 50% of our operations at 1x12" in text
+    assert "- * disturbed, others took of the CPU: 1x12 30%" in text
+
+
+def test_auto_picks_among_what_a_bundle_holds() -> None:
+    variants = [make_variant(name) for name in ("onnx-fp32", "cpu-int8", "openvino-fp32")]
+    for pick in picks_of(variants):
+        assert pick.variant in pick.among
+        assert set(pick.among) <= {variant.name for variant in variants}
+    assert not list(picks_of([]))
+
+
+def test_avx2_is_asked_for_more_at_our_lengths_where_there_is_nothing_else() -> None:
+    rows = {
+        _row("ort-int8", "equal"): _measured(16, 16, 16),
+        _row("ort-int8", "user"): _measured(11, 11, 11),
+        _row("openvino", "equal"): _measured(17, 17, 17),
+        _row("openvino", "user"): _measured(11, 11, 11),
+        _row("ctranslate2", "user"): _measured(1, 1, 1),  # the encoder alone: no other way to do the same
+        _row("ours-cpu-int8", "equal"): _measured(10, 10, 10),
+    }
+    cells = {CELL: rows}
+    int8, fp32 = _verdicts(Results(cells, cpu=Cpu("Some CPU", "AVX2")), "AVX2: cpu-int8")
+    assert (int8.figure, int8.status) == (1.6, "PASS")
+    assert (fp32.figure, fp32.status) == (1.7, "MISS")
+    elsewhere = judge(Results(cells, cpu=Cpu("Some CPU", "AVX-512 VNNI")))
+    assert not [verdict for verdict in elsewhere if verdict.text.startswith("AVX2")]
+
+
+def _rounds(times: list[tuple[float, float]], shares: list[float]) -> Rounds:
+    rounds = Rounds()
+    for (one, other), share in zip(times, shares, strict=True):
+        rounds.add({FIRST: one, SECOND: other}, share)
+    return rounds
+
+
+def test_a_cell_ends_when_ratios_are_narrow_or_its_time_is_over() -> None:
+    narrow = _rounds([(1, 2), (3, 6), (2, 4)], [0, 0, 0])  # a slow round slows both
+    wide = _rounds([(1, 2), (1, 3), (1, 4)], [0, 0, 0])
+    assert narrow.are_done(3, is_over=False)
+    assert not narrow.are_done(4, is_over=True)
+    assert not wide.are_done(3, is_over=False)
+    assert wide.are_done(3, is_over=True)
+    assert not Rounds().are_done(1, is_over=True)
+
+
+def test_disturbed_rounds_are_run_again_and_else_kept_with_a_mark() -> None:
+    rounds = _rounds([(1, 2), (9, 9), (1, 2)], [0.0, 0.4, 0.01])
+    assert not rounds.are_done(3, is_over=True)
+    rounds.add({FIRST: 1.0, SECOND: 2.0}, 0.0)
+    assert rounds.are_done(3, is_over=False)
+    assert rounds.kept(3) == ({FIRST: (1, 1, 1), SECOND: (2, 2, 2)}, 0.01)
+    busy = _rounds([(number, 2 * number) for number in range(1, 7)], [0.5, 0.1, 0.9, 0.0, 0.2, 0.9])
+    assert busy.are_done(3, is_over=False)  # twice as many are enough, whatever they are
+    assert busy.kept(3) == ({FIRST: (2, 4, 5), SECOND: (4, 8, 10)}, 0.2)
+
+
+def test_the_cpu_is_named_with_its_kind() -> None:
+    text = "model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\nflags\t\t: fpu avx2 {}\n"
+    assert str(cpu(text.format(""))) == "AMD EPYC (family 25, model 17), AVX2"
+    assert cpu(text.format("avx512f avx512_vnni")).kind == "AVX-512 VNNI"
+    assert str(Cpu("AMD EPYC", "AVX2", is_masked=True)) == "AVX2 kernels (CPUID masked) on AMD EPYC"
+    assert cpu("").name == "unknown CPU"
+
+
+def test_what_others_took_is_what_is_busy_beyond_our_processes() -> None:
+    before = CpuTime(busy_s=100, own_s=40, all_s=1000)
+    assert before.others_share(CpuTime(busy_s=118, own_s=56, all_s=1020)) == pytest.approx(0.1)
+    assert before.others_share(CpuTime(busy_s=116, own_s=56, all_s=1020)) == 0
+    assert before.others_share(before) == 0
+
+
+def test_engines_that_cannot_be_installed_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(field, "PACKAGES", (f"nothing @ file://{tmp_path}/nothing-0-py3-none-any.whl",))
+    with pytest.raises(field.FieldError, match=r"could not be installed.*nothing-0-py3-none-any"):
+        prepare.prepare(Preparation("litert", "builtin", "t", "fill-mask"), tmp_path, {})
+
+
 def test_one_variant_is_judged_in_all_cells() -> None:
     longer = Cell("builtin", "t", 32, 64, "full")
     cells = {
@@ -322,8 +441,8 @@ def test_what_is_prepared_stands_under_its_code_versions_and_case(tmp_path: Path
     one, other = (Preparation("plain", "builtin", experts, "fill-mask") for experts in ("t", "none"))
     assert one.folder(tmp_path).parent == other.folder(tmp_path).parent
     assert one.folder(tmp_path) != other.folder(tmp_path)
-    assert prepare.key("builtin", ours=False) != prepare.key("minilm", ours=False)
-    assert prepare.key("builtin", ours=False) != prepare.key("builtin", ours=True)
+    assert prepare.key("builtin") != prepare.key("minilm")
+    assert prepare.key("builtin") != prepare.key("builtin", ("benchmarks/field.py",))
     broken = Preparation("tvm", "builtin", "t", "fill-mask")
     with pytest.raises(prepare.PreparationError, match=r"tvm-builtin-t-fill-mask.*KeyError"):
         prepare.prepare(broken, tmp_path, prepare.quiet_environment(1, tmp_path))
@@ -346,8 +465,14 @@ def test_wrong_options_are_one_line(option: list[str], problem: str) -> None:
 
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
     place = Place("builtin", "t", "fill-mask", tmp_path, threads=1)
+    environment = prepare.quiet_environment(1, tmp_path)
     with pytest.raises(ContestantError, match=r"ort.*model\.onnx"):
-        Worker("ort", place, prepare.quiet_environment(1, tmp_path))
+        Worker("ort", place, environment)
+    with Worker("eager", place, environment) as worker:
+        with pytest.raises(ContestantError, match=r"eager.*No such file"):
+            worker.first(tmp_path / "nothing.npz", "user", None)
+        with pytest.raises(ContestantError, match="has ended in an earlier cell: eager"):
+            worker.turn(1, is_warmed=False)
 
 
 def test_the_benchmark_measures_and_judges_the_built_in_case(
@@ -370,6 +495,7 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
         "machine",
         "limits",
         "cells",
+        "auto",
         "sizes",
         "footprints",
         "file_mib",
@@ -379,6 +505,9 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
         "must_show",
     }
     assert not found["not_measured"]
+    assert f", on {cpu()}: median ms" in result.stdout
+    assert {auto["variant"] for auto in found["auto"]} <= {"cpu-int8", "cpu-fp32"}
+    assert found["auto"]
     (cell,) = found["cells"]
     assert (cell["experts"], cell["shape"], cell["head"]) == ("t", "2x12", "full")
     rows = {(row["contestant"], row["feeding"]): row for row in cell["rows"]}
@@ -395,4 +524,50 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
     judged = {verdict["text"]: verdict for verdict in found["must_show"]}
     assert judged["fp32 times PyTorch eager at 1x12"]["status"] == "not measured"  # no such shape here
     assert judged["export: seconds"]["status"] in ("PASS", "MISS")
+    assert f", on {cpu()}: median ms" in (tmp_path / "results" / "latency.md").read_text()
     assert (tmp_path / "results" / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+_ASKS = """
+#include <cpuid.h>
+unsigned leaf7(void) { unsigned a, b, c, d; __cpuid_count(7, 0, a, b, c, d); return b; }
+const unsigned char data[] = {0x0f, 0xa2, 0x0f, 0xa2};
+"""
+_AVX2, _AVX512 = 1 << 5, sum(1 << bit for bit in (16, 17, 21, 26, 27, 28, 30, 31))  # of EBX
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64"
+    or sys.platform != "linux"
+    or shutil.which("gcc") is None
+    or shutil.which("objdump") is None,
+    reason="needs gcc and objdump of x86-64 Linux",
+)
+def test_a_masked_process_sees_avx2_and_no_avx512(tmp_path: Path) -> None:
+    package = tmp_path / "from" / "asks_cpu"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "asks.c").write_text(_ASKS)
+    library = package / "asks.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, package / "asks.c"], check=True)
+    before = library.read_bytes()
+    folder = tmp_path / "masked"
+    masked_cpu.make(folder, [package])
+    assert library.read_bytes() == before  # only the copy is changed
+    copy = folder / "site" / "asks_cpu" / "asks.so"
+    assert copy.read_bytes().count(b"\xcc\x90") == before.count(b"\xcc\x90") + 1
+    assert b"\x0f\xa2\x0f\xa2" in copy.read_bytes()  # data stays
+    code = (
+        "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).leaf7() & 0xffffffff); "
+        "print(open('/proc/cpuinfo').read().count('avx512'))"
+    )
+    masked = subprocess.run(
+        [sys.executable, "-c", code, copy],
+        env=masked_cpu.masked(folder), check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    plain = subprocess.run([sys.executable, "-c", code, library], check=True, capture_output=True, text=True)
+    features, named = map(int, masked.stdout.split())
+    assert named == 0
+    assert not features & _AVX512
+    assert features & _AVX2 == int(plain.stdout.split()[0]) & _AVX2
+    assert not features & ~int(plain.stdout.split()[0])

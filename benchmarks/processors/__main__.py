@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
+from benchmarks.machine import read_cpu
 from benchmarks.prepare import key, versions
 from benchmarks.processors import report
 from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
@@ -21,7 +22,6 @@ from benchmarks.processors.debian import UnavailableError
 from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
 from benchmarks.processors.pythons import VERSIONS, build_python
 from benchmarks.processors.run import NATIVE, RunError, run_all, say
-from benchmarks.report import cpu_name
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
@@ -72,10 +72,10 @@ def make_bundle(case: str, cache: Path = CACHE) -> Path:
 def read_texts(case: str, count: int) -> list[str]:
     """Return texts of the kind that the gates are measured on, spread over all of them."""
     from export.parity import CASES as MODELS
-    from xadapter_export.exporters.calibration import calibration_texts
+    from xadapter_export.exporters.calibration import read_calibration
 
     model = MODELS[case]()
-    texts = calibration_texts(model, None, model.config.task).texts
+    texts = read_calibration(model, None, model.config.task).compared_on.texts
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
@@ -229,7 +229,7 @@ def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: 
     ]
     return [
         f"Processors: {', '.join(emulated)}.",
-        f"This machine: {cpu_name()}. onnxruntime {versions()['onnxruntime']}, "
+        f"This machine: {read_cpu()}. onnxruntime {versions()['onnxruntime']}, "
         f"OpenVINO {versions()['openvino']}.",
         f"{texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2. The column "
         f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more "
