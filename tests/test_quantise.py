@@ -475,9 +475,7 @@ def test_what_lossy_variants_say_is_recorded_and_comes_again(result: ExportResul
     with np.load(result.folder / "reference.npz") as reference:
         for variant in lossy:
             key = f"single_typical/{variant.expert_set}/{variant.name}/out/logits"
-            kept, whole = reference[key], reference[f"{key}#shape"]
-            assert kept.shape[:-1] == tuple(whole[:-1])
-            assert kept.shape[-1] == len(reference[f"{key}#columns"]) <= 300
+            assert reference[key].shape[-1] <= 300
             assert 0 < float(reference[f"{key}#noise"][0]) < 2
     checks = check_lossy(result.folder)
     assert {(c.expert_set, c.variant) for c in checks} == {(v.expert_set, v.name) for v in lossy}
@@ -769,8 +767,7 @@ def test_a_lossy_variant_says_what_it_was_judged_on(result: ExportResult) -> Non
         judged = agreement.judged_on
         assert judged is not None
         assert (judged.texts, judged.questions) == ("texts.txt", None)
-        assert judged.processor.split()[0] == read_machine().architecture
-        assert set(judged.processor.split()[1:]) == read_machine().features
+        assert judged.processor == str(read_machine())
         assert agreement.same_top_interval is not None
         low, high = agreement.same_top_interval
         assert 0 <= low <= (agreement.same_top or 0) <= high <= 1

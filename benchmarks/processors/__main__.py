@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
-from benchmarks.machine import read_cpu
+from benchmarks.machine import cpu
 from benchmarks.prepare import key, versions
 from benchmarks.processors import report
 from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
@@ -229,8 +229,7 @@ def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: 
     ]
     return [
         f"Processors: {', '.join(emulated)}.",
-        f"This machine: {read_cpu()}. onnxruntime {versions()['onnxruntime']}, "
-        f"OpenVINO {versions()['openvino']}.",
+        f"This machine: {cpu()}. onnxruntime {versions()['onnxruntime']}, OpenVINO {versions()['openvino']}.",
         f"{texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2. The column "
         f"manifest is the gate's figure, of 300 texts or all there were. A number in bold differs by more "
         f"than {MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
