@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.test_batch_mates import ask_in_company
+from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Precision
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
@@ -404,3 +406,11 @@ def test_openvino_prints_nothing_and_has_no_telemetry(t: Case, tmp_path: Path) -
     ).exists()  # where its telemetry counts and keeps an id, as soon as it is imported
     assert (tmp_path / "t.xml").exists()
     assert str(tmp_path).encode() not in (tmp_path / "t.xml").read_bytes()
+
+
+def test_the_first_answer_is_the_same_alone_and_in_company(tmp_path: Path) -> None:
+    bundle = export(
+        "builtin", tmp_path / "bundle", "vt", variants=("openvino-int8",), min_agreement=0.9
+    ).folder
+    session = XAdapterSession.load(bundle, variant="openvino-int8", num_threads=1)
+    assert ask_in_company(session, 1000) < 0.5

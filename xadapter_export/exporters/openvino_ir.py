@@ -283,8 +283,10 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
         whole = ops.constant(np.array([0] * rank + [width]))
         return ops.reshape(ops.multiply(ops.convert(codes, "f32"), scales), whole, special_zero=True)
 
-    def store(name: str, matrix: NDArray[np.float32], block: int) -> tuple[Any, Any]:
-        codes, scales = round_blocks(matrix, 8, block, curvatures.get(name))
+    def store(
+        name: str, matrix: NDArray[np.float32], block: int, curvature: NDArray[np.float32] | None = None
+    ) -> tuple[Any, Any]:
+        codes, scales = round_blocks(matrix, 8, block, curvature)
         numbers = (codes.astype(np.int16) - 128).astype(np.int8).reshape(len(matrix), -1, block)
         return ops.constant(numbers, name=name), ops.constant(scales[..., None], name=name + _SCALE)
 
@@ -309,7 +311,7 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
         rows = np.ascontiguousarray(weight.data if flags["transpose_b"] else weight.data.T)
         block = recipe.block_size(rows.shape[1], 8)
         if block and not is_kept_table and recipe.bits(name, is_table=False) == 8:
-            codes, scales = store(name, rows, block)
+            codes, scales = store(name, rows, block, curvatures.get(name))
             back = expand(codes, scales, 1, rows.shape[1])
             _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
 
