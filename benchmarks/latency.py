@@ -437,9 +437,20 @@ class _Group:
         while turns and not rounds.are_done(
             enough, is_over=time.perf_counter() - start > settings.seconds_per_cell
         ):
+            gone: set[int] = set()
             with self._round(workers, rounds) as found:
                 for index in rng.permutation(len(turns)):
-                    found[turns[index]] = self._take_turn(turns[index], probes[turns[index]], file, workers)
+                    turn = turns[index]
+                    try:
+                        if turn[0] not in gone:
+                            found[turn] = self._take_turn(turn, probes[turn], file, workers)
+                    except XAdapterError as error:  # it ran out of memory, say: the others go on
+                        name = self.entries[turn[0]].contestant.name
+                        self.benchmark.note(f"{name} {self.case} {self.experts} {key}", error)
+                        gone.add(turn[0])
+            for number in gone:
+                rounds.drop(number)
+            turns = [turn for turn in turns if turn[0] not in gone]
         times, share = rounds.kept(enough)
         self._keep(key, file, times, share if share > DISTURBED else None)
         seconds = time.perf_counter() - start

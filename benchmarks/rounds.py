@@ -27,6 +27,10 @@ class Rounds:
             self.times.setdefault(turn, []).append(ms)
         self.shares.append(share)
 
+    def drop(self, number: int) -> None:
+        """Forget the times of an entry that ended before the cell did."""
+        self.times = {turn: found for turn, found in self.times.items() if turn[0] != number}
+
     @property
     def quiet(self) -> list[int]:
         """Rounds in which others took next to nothing."""

@@ -571,3 +571,13 @@ def test_a_masked_process_sees_avx2_and_no_avx512(tmp_path: Path) -> None:
     assert not features & _AVX512
     assert features & _AVX2 == int(plain.stdout.split()[0]) & _AVX2
     assert not features & ~int(plain.stdout.split()[0])
+
+
+def test_a_contestant_that_ends_before_its_cell_leaves_no_times() -> None:
+    rounds = Rounds()
+    rounds.add({(0, "equal"): 1.0, (1, "equal"): 2.0, (1, "user"): 3.0}, 0.0)
+    rounds.drop(1)
+    rounds.add({(0, "equal"): 1.1}, 0.0)
+    times, _ = rounds.kept(1)
+    assert times == {(0, "equal"): (1.0, 1.1)}
+    assert rounds.are_done(2, is_over=False)

@@ -133,26 +133,28 @@ def round_weights(
     """
     size = weights.shape[1] // scales.shape[1]
     spread = _spread(curvature)
-    left = weights.copy()
-    numbers = np.empty_like(weights)
+    left = torch.from_numpy(weights.T.copy())  # (K, N): a column is contiguous
+    numbers = np.empty_like(weights.T)
     for start in range(0, weights.shape[1], _BLOCK):
         end = min(start + _BLOCK, weights.shape[1])
-        errors = np.empty((len(weights), end - start), np.float32)
+        block = left[start:end].numpy()
+        errors = np.empty_like(block)
         for k in range(start, end):
-            scale = scales[:, k // size]
-            wanted = left[:, k] / scale
+            scale, column = scales[:, k // size], block[k - start]
+            wanted = column / scale
             low, high = np.full_like(wanted, limit_pairs - zero), np.full_like(wanted, zero - 1)
             if limit_pairs and k % 2 == 0 and k + 1 < weights.shape[1]:
-                wanted = wanted - _excess(wanted, left[:, k + 1] / scale)
+                wanted = wanted - _excess(wanted, block[k + 1 - start] / scale)
             elif limit_pairs and k % 2:
-                before = numbers[:, k - 1]
+                before = numbers[k - 1]
                 low = np.where(before < 0, np.maximum(low, -MOST_OF_PAIR - before), low)
                 high = np.where(before > 0, np.minimum(high, MOST_OF_PAIR - before), high)
-            numbers[:, k] = np.clip(np.rint(wanted), low, high)
-            errors[:, k - start] = (left[:, k] - numbers[:, k] * scale) / spread[k, k]
-            left[:, k:end] -= np.outer(errors[:, k - start], spread[k, k:end])
-        left[:, end:] -= errors @ spread[start:end, end:]
-    return numbers
+            numbers[k] = np.clip(np.rint(wanted), low, high)
+            errors[k - start] = (column - numbers[k] * scale) / spread[k, k]
+            block[k + 1 - start :] -= np.outer(spread[k, k + 1 : end], errors[k - start])
+        later = torch.from_numpy(np.ascontiguousarray(spread[start:end, end:].T))
+        left[end:].addmm_(later, torch.from_numpy(errors), alpha=-1)
+    return np.ascontiguousarray(numbers.T)
 
 
 def _spread(curvature: Float32Array) -> Float32Array:
