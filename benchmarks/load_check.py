@@ -43,7 +43,7 @@ def _measure_here(bundle: str, experts: str, variant: str, check: str, threads: 
         import_module("openvino")
     start = time.perf_counter()
     session = XAdapterSession.load(
-        bundle, experts=experts, variant=variant, num_threads=threads, check=check  # type: ignore[arg-type]  # from JSON
+        bundle, experts=experts, variant=variant, num_threads=threads, check=check  # type: ignore[arg-type]  # names that came as JSON, typed str
     )  # fmt: skip
     load_ms = 1e3 * (time.perf_counter() - start)
     return load_ms, sum(found.milliseconds for found in session.checks)

@@ -4,7 +4,6 @@ No GPU is needed. The case has the shapes of BERT-base and of ViT-B/16's text to
 bank of 20,000 pictures. Every engine is deleted when it has been measured: together they take 10 GB.
 """
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,14 +14,14 @@ from rich.table import Table
 from benchmarks.cases import make_model
 from xadapter_export import export
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.errors import XAdapterError
+from xadapter_export.cli.command import XadCommand
 from xadapter_export.exporters.axis_profile import parse_profile, plan_axes, profile_shapes
 from xadapter_export.exporters.engines import EngineJob, build_engine, import_library, split_capabilities
 
 _GPUS = ("sm75", "sm80", "sm86+sm89", "sm120")
 
 
-@click.command()
+@click.command(cls=XadCommand)
 @click.argument("bundle", type=click.Path(path_type=Path), default=Path("build/bundles/engines"))
 @click.option(
     "--case", default="bert-base", show_default=True, help="What is exported where BUNDLE is not there."
@@ -79,8 +78,4 @@ def _ignore(_detail: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except XAdapterError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    main()

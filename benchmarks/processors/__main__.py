@@ -25,7 +25,7 @@ from benchmarks.processors.run import NATIVE, RunError, run_all, say
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
-from xadapter_export.errors import XAdapterError
+from xadapter_export.cli.command import XadCommand
 
 CASES: Final = ("builtin", "minilm")
 
@@ -79,7 +79,7 @@ def read_texts(case: str, count: int) -> list[str]:
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
-@click.command()
+@click.command(cls=XadCommand)
 @click.option(
     "--processor", "names", type=click.Choice(list(PROCESSORS)), multiple=True, help="[default: all]"
 )
@@ -239,8 +239,4 @@ def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], texts: 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except XAdapterError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    main()

@@ -19,7 +19,7 @@ from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, bui
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement
-from xadapter_export.errors import XAdapterError
+from xadapter_export.cli.command import XadCommand
 
 _TESTS: Final = ("tests/test_quantise.py",)
 _SECTION: Final = "benchmarks.processors.haswell"
@@ -31,7 +31,7 @@ def main() -> None:
     """Run tests or an export on an emulated Haswell: AVX2 and no VNNI."""
 
 
-@main.command()
+@main.command(cls=XadCommand)
 @click.argument("files", nargs=-1, type=click.Path(exists=True))
 @click.option("--select", default="", help="As pytest's -k.")
 def tests(files: tuple[str, ...], select: str) -> None:
@@ -40,7 +40,7 @@ def tests(files: tuple[str, ...], select: str) -> None:
     sys.exit(_run(build(PROCESSORS["haswell"]), [*command, *(("-k", select) if select else ())]).returncode)
 
 
-@main.command()
+@main.command(cls=XadCommand)
 @click.argument("checkpoint", default="builtin")
 @click.option("--experts", default="vt", show_default=True)
 @click.option("--write", is_flag=True, help="Write the table to docs/results.md.")
@@ -122,8 +122,4 @@ def _grid(agreements: dict[str, dict[str, Agreement]], checkpoint: str) -> Grid:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except XAdapterError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    main()

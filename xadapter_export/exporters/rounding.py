@@ -8,7 +8,7 @@ curvature of the product's squared error says.
 Processors without int8 dot products add the products of two neighboring columns in 16 bits: one of x86 with
 AVX2 multiplies ``uint8`` activations by ``int8`` weights and saturates at 32767. 255 times 128 is 32640, so a
 pair of weights of one sign whose sum is at most 128 cannot get there, whatever the activations are. Rows are
-rounded under that condition (``round_rows``): they cost no bit, only a scale that is some 20 % coarser.
+rounded under that condition (``round_rows``): they cost no bit, only a scale that is about a quarter coarser.
 
 Dimensions: N outputs and K inputs of a product, S weights that share a scale.
 
