@@ -42,7 +42,7 @@ _OPSET = 18
 _PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
 _FIELD_CODE = ("benchmarks/field.py", "benchmarks/feeds.py")
-_OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
+OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 
 
 class PreparationError(XAdapterError, RuntimeError):
@@ -75,7 +75,7 @@ class Preparation:
 
     def folder(self, cache: Path) -> Path:
         """Where it is, or will be."""
-        code = _OUR_CODE if self.kind.startswith("ours") else _FIELD_CODE if self.kind in APART else ()
+        code = OUR_CODE if self.kind.startswith("ours") else _FIELD_CODE if self.kind in APART else ()
         return cache / key(self.case, code) / self.name
 
 

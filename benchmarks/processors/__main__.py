@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from benchmarks.machine import cpu
-from benchmarks.prepare import key, versions
+from benchmarks.prepare import OUR_CODE, key, versions
 from benchmarks.processors import report
 from benchmarks.processors.compare import MOST_POINTS, Finding, Ran, compare, wrong
 from benchmarks.processors.debian import UnavailableError
@@ -53,7 +53,7 @@ def make_bundle(case: str, cache: Path = CACHE) -> Path:
     from export.parity import CASES as MODELS
     from xadapter_export import export
 
-    folder = cache / "bundles" / key(case, ours=True) / case
+    folder = cache / "bundles" / key(case, OUR_CODE) / case
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         export(
