@@ -12,11 +12,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.processors.inside import REFERENCE
 from xadapter_export.bundle.manifest import Manifest
 from xadapter_export.errors import XAdapterError
 
 MOST_POINTS: Final = 1.0  # between what a variant keeps of fp32 here and natively
-_REFERENCE: Final = "onnx-fp32"
 _ROUNDING: Final = 1e-9
 
 Float32Array = NDArray[np.float32]
@@ -103,7 +103,7 @@ def compare(processor: str, here: Ran, native: Ran, manifests: Mapping[str, Mani
         if row["reason"]:
             yield Finding(processor, case, experts, variant, route, gate, reason=str(row["reason"]))
             continue
-        reference = f"{case}/{experts}/{_REFERENCE}/plain"
+        reference = f"{case}/{experts}/{REFERENCE}/plain"
         ours, theirs = here.answers[name], native.answers[name]
         if ours.shape != theirs.shape:
             raise XAdapterError("answers to other texts", where=name, expected=theirs.shape, got=ours.shape)
@@ -114,8 +114,8 @@ def compare(processor: str, here: Ran, native: Ran, manifests: Mapping[str, Mani
             variant,
             route,
             gate,
-            kept=alike(here.answers[reference], ours, is_embedding=is_embedding),
-            kept_natively=alike(native.answers[reference], theirs, is_embedding=is_embedding),
+            kept=alike(here.answers[reference][: len(ours)], ours, is_embedding=is_embedding),
+            kept_natively=alike(native.answers[reference][: len(theirs)], theirs, is_embedding=is_embedding),
             same_as_native=alike(theirs, ours, is_embedding=is_embedding),
             max_difference=float(np.abs(ours - theirs).max()),
         )

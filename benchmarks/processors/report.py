@@ -15,7 +15,7 @@ def kept_grid(findings: Sequence[Finding], processors: Sequence[str]) -> Grid:
         native = max(finding.kept_natively for finding in group)  # 0 where it was refused
         rows.append((f"{case}, {experts}, {variant}", _share(gate), _share(native), *cells))
     return Grid(
-        "Answers equal to fp32's on the same processor, %: opened by our session / by a plain one",
+        "Answers equal to fp32's on the same processor, %: opened by a plain session / by ours",
         ("case, experts, variant", "manifest", "natively", *processors),
         tuple(rows),
     )
@@ -88,9 +88,9 @@ def _grouped(findings: Iterable[Finding]) -> Iterable[tuple[tuple[str, str, str]
 
 
 def _kept(group: Sequence[Finding], processor: str) -> str:
-    """``session / plain``, one number where they are equal; bold where it differs by more than a point."""
+    """``plain / session``, one number where they are equal; bold where it differs by more than a point."""
     by_route = {finding.route: finding for finding in group if finding.processor == processor}
-    texts = [_cell(by_route[route]) for route in ("session", "plain") if route in by_route]
+    texts = [_cell(by_route[route]) for route in ("plain", "session") if route in by_route]
     return " / ".join(dict.fromkeys(texts)) or "-"
 
 
