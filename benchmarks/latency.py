@@ -638,8 +638,8 @@ def _check_provider(provider: str) -> None:
 @click.option(
     "--contestants",
     type=_Listed(report.all_names()),
-    default=",".join(report.all_names()),
-    help="[default: all]",
+    default=",".join(report.usual_names()),
+    help="[default: all but LiteRT, ExecuTorch and CTranslate2: make bench-field]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds at least.")
 @click.option(

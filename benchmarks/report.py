@@ -306,3 +306,8 @@ def is_main(row: Row) -> bool:
 def all_names() -> tuple[str, ...]:
     """Names of the contestants that are not ours, and ``ours`` for all of ours."""
     return (*(contestant.name for contestant in THEIRS), "ours")
+
+
+def usual_names() -> tuple[str, ...]:
+    """Those that ``make bench`` times; the engines of ``benchmarks.field`` take minutes to prepare."""
+    return (*(contestant.name for contestant in THEIRS if not contestant.is_apart), "ours")
