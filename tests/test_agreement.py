@@ -664,12 +664,10 @@ def test_the_built_in_bundle_is_as_right_as_was_published(
         read_questions(builtin, None, "fill-mask"),
     )
     graph, probe = open_graph(builtin_export.folder, texts, questions, experts=experts)
-    reference = collect(graph, probe, "fp32")
-    agreement = compare(reference, reference, probe, "int8")
+    answers = collect(graph, probe, "fp32")
+    agreement = compare(answers, answers, probe, "int8")
     assert (agreement.num_texts, agreement.num_answers, agreement.num_questions) == (40, 40, 255)
-    assert agreement.same_top == agreement.cosine == 1
-    assert agreement.accuracy == agreement.accuracy_fp32
     published = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     row = {"vt": "V + T", "none": "frozen PLM"}[experts]
     assert f"| {row} | {100 * (agreement.accuracy or 0):.1f} |" in published
-    assert share_of_same_rows(reference, reference) == (1 if experts == "vt" else None)
+    assert (answers.retrieved is not None) == (experts == "vt")

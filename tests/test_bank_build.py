@@ -162,6 +162,19 @@ def test_clips_that_cannot_encode_pictures(tmp_path: Path) -> None:
             make(source, tmp_path / "bank", **settings)
 
 
+def test_no_link_is_made_which_windows_allows_to_few(
+    monkeypatch: pytest.MonkeyPatch, tower: ImageTower
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    again = load_image_tower(None, device=choose_device("cpu"), precision="fp32")
+    assert again.clip == tower.clip
+    pixels = torch.rand(2, 3, 64, 64)
+    assert torch.equal(again.encode(pixels), tower.encode(pixels))
+
+
 def test_half_precision_is_near(tmp_path: Path) -> None:
     source = fill(tmp_path / "pictures", 4)
     exact, half = make(source, tmp_path / "exact"), make(source, tmp_path / "half", precision="bf16")

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from tests.perturbed import prove_with_each_matrix_off
 from tests.test_imports import HEAVY
+from tests.tiny_bundle import rehash, rewrite_manifest
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip, FeatureBank
@@ -35,6 +36,7 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
+from xadapter_export.model.config import RetrievalConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
@@ -338,6 +340,47 @@ def test_what_is_left_out_is_gone_with_its_bank(searched: Exported, tmp_path: Pa
     session = XAdapterSession.load(result.folder, experts="none", variant="onnx-int8")
     want = XAdapterSession.load(searched.first, experts="none", variant="onnx-int8")
     assert session.fill_mask(TEXTS[0]) == want.fill_mask(TEXTS[0])
+
+
+def test_a_deployment_is_left_out_by_the_name_that_is_shown(searched: Exported, tmp_path: Path) -> None:
+    bundle = Path(copytree(searched.first, tmp_path / "bundle"))
+    (bundle / "engine").write_bytes(b"engine")
+    rewrite_manifest(bundle, deployments=[_engine("fp32"), _engine("fp16")])
+    rehash(bundle)
+    names = [made.name for made in read_bundle(bundle).manifest.deployments]
+    assert names == ["tensorrt-rtx-fp32", "tensorrt-rtx-fp16"]
+    with pytest.raises(UnsupportedError) as caught:
+        swap_bank(bundle, searched.banks["second"], leave_out=["onnx-int8", names[0]])
+    assert caught.value.hint is not None
+    assert f"--leave-out {names[1]}" in caught.value.hint
+    result = swap_bank(bundle, searched.banks["second"], leave_out=["onnx-int8", *names])
+    assert result.manifest.deployments == ()
+
+
+def _engine(precision: str) -> dict[str, object]:
+    made = {
+        "target": "tensorrt-rtx",
+        "expert_set": "vt",
+        "precision": precision,
+        "source": f"onnx-{precision}",
+    }
+    facts = {"engine sm89": "engine"}
+    return {**made, "files": ["engine"], "size_bytes": 6, "seconds": 1.0, "facts": facts, "prove_with": None}
+
+
+def test_many_pictures_are_proven_too(tmp_path: Path) -> None:
+    """The proof of a swap needs every row that the reference retrieved: none may be sampled away."""
+    plain = make_model(tmp_path, experts="v")
+    part = plain.frozen_parts()[1]
+    assert part is not None
+    clip = BankClip(source="tiny-clip", sha256=part.sha256)
+    first = write_bank(tmp_path / "first", 150, 0, clip)
+    write_bank(tmp_path / "second", 150, 1, clip)
+    config = plain.config.model_copy(update={"retrieval": RetrievalConfig(k=100)})
+    model = XAdapterModel(config, plain.plm, plain.clip, first)
+    model.adapters.load_state_dict(plain.adapters.state_dict())
+    bundle = export(model, tmp_path / "bundle").folder
+    assert swap_bank(bundle, tmp_path / "second", tmp_path / "new").num_cells > 0
 
 
 def test_keys_that_were_learned_for_their_prototypes_cannot_be_swapped(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoint import TEXTS, make_bank, make_model, randomise_plugin, write_parts
+from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import (
     CheckpointError,
     HashMismatchError,
@@ -16,7 +17,11 @@ from xadapter_export.errors import (
     UnsupportedError,
 )
 from xadapter_export.model.config import XAdapterConfig
+from xadapter_export.model.plm import NoMlmHeadError
 from xadapter_export.model.x_adapter_model import XAdapterModel
+
+import open_clip  # isort: skip  # cured by model.plm
+from transformers import AutoModel, AutoModelForMaskedLM  # isort: skip  # same
 
 CONFIG = XAdapterConfig(experts="vt", layers=(1, 2), adapter_width=16, num_heads=2)
 
@@ -314,6 +319,53 @@ def test_a_plm_elsewhere_is_taken_if_it_is_the_same(
     _change_weight("model.safetensors")(other)
     with pytest.raises(HashMismatchError, match="PLM of checkpoint"):
         XAdapterModel.from_pretrained(saved, plm=other)
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction"])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
+def test_a_plm_that_is_given_as_a_model(
+    parts: tuple[Path, Path, Path], tmp_path: Path, task: Task, auto: type[AutoModel]
+) -> None:
+    """It is what its folder would be, and stays as it is: with its pooler, and open to training."""
+    path, clip, bank = parts
+    given = auto.from_pretrained(path)
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    config = CONFIG.model_copy(update={"task": task})
+    if task == "fill-mask" and auto is AutoModel:
+        with pytest.raises(NoMlmHeadError, match="has no MLM head"):
+            XAdapterModel.create(given, clip, config, bank)
+        return
+    model = randomise_plugin(XAdapterModel.create(given, clip, config, bank))
+    assert all(parameter.requires_grad for parameter in given.parameters())
+    assert given.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        next(given.parameters()).add_(1.0)
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint" / "plm").exists()
+    again = XAdapterModel.from_pretrained(tmp_path / "checkpoint")
+    inputs = model.encode(TEXTS)
+    inputs.pop("mask_positions" if task != "fill-mask" else "", None)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+def test_parts_that_no_source_gives_back_go_with_the_checkpoint(
+    parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    plm, _, _ = parts
+    torch.manual_seed(0)
+    text = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408, "context_length": 16}
+    given = open_clip.CLIP(
+        24, {"image_size": 32, "patch_size": 32, "width": 16, "layers": 1, "head_width": 8}, text
+    )
+    config = CONFIG.model_copy(update={"experts": "t"})
+    model = XAdapterModel.create(plm, given, config)
+    model.save_pretrained(tmp_path / "first")
+    assert not (tmp_path / "first" / "plm").exists()
+    again = XAdapterModel.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    last = XAdapterModel.from_pretrained(tmp_path / "second")
+    assert last.frozen_parts() == again.frozen_parts() == model.frozen_parts()
 
 
 def test_expert_that_is_not_in_the_checkpoint(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -332,9 +332,20 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     assert "| a CPU | onnx-fp32 |" in card
     assert f"| tensorrt-rtx | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
     assert f"- tensorrt-rtx: {refused[0]}" in card
+    assert 'pip install "xadapter-export[cpu]"' in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)
     assert ignored.exit_code == 2
     assert "leave --provider and --threads out" in ignored.stderr
+
+
+def test_the_card_names_the_engine_that_runs_the_bundle(tiny: Path) -> None:
+    manifest = read_bundle(tiny).manifest
+    ours = manifest.variants[0].model_copy(update={"target": "openvino", "file": "openvino/model_fp32.xml"})
+    card = model_card(manifest.model_copy(update={"variants": (ours,)}), "b", {})
+    assert 'pip install "xadapter-export[openvino]"' in card
+    assert "It runs with OpenVINO;" in card
+    assert "ONNX" not in card
+    assert "onnxruntime" not in card
 
 
 @pytest.mark.parametrize("name", ["run", "parity", "inspect"])

@@ -104,10 +104,27 @@ def test_folder_round_trip(tmp_path: Path) -> None:
     assert again.tokenizer.encode("a banana").ids == tower.tokenizer.encode("a banana").ids
 
 
-def test_a_folder_that_open_clip_writes_is_read(tmp_path: Path) -> None:
-    model = build()
+@pytest.mark.parametrize("inner", [54, 64, 99, 202])
+def test_the_inner_width_of_a_model_is_kept_though_its_ratio_is_rounded(inner: int, tmp_path: Path) -> None:
+    width = 98  # 98 * (99 / 98) is a little less than 99
+    save_clip_text(load_clip(build(width=width, layers=1, mlp_ratio=(inner + 0.5) / width)), tmp_path)
+    assert load_clip(tmp_path).open_clip_state()["transformer.resblocks.0.mlp.c_fc.bias"].shape == (inner,)
+
+
+def test_a_model_with_another_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tokenizer.json is in the current folder is not its own."""
+    save_clip_text(make_clip(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_clip(build(vocab_size=600))
+    assert (caught.value.where, caught.value.got) == ("CLIP", 600)
+
+
+@pytest.mark.parametrize("mlp_ratio", [4.0, 1.77])  # 56.64 inside, of which open_clip takes 56
+def test_a_folder_that_open_clip_writes_is_read(tmp_path: Path, mlp_ratio: float) -> None:
+    model, text_cfg = build(mlp_ratio=mlp_ratio), {**TEXT_CFG, "mlp_ratio": mlp_ratio}
     config = {
-        "model_cfg": {"embed_dim": 24, "vision_cfg": VISION_CFG, "text_cfg": TEXT_CFG},
+        "model_cfg": {"embed_dim": 24, "vision_cfg": VISION_CFG, "text_cfg": text_cfg},
         "preprocess_cfg": {},
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))

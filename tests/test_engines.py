@@ -284,6 +284,16 @@ def test_phases_are_told_and_a_plain_graph_is_built(tmp_path: Path) -> None:
     assert sum(built.layers.values()) >= 2
 
 
+def test_lines_of_the_builder_that_are_no_events_are_complaints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "builder.py"
+    program.write_text("print(123)\nprint([1])\nprint('null')\nprint('\"cudnn\"')\nraise SystemExit(3)\n")
+    monkeypatch.setattr(engines, "_PROGRAM", program)
+    job = EngineJob("tensorrt_rtx", tmp_path / "g.onnx", tmp_path / "g.engine", {}, ())
+    assert build_engine(job, lambda _: None).refused == '"cudnn"'
+
+
 def compare(
     result: ExportResult, precision: str, session: OnnxSession, longest: int = 512
 ) -> tuple[list[str], bool]:

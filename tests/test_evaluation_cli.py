@@ -75,6 +75,14 @@ def test_colour_of_a_bundle(run: Run, tiny: Path) -> None:
     assert TRAINED_CONTROL in result.stderr
 
 
+def test_an_empty_candidate_is_ignored(run: Run, tiny: Path) -> None:
+    found = [
+        run(*colour(tiny, "--json", "--candidates", words))
+        for words in ("green,red,yellow", "green, red,yellow,")
+    ]
+    assert rows(found[0]) == rows(found[1])
+
+
 def test_json_alone_is_on_stdout(run: Run, tiny: Path) -> None:
     result = run(*colour(tiny, "--json")[:-1], "--json", "--published")
     found = rows(result)
@@ -306,6 +314,22 @@ def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -
     assert other.exit_code == 1
     assert "the control that is there belongs to another training: checkpoint-control" in other.stderr
     assert Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_control_of_a_distilled_checkpoint_is_found_again(run: Run, tmp_path: Path) -> None:
+    from xadapter_export.training import make_config, train
+
+    plm, clip, bank = write_parts(tmp_path / "parts")
+    settings = {
+        **{"output": "checkpoint", "plm": str(plm), "clip": str(clip), "bank": str(bank)},
+        **{"train_files": ["text.txt"], "experts": "v", "retrieval": "static", "layers": [1, 2]},
+        **{"adapter_width": 8, "num_heads": 2, "max_steps": 1, "batch_size": 2},
+        **{"distill_weight": 1.0, "distill_steps": 2},
+    }
+    train(make_config(settings, "test"))
+    text = ["mlm", "checkpoint", "--data", "text.txt", "--controls", "--experts", "v", "--quiet", "--json"]
+    assert "trained control: checkpoint-control" in run(*text).stderr
+    assert TRAINED_CONTROL in rows(run(*text))
 
 
 def test_a_bundle_is_scored_with_everything_heavy_blocked(run: Run, tiny: Path, classifier: Path) -> None:

@@ -3,12 +3,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -271,6 +273,21 @@ def test_the_card_and_the_manifest_agree(result: ExportResult) -> None:
     assert parity["passed"] is True
     assert len(parity["cells"]) == len(result.parity.cells)
     assert result.manifest.created_with["torch"] == torch.__version__
+
+
+def test_onnxruntime_is_named_whatever_package_brings_it(
+    model: XAdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-directml and others bring the module under a name of their own."""
+
+    def find(name: str) -> str:
+        if name.startswith("onnxruntime"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("xadapter_export.exporters.pack.version", find)
+    manifest = export(model, tmp_path / "bundle", "none").manifest
+    assert manifest.created_with["onnxruntime"] == onnxruntime.__version__
 
 
 def test_what_stands_in_the_way_is_not_touched(

@@ -284,3 +284,15 @@ def test_rows_without_a_column_are_told_by_their_number(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": "b"}\n')
     with pytest.raises(InputTextError, match=r"rows\.jsonl, row 2"):
         read_labelled(path)
+
+
+def test_a_label_whose_name_is_a_number_is_not_counted(tmp_path: Path) -> None:
+    """Stars from 1 to 5, numbered from 0 in the data: 0 and 1 would both be the first class."""
+    path = write(tmp_path / "stars.tsv", "".join(f"text {n}\t{n}\n" for n in range(5)))
+    stars = tuple("12345")
+    with pytest.raises(InputTextError) as caught:
+        read_labelled(path, labels=stars)
+    assert (caught.value.where, caught.value.got) == (f"{path}, row 1", "0")
+    assert caught.value.expected == "one of 1, 2, 3, 4, 5"
+    path = write(tmp_path / "stars.tsv", "".join(f"text {n}\t{n}\n" for n in stars))
+    assert read_labelled(path, labels=stars).labels == (0, 1, 2, 3, 4)

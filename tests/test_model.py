@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from tests.tiny_checkpoint import FAMILIES, TEXTS, make_bank, make_clip, make_model, make_plm, write_parts
 from xadapter_export.errors import CheckpointError, ConfigError, UnsupportedError
 from xadapter_export.model.config import XAdapterConfig
-from xadapter_export.model.plm import family_of, load_plm
+from xadapter_export.model.plm import NoMlmHeadError, family_of, load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 from transformers import AutoModel, GPT2Config, MPNetConfig  # isort: skip  # cured by model.plm
@@ -170,7 +170,7 @@ def test_plm_folders_that_cannot_be_used(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((plm / name).read_bytes())
     assert load_plm(bare, "feature-extraction").hidden_size == 32
-    with pytest.raises(CheckpointError, match="it has no MLM head; take one that has"):
+    with pytest.raises(NoMlmHeadError, match="has no MLM head, which fill-mask needs"):
         load_plm(bare, "fill-mask")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"found the pickle pytorch_model\.bin, which is refused"):

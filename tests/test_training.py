@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoint import write_parts
 from xadapter_export import FeatureBank, XAdapterModel, XAdapterSession, export
@@ -20,14 +21,16 @@ from xadapter_export.bank.record import BankClip
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
+    HashMismatchError,
     InputTextError,
     OutputExistsError,
     OutputWriteError,
 )
 from xadapter_export.model.identity import weights_sha256
 from xadapter_export.training import TrainingStopped, TrainResult, make_config, train, train_control
+from xadapter_export.training.control import is_control_of
 from xadapter_export.training.examples import read_texts
-from xadapter_export.training.trainer import DivergedError
+from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError
 
 TEXTS = [
     "the color of a banana is green.",
@@ -67,6 +70,13 @@ def settings(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 def run(parts: Path, output: Path, **more: Any) -> TrainResult:
     return train(make_config(settings(parts, output, **more), "test"))
+
+
+def change_weights(plm: Path) -> None:
+    weights = load_file(plm / "model.safetensors")
+    save_file(
+        {name: tensor + 0.01 for name, tensor in weights.items()}, plm / "model.safetensors", {"format": "pt"}
+    )
 
 
 def losses(result: TrainResult) -> list[float]:
@@ -184,13 +194,20 @@ def test_cached_features_change_nothing(parts: Path, tmp_path: Path) -> None:
 
 
 def test_one_expert_after_the_other(parts: Path, tmp_path: Path) -> None:
-    result = run(parts, tmp_path / "ck", order="sequential")
+    first: dict[str, torch.Tensor] = {}
+    finished = tmp_path / "ck.run" / "state-1" / WEIGHTS_NAME
+
+    def keep_first_phase(*_: object) -> None:
+        if finished.is_file():  # gone when the run ends
+            first.update(load_file(finished))
+
+    config = make_config(settings(parts, tmp_path / "ck", order="sequential"), "test")
+    result = train(config, on_step=keep_first_phase)
     assert {entry["phase"] for entry in result.curve} == {1, 2}
     assert result.steps == 4
-    alone = run(parts, tmp_path / "v", experts="v")
-    for name, tensor in alone.model.trained_state().items():
-        if "norm" not in name and tensor.ndim == 2 and ".out." in name:
-            assert tensor.abs().max() > 0
+    for name, tensor in result.model.trained_state().items():
+        assert torch.equal(tensor, first[name]) == (".v." in name), name  # T alone moved in the second
+    assert any(first[name].any() for name in first if name.endswith("v.out.weight"))  # where it starts at 0
     joint = run(parts, tmp_path / "joint", order="joint")
     assert joint.steps == 2
 
@@ -267,6 +284,43 @@ def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path
     assert wide.model.config.adapter_width == 32
     with pytest.raises(CheckpointError, match="does not say how it was trained"):
         train_control(parts, tmp_path / "other")
+
+
+def test_the_control_takes_the_parts_that_the_checkpoint_brings(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A self-contained record names its parts, and what has the same name here may be something else."""
+    run(parts, tmp_path / "ck", self_contained=True)
+    for name in ("plm", "clip", "text.txt"):
+        assert (tmp_path / "ck" / name).exists() == (name != "text.txt")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(parts, elsewhere)
+    change_weights(elsewhere / "plm")
+    shutil.rmtree(elsewhere / "clip")
+    shutil.rmtree(elsewhere / "bank")
+    monkeypatch.chdir(elsewhere)
+    control = train_control(tmp_path / "ck", tmp_path / "control")
+    before, after = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("ck", "control"))
+    assert after["frozen_sha256_before"]["plm"] == before["frozen_sha256_before"]["plm"]
+    assert is_control_of(control.folder, tmp_path / "ck")
+    (elsewhere / "text.txt").write_text("green fruit is very green.\n" * 4)
+    with pytest.raises(ConfigError) as caught:
+        train_control(tmp_path / "ck", tmp_path / "again")
+    assert (caught.value.where, caught.value.got != "none") == ("text.txt", True)
+    (elsewhere / "text.txt").unlink()
+    with pytest.raises(ConfigError) as caught:
+        train_control(tmp_path / "ck", tmp_path / "again")
+    assert caught.value.got == "none"
+
+
+def test_the_control_of_another_plm_is_refused(parts: Path, tmp_path: Path) -> None:
+    here = Path(shutil.copytree(parts, tmp_path / "parts"))
+    run(here, tmp_path / "ck")
+    change_weights(here / "plm")
+    with pytest.raises(HashMismatchError) as caught:
+        train_control(tmp_path / "ck", tmp_path / "control")
+    assert caught.value.where == str(here / "plm")
+    assert not (tmp_path / "control").exists()
 
 
 def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:

@@ -2,22 +2,23 @@
 
 Each leaf also inherits the builtin that it specialises, so ``except ValueError`` still works for a caller who
 does not know this package, and ``except XAdapterError`` catches everything that was foreseen. A message is
-one line that says what, where, expected, got, and how to mend it.
+one line that says what, where, expected, got, and what to do; each part is also an attribute.
 """
 
 import importlib
 from types import ModuleType
+from typing import Self
 
 
 class XAdapterError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Args:
+    Attributes:
         what: What went wrong, as a clause without a full stop.
         where: The file, key, tensor or text concerned.
         expected: What would have been right.
         got: What was found.
-        mend: What the reader can do about it.
+        hint: What the reader can do about it.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class XAdapterError(Exception):
         got: object = None,
         mend: str | None = None,
     ) -> None:
+        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, mend
         line = what if where is None else f"{what}: {where}"
         facts = [f"{k} {v}" for k, v in (("expected", expected), ("got", got)) if v is not None]
         if facts:
@@ -40,6 +42,11 @@ class XAdapterError(Exception):
     def __str__(self) -> str:
         """Return the line; ``OSError`` and ``ImportError`` would format their arguments their own way."""
         return str(self.args[0])
+
+    def with_hint(self, more: str) -> Self:
+        """Return the same error with another hint after its own."""
+        hint = more if self.hint is None else f"{self.hint}; {more}"
+        return type(self)(self.what, where=self.where, expected=self.expected, got=self.got, mend=hint)
 
 
 class ConfigError(XAdapterError, ValueError):

@@ -33,9 +33,8 @@ from train.demo.stages import Stages
 from train.minilm import minilm_folder
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bank.compact import compact_bank
-from xadapter_export.errors import CheckpointError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm import NoMlmHeadError, load_plm
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FROZEN, _TEXT_ONLY, _STATIC = "frozen PLM", "same adapter, text only", "V-expert, static (512 prototypes)"
@@ -127,9 +126,7 @@ def main(
     source = plm or str(minilm_folder())
     try:
         frozen = load_plm(source, "fill-mask")
-    except CheckpointError as error:
-        if "no MLM head" not in str(error):
-            raise
+    except NoMlmHeadError:
         head = HeadSettings(**settings["head"])
         folder = stages.run(
             "head",

@@ -149,9 +149,9 @@ def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
         ConfigError: If it is not there, or an expert set would have no graph left.
     """
     variants = [v for v in manifest.variants if "v" not in v.expert_set or v.name not in leave_out]
-    deployments = [d for d in manifest.deployments if "v" not in d.expert_set or d.target not in leave_out]
+    deployments = [d for d in manifest.deployments if "v" not in d.expert_set or d.name not in leave_out]
     gone = {v.name for v in manifest.variants if v not in variants}
-    gone |= {d.target for d in manifest.deployments if d not in deployments}
+    gone |= {d.name for d in manifest.deployments if d not in deployments}
     if unknown := [name for name in leave_out if name not in gone]:
         raise ConfigError("there is nothing of this name that reads the bank", where=unknown[0])
     if lost := set(manifest.expert_sets) - {variant.expert_set for variant in variants}:
@@ -198,8 +198,8 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
     for deployment in kept.deployments:
         if "v" in deployment.expert_set:
             raise UnsupportedError(
-                f"the deployment for {deployment.target} holds the old bank",
-                mend=f"leave it out with --leave-out {deployment.target}, or export again",
+                f"the deployment {deployment.name} holds the old bank",
+                mend=f"leave it out with --leave-out {deployment.name}, or export again",
             )
     sha256 = reader.sha256()
     proven = bank.swapped_from or ProvenBank(num_pictures=bank.num_pictures, sha256=bank.sha256)

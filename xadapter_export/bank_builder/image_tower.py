@@ -4,8 +4,10 @@ Dimensions: B batch, D CLIP embedding size.
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,24 +107,25 @@ def load_image_tower(source: str | None, *, device: torch.device, precision: Pre
     settings = _read_settings(folder, name)
     cure_torchvision()
     import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     try:
-        with tempfile.TemporaryDirectory() as work:  # with nothing but the files that were checked
+        with tempfile.TemporaryDirectory() as work, _no_log():  # with nothing but what was checked
             (Path(work) / CONFIG_NAME).write_text(json.dumps(settings), encoding="utf-8")
-            (Path(work) / WEIGHTS_NAME).symlink_to((folder / WEIGHTS_NAME).resolve())
-            model, preprocess = open_clip.create_model_from_pretrained(
-                f"local-dir:{work}", precision=precision, device=device
+            model = open_clip.create_model(
+                f"local-dir:{work}", precision=precision, device=device, pretrained_text=False
             )
+        open_clip.load_checkpoint(model, str(folder / WEIGHTS_NAME))
+        preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     except Exception as error:  # open_clip raises many kinds
         raise CheckpointError(
             "open_clip cannot load the CLIP", where=name, got=f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
     model.eval().requires_grad_(False)
-    preprocess_cfg = {key: _plain(value) for key, value in model.visual.preprocess_cfg.items()}
     identity = {
         "vision_cfg": settings["model_cfg"].get("vision_cfg"),
         "quick_gelu": bool(settings["model_cfg"].get("quick_gelu", False)),
-        "preprocess": preprocess_cfg,
+        "preprocess": {key: _plain(value) for key, value in model.visual.preprocess_cfg.items()},
     }
     clip = BankClip(
         source=public_name(name),
@@ -130,6 +133,17 @@ def load_image_tower(source: str | None, *, device: torch.device, precision: Pre
         image_sha256=weights_sha256(visual, identity),
     )
     return ImageTower(model, preprocess, clip, device, _INPUT_DTYPES[precision])
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Keep open_clip from saying that it has no weights yet."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _read_settings(folder: Path, name: str) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def _text_sha256(folder: Path) -> str:
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
             names = [key for key in weights.keys() if not key.startswith("visual.")]  # noqa: SIM118  # no dict
             return weights_sha256({key: weights.get_tensor(key) for key in names})
-    return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
+    return tower.sha256
 
 
 def _plain(value: Any) -> Any:

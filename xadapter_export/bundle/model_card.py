@@ -15,15 +15,19 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         choices: The variant that answers by kind of CPU; see ``runtime.choose.choices_by_kind``.
     """
     sets = " | ".join(manifest.expert_sets)
-    is_portable = any(variant.target == "onnx" for variant in manifest.variants)
+    targets = {variant.target for variant in manifest.variants}
     extra, provider = ("gpu", f" --provider {CUDA_PROVIDER}") if manifest.is_for_gpu else ("cpu", "")
+    graphs = f"ONNX graphs{' of standard operators' if 'onnx' in targets else ''}, opset {manifest.opset}"
+    engine = "onnxruntime"
+    if targets == {"openvino"}:
+        extra, graphs, engine = "openvino", "graphs of OpenVINO", "OpenVINO"
     lines = [
         f"# {name}",
         "",
         f"An X-adapter bundle for {manifest.task}: "
         f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
-        f"through a trained plug-in, as ONNX graphs{' of standard operators' if is_portable else ''}, "
-        f"opset {manifest.opset}. Expert sets: {sets}. It runs with onnxruntime; PyTorch is not needed.",
+        f"through a trained plug-in, as {graphs}. "
+        f"Expert sets: {sets}. It runs with {engine}; PyTorch is not needed.",
         "",
         "## Run",
         "",

@@ -1,8 +1,7 @@
 """``xad eval``: score a checkpoint or a bundle beside its controls."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 TRAINED_CONTROL = "same text, no pictures"
 _TRAIN_NAME = "train.json"
-_CONTROL_CHANGES = ("output", "run", "cache", "force", "control", "distill_weight")
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -206,9 +204,7 @@ def colour(
 
     options = Shared(**shared)
     things, sentences = read_colors(data), read_prompts(prompts)
-    words = {"labels": None, "eleven": ELEVEN}.get(
-        candidates, tuple(word.strip() for word in candidates.split(","))
-    )
+    words = {"labels": None, "eleven": ELEVEN}.get(candidates, tuple(candidates.split(",")))
     chosen = _choose_names(objects, not_in)
     with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
         readings = _open(options, "fill-mask", on_progress)
@@ -401,6 +397,7 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
     """Return the control that was trained for a checkpoint, or train it; None if there is no record.
 
     Raises:
+        CheckpointError: If what is there does not say how it was trained.
         OutputExistsError: If the control that is there was trained otherwise.
     """
     record = Path(options.model) / _TRAIN_NAME
@@ -411,10 +408,10 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
         )
         return None
     output = options.control_folder or Path(f"{name}-control")
-    if not output.exists():
-        import_extra("torch", "train")
-        from xadapter_export.training import train_control
+    import_extra("torch", "train")
+    from xadapter_export.training.control import is_control_of, train_control
 
+    if not output.exists():
         train_control(
             Path(options.model),
             output,
@@ -422,21 +419,13 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
             on_step=lambda done, total, _detail: on_progress(f"{TRAINED_CONTROL}: training", done, total),
         )
         _say(f"trained control: {output}")
-    elif _training_settings(output / _TRAIN_NAME) != _training_settings(record):
+    elif not is_control_of(output, record.parent):
         raise OutputExistsError(
             "the control that is there belongs to another training",
             where=output,
             mend="choose another --control-folder, or remove it",
         )
     return output
-
-
-def _training_settings(record: Path) -> Mapping[str, object]:
-    try:
-        settings: dict[str, object] = dict(json.loads(record.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return {key: value for key, value in settings.items() if key not in _CONTROL_CHANGES}
 
 
 def _choose_names(objects: str | None, not_in: str | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

@@ -69,7 +69,8 @@ def evaluate_colour(
         data: The objects.
         prompts: P prompts.
         prompts_name: What to call them in the report.
-        candidates: Colours that may be answered; those that occur in the data's file if None.
+        candidates: Colours that may be answered; those that occur in the data's file if None. An empty word
+            is ignored.
         ends_with_stop: Whether a full stop follows a mask that goes after the last word.
         published: Whether to add the published figures for the same benchmark.
         on_progress: Told after each batch.
@@ -78,7 +79,8 @@ def evaluate_colour(
         ConfigError: If an object's colour is not among the candidates, or one is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
     """
-    colors = tuple(data.colors if candidates is None else candidates)
+    words = data.colors if candidates is None else [word.strip() for word in candidates]
+    colors = tuple(word for word in words if word)
     for thing in data.objects:
         if thing.color not in colors:
             raise ConfigError(

@@ -130,7 +130,8 @@ def read_labelled(
         text_column: Name of the text's column; where a file has no header, its number from 0.
         pair_column: Likewise for the second text.
         label_column: Likewise for the label.
-        labels: Label names in the order of the logits; those that occur, sorted, if None.
+        labels: Label names in the order of the logits; those that occur, sorted, if None. Data may number
+            them from 0 instead, unless a name is a number itself.
         regression: Whether labels are values. GLUE's ``stsb`` is one by itself.
 
     Raises:
@@ -241,22 +242,16 @@ def _distinct(raw: Sequence[object]) -> list[str]:
 def _classes(raw: Sequence[object], names: tuple[str, ...], where: str) -> tuple[int, ...]:
     if len(names) < 2:
         raise InputTextError("there is only one label", where=where, got=", ".join(names))
-    index = {name: number for number, name in enumerate(names)}
-    found: list[int] = []
+    index, expected = {name: number for number, name in enumerate(names)}, f"one of {', '.join(names)}"
+    if not any(name.isdigit() for name in names):  # "1" of "1" to "5" is a name and no number
+        index |= {str(number): number for number in range(len(names))}
+        expected += f", or 0 to {len(names) - 1}"
     for number, value in enumerate(raw, 1):
-        name = str(value)
-        if name in index:
-            found.append(index[name])
-        elif name.isdigit() and int(name) < len(names):
-            found.append(int(name))
-        else:
+        if str(value) not in index:
             raise InputTextError(
-                "a label is out of range",
-                where=f"{where}, row {number}",
-                expected=f"one of {', '.join(names)}, or 0 to {len(names) - 1}",
-                got=name,
+                "a label is out of range", where=f"{where}, row {number}", expected=expected, got=value
             )
-    return tuple(found)
+    return tuple(index[str(value)] for value in raw)
 
 
 def _values(raw: Sequence[object], where: str) -> tuple[float, ...]:

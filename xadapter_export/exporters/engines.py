@@ -154,9 +154,7 @@ def build_engine(job: EngineJob, say: Say) -> BuiltEngine:
         try:
             assert process.stdout is not None  # asked for above
             for line in process.stdout:
-                try:
-                    event = json.loads(line)
-                except ValueError:  # something that Python or the library printed
+                if (event := _read_event(line)) is None:  # something that Python or the library printed
                     complaint = line.strip() or complaint
                     continue
                 events.update(event)
@@ -176,6 +174,14 @@ def build_engine(job: EngineJob, say: Say) -> BuiltEngine:
     refused = events.get("refused")
     reason = _explain(str(refused)) if refused else _explain_end(process.returncode, complaint, layers)
     return BuiltEngine(0, seconds, None, layers, " ".join(reason.split()))
+
+
+def _read_event(line: str) -> dict[str, object] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
 
 
 def _explain(message: str) -> str:

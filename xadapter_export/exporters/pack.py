@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from xadapter_export.bank.graph_rows import save_projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
@@ -226,19 +227,11 @@ def make_manifest(
             embed_dim=tower.config.feature_dim,
             text_width=tower.config.width,
         )
-    packages = (
-        "xadapter-export",
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxscript",
-        "onnxruntime",
-        "tokenizers",
-        "numpy",
-    )
+    packages = ("xadapter-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers", "numpy")
     return Manifest(
         format_version=1,
-        created_with={package: _version(package) for package in packages},
+        # onnxruntime comes as onnxruntime-gpu, -directml and others too, so it is asked itself
+        created_with={package: _version(package) for package in packages} | {"onnxruntime": ort.__version__},
         checkpoint=CheckpointIdentity(
             source=public_name(source),
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
@@ -271,5 +264,5 @@ def make_manifest(
 def _version(package: str) -> str:
     try:
         return version(package)
-    except ImportError:  # PackageNotFoundError; onnxruntime-gpu stands in for onnxruntime
-        return version("onnxruntime-gpu") if package == "onnxruntime" else "unknown"
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"

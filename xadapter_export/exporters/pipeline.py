@@ -225,7 +225,7 @@ def export(
             raise
         except XAdapterError as error:
             rejected = staged.keep_as_rejected()
-            raise type(error)(f"{error}; the bundle was rejected and kept in {rejected}") from error
+            raise error.with_hint(f"the bundle was rejected and kept in {rejected}") from error
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)

@@ -85,11 +85,12 @@ def read_checkpoint(
     _refuse_pickles(folder)
     plm_source = plm or _local_or(folder / "plm", record.plm.source)
     frozen_plm = load_plm(plm_source, record.config.task)
-    frozen_plm.source = record.plm.source
+    frozen_plm.source, frozen_plm.is_at_source = record.plm.source, plm_source != folder / "plm"
     tower = None
     if record.clip is not None:
-        tower = load_clip(clip or _local_or(folder / "clip", record.clip.source))
-        tower.source = record.clip.source
+        clip_source = clip or _local_or(folder / "clip", record.clip.source)
+        tower = load_clip(clip_source)
+        tower.source, tower.is_at_source = record.clip.source, clip_source != folder / "clip"
     bank = FeatureBank.load(folder) if record.bank is not None else None
 
     model = XAdapterModel(record.config, frozen_plm, tower, bank)
@@ -165,8 +166,11 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint; see ``XAdapterModel.save_pretrained``."""
     plm, clip, bank = model.frozen_parts()
-    if self_contained:  # then nobody needs to find the parts where they were
+    stores_plm = self_contained or not model.plm.is_at_source
+    stores_clip = model.clip is not None and (self_contained or not model.clip.is_at_source)
+    if stores_plm:  # then nobody needs to find it where it was
         plm = plm.model_copy(update={"source": public_name(plm.source)})
+    if stores_clip:
         clip = clip and clip.model_copy(update={"source": public_name(clip.source)})
     record = CheckpointRecord(config=model.config, plm=plm, clip=clip, bank=bank, training=training)
     with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
@@ -182,10 +186,10 @@ def write_checkpoint(
             (staging / name).write_text(text, encoding="utf-8")
         if model.bank is not None:
             model.bank.save(staging)
-        if self_contained:
+        if stores_plm:
             _save_plm(model, staging / "plm", dtype)
-            if model.clip is not None:
-                save_clip_text(model.clip, staging / "clip", dtype)
+        if stores_clip and model.clip is not None:
+            save_clip_text(model.clip, staging / "clip", dtype)
 
 
 def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from xadapter_export.bundle.manifest import describe
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
+from xadapter_export.model.identity import weights_sha256
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -134,6 +135,11 @@ class ClipTextConfig:
         return config
 
     @property
+    def mlp_width(self) -> int:
+        """Width inside a block; open_clip cuts off a fraction, where rounding would be one more."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
     def feature_dim(self) -> int:
         """D, width of the pooled text feature."""
         return self.width if self.proj_type == "none" else self.embed_dim
@@ -172,7 +178,7 @@ class _LayerScale(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        width, inner = config.width, round(config.width * config.mlp_ratio)
+        width, inner = config.width, config.mlp_width
         scaled = config.ls_init_value is not None
         self.ln_1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = _Attention(config)
@@ -196,6 +202,12 @@ class _Block(nn.Module):
 class ClipTextTower(nn.Module):
     """Frozen CLIP text tower.
 
+    Attributes:
+        config: Its shape.
+        tokenizer: Its tokenizer.
+        source: Folder, ``model:tag`` or hub id it came from; else what it is called in messages.
+        is_at_source: Whether ``load_clip(source)`` finds it again; a checkpoint stores it otherwise.
+
     Source:
         ``TextTransformer`` of open_clip 3.3; equal features up to rounding. Ours takes the
         text at its true length instead of padded to the context length.
@@ -206,6 +218,7 @@ class ClipTextTower(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.source = source
+        self.is_at_source = True
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.transformer = nn.ModuleDict(
@@ -224,6 +237,11 @@ class ClipTextTower(nn.Module):
         """Settings that belong to the identity of the tower: what its weights do not say."""
         names = ("heads", "pool_type", "eos_id", "quick_gelu", "gelu_approximate", "norm_eps")
         return {name: getattr(self.config, name) for name in names}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights in memory, the settings and the tokenizer."""
+        return weights_sha256(self.open_clip_state(), self.settings, self.tokenizer)
 
     @property
     def end_token_id(self) -> int:
@@ -315,7 +333,7 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
     Args:
         source: A folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``; ``model:tag`` as
             open_clip lists them (``ViT-B-32:laion2b_s34b_b79k``); a hub id; ``builtin``; or an open_clip
-            model.
+            model with open_clip's own vocabulary, of which the weights are copied.
 
     Raises:
         CheckpointError: If it is not found, is a pickle, or its weights do not fit its configuration.
@@ -368,9 +386,17 @@ def _build(
     return tower
 
 
-def _tokenizer_for(config: ClipTextConfig, path: Path, source: str) -> Tokenizer:
+def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> Tokenizer:
     if config.vocab_size == OPEN_CLIP_VOCAB_SIZE:
         return clip_tokenizer()
+    if path is None:
+        raise CheckpointError(
+            "a CLIP that is given as a model has open_clip's vocabulary, as it carries no tokenizer",
+            where=source,
+            expected=f"{OPEN_CLIP_VOCAB_SIZE} tokens",
+            got=config.vocab_size,
+            mend=f"save it in open_clip's hub layout with its {TOKENIZER_NAME}, and give the folder",
+        )
     if not path.is_file():
         raise CheckpointError(
             f"CLIP {source}: vocabulary of {config.vocab_size} is not open_clip's {OPEN_CLIP_VOCAB_SIZE}; "
@@ -418,7 +444,7 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
         width=width,
         heads=blocks[0].attn.num_heads,
         layers=len(blocks),
-        mlp_ratio=blocks[0].mlp.c_fc.out_features / width,
+        mlp_ratio=_ratio(blocks[0].mlp.c_fc.out_features, width),
         ls_init_value=None if isinstance(blocks[0].ls_1, nn.Identity) else 1.0,
         pool_type=str(getattr(text, "pool_type", None) or getattr(model, "text_pool_type", "argmax")),
         eos_id=int(getattr(text, "eos_id", getattr(model, "text_eos_id", 2))),
@@ -433,7 +459,15 @@ def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
             f"CLIP {type(model).__name__}: pool_type {config.pool_type!r}; use one of {_SUPPORTED}"
         )
     name = type(model).__name__
-    return _build(config, dict(text.state_dict()), _tokenizer_for(config, Path(TOKENIZER_NAME), name), name)
+    tower = _build(config, dict(text.state_dict()), _tokenizer_for(config, None, name), name)
+    tower.is_at_source = False
+    return tower
+
+
+def _ratio(inner: int, width: int) -> float:
+    """Return the ratio that gives ``inner`` back when it is multiplied with ``width`` and cut off."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else (inner + 0.5) / width
 
 
 def download_clip(name: str) -> Path:

@@ -3,11 +3,11 @@
 Dimensions: B batch, T PLM tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.identity import weights_sha256
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -163,12 +164,17 @@ def family_of(config: PretrainedConfig) -> PlmFamily:
     )
 
 
+class NoMlmHeadError(CheckpointError):
+    """A PLM that is to fill masks has no MLM head."""
+
+
 class FrozenPlm(nn.Module):
     """A frozen PLM seen through its family: what an X-adapter needs of it, and no more.
 
     Attributes:
         model: The transformers model: with its MLM head for fill-mask, else the bare encoder.
-        source: Hub id or path it came from.
+        source: Hub id or path it came from; else what it is called in messages.
+        is_at_source: Whether ``load_plm(source)`` finds it again; a checkpoint stores it otherwise.
         max_seq: Longest input in tokens, special tokens included.
     """
 
@@ -179,6 +185,7 @@ class FrozenPlm(nn.Module):
         self.family = family_of(model.config)
         self.model = cast(PreTrainedModel, model.requires_grad_(False).train(False))
         self.source = source
+        self.is_at_source = True
         self.tokenizer = tokenizer
         self.special = special  # "mask" (absent where the PLM has none) and "pad" token ids
         self.encoder: nn.Module = getattr(model, self.family.base, model)
@@ -199,6 +206,11 @@ class FrozenPlm(nn.Module):
     def settings(self) -> dict[str, object]:
         """Settings that belong to the identity of the PLM."""
         return {name: getattr(self.model.config, name, None) for name in _SETTINGS}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights in memory, the settings and the tokenizer."""
+        return weights_sha256(self.model.state_dict(), self.settings, self.tokenizer)
 
     def train(self, mode: bool = True) -> "FrozenPlm":
         """Stays in evaluation mode, whatever ``mode`` asks: a frozen PLM has no dropout."""
@@ -251,22 +263,24 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) ->
 def load_plm(
     source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None
 ) -> FrozenPlm:
-    """Loads a PLM and its tokenizer from a folder or hub id, or takes a loaded transformers model.
+    """Loads a PLM and its tokenizer from a folder or hub id, or copies a loaded transformers model.
 
     Args:
-        source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model (its tokenizer is then
-            read from ``tokenizer_source`` or ``model.name_or_path``).
+        source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model, which stays as it is
+            (its tokenizer is read from ``tokenizer_source`` or ``model.name_or_path``).
         task: ``fill-mask`` needs a PLM with a trained MLM head.
         tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
     Raises:
-        CheckpointError: If it cannot be found or read, holds a pickle instead of safetensors, has no MLM head
-            where the task needs one, or has no fast tokenizer.
+        CheckpointError: If it cannot be found or read, holds a pickle instead of safetensors, or has no fast
+            tokenizer.
+        NoMlmHeadError: If it has no MLM head and the task needs one.
         UnsupportedError: If its family is not known.
     """
+    is_at_source = True
     if isinstance(source, PreTrainedModel):
-        model, name = source, str(source.name_or_path or type(source).__name__)
-        family_of(model.config)
+        name, is_at_source = str(source.name_or_path or type(source).__name__), bool(source.name_or_path)
+        model = _copy_model(source, task, name)
     else:
         name = str(source)
         source = builtin_folder() / "plm" if name == BUILTIN else source
@@ -276,7 +290,52 @@ def load_plm(
         raise CheckpointError(
             f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM"
         )
-    return FrozenPlm(model, tokenizer, special, name)
+    plm = FrozenPlm(model, tokenizer, special, name)
+    plm.is_at_source = is_at_source
+    return plm
+
+
+def _copy_model(source: PreTrainedModel, task: Task, name: str) -> PreTrainedModel:
+    """Returns what ``_load_model`` would make of a model's weights, in memory of its own."""
+    base = family_of(source.config).base
+    with _quiet_transformers():
+        model = _auto(task).from_config(source.config, attn_implementation="sdpa", dtype=torch.float32)
+    weights = source.state_dict()
+    if not hasattr(model, base):
+        weights = getattr(source, base, source).state_dict()
+    elif not hasattr(source, base):
+        weights = {f"{base}.{key}": tensor for key, tensor in weights.items()}
+    return _complete(model, model.load_state_dict(weights, strict=False).missing_keys, task, name)
+
+
+def _auto(task: Task) -> Any:
+    return AutoModelForMaskedLM if task == "fill-mask" else AutoModel
+
+
+def _complete(model: Any, missing: Sequence[str], task: Task, name: str) -> PreTrainedModel:
+    """Returns a model without its pooler, which is no part of it: the first token's state is read as it is.
+
+    Raises:
+        CheckpointError: If it lacks a weight.
+        NoMlmHeadError: If that is all of its MLM head.
+    """
+    lacking = sorted(key for key in missing if not key.startswith("pooler."))
+    in_encoder = f"{model.base_model_prefix}."
+    if lacking and task == "fill-mask" and not any(key.startswith(in_encoder) for key in lacking):
+        raise NoMlmHeadError(
+            f"PLM {name} has no MLM head, which fill-mask needs",
+            got=f"{len(lacking)} weights less, first {lacking[0]}",
+            mend="take one that has, or another task",
+        )
+    if lacking:
+        raise CheckpointError(
+            f"PLM {name}: the file is not complete",
+            got=f"{len(lacking)} weights less, first {lacking[0]}",
+            mend="get the whole file",
+        )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return cast(PreTrainedModel, model)
 
 
 def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
@@ -289,9 +348,8 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
         raise CheckpointError(f"{what}: expected model.safetensors, {found}. Save it with save_pretrained")
     try:
         family_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
         with _quiet_transformers():
-            model, info = auto.from_pretrained(
+            model, info = _auto(task).from_pretrained(
                 source,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -307,17 +365,7 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
             f"{what} could not be loaded: {reason}. "
             "Expected a save_pretrained folder or a hub id that can be reached"
         ) from error
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # not used here
-    if missing:
-        hint = (
-            "it has no MLM head; take one that has, or another task than fill-mask"
-            if task == "fill-mask"
-            else "the file is not complete"
-        )
-        raise CheckpointError(f"{what}: {len(missing)} weights are missing, first {missing[0]}; {hint}")
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # no part of the model: the first token's state is read as it is
-    return model  # type: ignore[no-any-return]  # transformers' from_pretrained is untyped
+    return _complete(model, info["missing_keys"], task, str(source))
 
 
 @contextmanager

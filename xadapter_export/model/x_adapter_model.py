@@ -17,7 +17,6 @@ from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
-from xadapter_export.model.identity import weights_sha256
 from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.runtime.text import TextEncoder
@@ -197,9 +196,9 @@ class XAdapterModel(nn.Module):
         """Makes a model with a fresh plug-in, which leaves the PLM exactly as it was.
 
         Args:
-            plm: Folder in ``save_pretrained`` layout, hub id, or transformers model.
-            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model; None for a
-                static bank without T-expert.
+            plm: Folder in ``save_pretrained`` layout, hub id, or transformers model, which stays as it is.
+            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model, likewise; None
+                for a static bank without T-expert.
             config: Shape and task of the plug-in.
             bank: Bank or folder of one; needed by the V-expert.
 
@@ -244,7 +243,8 @@ class XAdapterModel(nn.Module):
 
         Args:
             folder: Where to write.
-            self_contained: Also write PLM and CLIP text tower; else they are found by their source again.
+            self_contained: Also write PLM and CLIP text tower; else they are found by their source again, but
+                for one that came as a model without a source, or with another checkpoint.
             dtype: Type of the stored PLM and CLIP weights; a narrower type must lose nothing.
             training: How it was trained, free form, kept in ``xadapter.json``.
             more_files: Text files to put beside, by name.
@@ -274,18 +274,10 @@ class XAdapterModel(nn.Module):
 
     def frozen_parts(self) -> tuple[FrozenPart, FrozenPart | None, BankPart | None]:
         """Identities of PLM, CLIP text tower and bank, with the hashes of the weights in memory."""
-        plm = FrozenPart(
-            source=self.plm.source,
-            family=self.plm.family.name,
-            sha256=weights_sha256(self.plm.model.state_dict(), self.plm.settings, self.plm.tokenizer),
-        )
+        plm = FrozenPart(source=self.plm.source, family=self.plm.family.name, sha256=self.plm.sha256)
         clip = bank = None
         if self.clip is not None:
-            clip = FrozenPart(
-                source=self.clip.source,
-                family="open_clip",
-                sha256=weights_sha256(self.clip.open_clip_state(), self.clip.settings, self.clip.tokenizer),
-            )
+            clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=self.clip.sha256)
         if self.bank is not None:
             bank = BankPart(
                 num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256
@@ -430,13 +422,11 @@ def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
             f"bank features have width {bank.features.shape[1]}, "
             f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
         )
-    if bank.clip is not None:
-        found = weights_sha256(clip.open_clip_state(), clip.settings, clip.tokenizer)
-        if found != bank.clip.sha256:
-            raise ConfigError(
-                f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
-                f"({found[:12]}); use the same one, or build the bank with this one"
-            )
+    if bank.clip is not None and (found := clip.sha256) != bank.clip.sha256:
+        raise ConfigError(
+            f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
+            f"({found[:12]}); use the same one, or build the bank with this one"
+        )
 
 
 def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
+    HashMismatchError,
     OutputWriteError,
     XAdapterError,
     import_extra,
@@ -114,6 +116,7 @@ def train(
     config: TrainConfig,
     *,
     plm: FrozenPlm | None = None,
+    frozen_sha256: Mapping[str, str] = MappingProxyType({}),
     on_stage: OnStage = lambda *_: None,
     on_step: OnStep = lambda *_: None,
 ) -> TrainResult:
@@ -125,12 +128,14 @@ def train(
     Args:
         config: All settings.
         plm: The frozen PLM, where it is already loaded; else ``config.plm`` is.
+        frozen_sha256: Hashes that ``plm``, ``clip`` and ``bank`` must have, by these names.
         on_stage: Called as each stage begins, with its name and what it works on.
         on_step: Called after each optimiser step with the step, the steps of the phase, and a note.
 
     Raises:
         ConfigError: If settings make no sense together, or the run folder holds another run.
         CheckpointError: If PLM, CLIP or bank cannot be loaded, or a frozen weight changed in training.
+        HashMismatchError: If one of them has another hash than it must have.
         InputTextError: If a text is empty, a mask has no answer, or a label is out of range.
         OutputExistsError: If there is a checkpoint already and ``force`` is not set.
         OutputWriteError: If the disk is full or the place cannot be written.
@@ -146,7 +151,7 @@ def train(
 
     on_stage("load", ", ".join(filter(None, (config.plm, config.clip, config.bank))))
     rows = _read_rows(config)
-    model, teacher = _make_model(config, rows, plm)
+    model, teacher = _make_model(config, rows, plm, frozen_sha256)
     before = model.frozen_parts()
     if is_first:
         _claim(config.run_folder, _fingerprint(config, before, arguments.world_size))
@@ -213,7 +218,7 @@ def train(
 
 
 def _make_model(
-    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None
+    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None, frozen_sha256: Mapping[str, str]
 ) -> tuple[XAdapterModel, ClipTextTower | None]:
     """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
     task = "fill-mask" if config.objective == "mlm" else "text-classification"
@@ -224,6 +229,16 @@ def _make_model(
     bank = None
     if config.bank is not None and "v" in config.experts:
         bank = FeatureBank.load(builtin_folder() if config.bank == BUILTIN else config.bank)
+    for what, part in (("PLM", plm), ("CLIP", clip), ("bank", bank)):
+        name = what.lower()
+        if part is not None and part.sha256 != (expected := frozen_sha256.get(name, part.sha256)):
+            raise HashMismatchError(
+                f"the {what} is not the one that must be trained with",
+                where=getattr(config, name),
+                expected=f"SHA-256 {expected[:12]}",
+                got=part.sha256[:12],
+                mend="get the original",
+            )
     experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
@@ -611,14 +626,15 @@ def _fingerprint(
 ) -> str:
     settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_RUN)
     digest = hashlib.sha256(
-        json.dumps([settings, _file_hashes(config), num_processes], sort_keys=True).encode()
+        json.dumps([settings, file_hashes(config), num_processes], sort_keys=True).encode()
     )
     for part in parts:
         digest.update(part.sha256.encode() if part else b"-")
     return digest.hexdigest()
 
 
-def _file_hashes(config: TrainConfig) -> dict[str, str]:
+def file_hashes(config: TrainConfig) -> dict[str, str]:
+    """Return the SHA-256 of every file of the data that is there, by the path that names it."""
     named = [*config.train_files, config.eval_file, config.glue_data]
     paths = [Path(name) for name in named if name is not None and not name.startswith("hub:")]
     files = [path for path in paths if path.is_file()]
@@ -656,7 +672,7 @@ def _record(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     names = ("plm", "clip", "bank")
-    settings, files = config.model_dump(mode="json"), _file_hashes(config)
+    settings, files = config.model_dump(mode="json"), file_hashes(config)
     if config.self_contained:  # made to be given away, so it tells nothing of this machine
         for name in ("output", "run", "cache", "plm", "clip", "bank", "eval_file", "glue_data"):
             settings[name] = settings[name] and public_name(settings[name])
