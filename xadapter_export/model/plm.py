@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.tasks import TASKS
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -256,7 +257,7 @@ def load_plm(
     Args:
         source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model (its tokenizer is then
             read from ``tokenizer_source`` or ``model.name_or_path``).
-        task: ``fill-mask`` needs a PLM with a trained MLM head.
+        task: One that fills words needs a PLM with a trained MLM head.
         tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
     Raises:
@@ -272,9 +273,9 @@ def load_plm(
         source = builtin_folder() / "plm" if name == BUILTIN else source
         model, tokenizer_source = _load_model(source, task), tokenizer_source or source
     tokenizer, special = _load_tokenizer(tokenizer_source or name)
-    if task == "fill-mask" and "mask" not in special:
+    if TASKS[task].reads_masks and "mask" not in special:
         raise CheckpointError(
-            f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM"
+            f"PLM {name}: its tokenizer has no mask token; {task} needs one. Use another task or PLM"
         )
     return FrozenPlm(model, tokenizer, special, name)
 
@@ -289,7 +290,7 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
         raise CheckpointError(f"{what}: expected model.safetensors, {found}. Save it with save_pretrained")
     try:
         family_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        auto = AutoModelForMaskedLM if task == "fill-mask" else AutoModel
+        auto = AutoModelForMaskedLM if TASKS[task].fills_words else AutoModel
         with _quiet_transformers():
             model, info = auto.from_pretrained(
                 source,
@@ -310,8 +311,8 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # not used here
     if missing:
         hint = (
-            "it has no MLM head; take one that has, or another task than fill-mask"
-            if task == "fill-mask"
+            f"it has no MLM head; take one that has, or another task than {task}"
+            if TASKS[task].fills_words
             else "the file is not complete"
         )
         raise CheckpointError(f"{what}: {len(missing)} weights are missing, first {missing[0]}; {hint}")
