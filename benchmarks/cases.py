@@ -21,6 +21,7 @@ from xadapter_export.model.config import RetrievalConfig
 from xadapter_export.model.plm import FrozenPlm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
+from xadapter_export.tasks import FILL_MASK, TASKS
 
 NUM_PICTURES: Final = 20_000  # in the bank of the large case
 _NUM_CALIBRATION = 32  # texts; a graph is as fast whatever it was calibrated on
@@ -33,7 +34,7 @@ _FILLER = (
 )
 
 
-def make_model(case: str, task: Task = "fill-mask") -> XAdapterModel:
+def make_model(case: str, task: Task = FILL_MASK.name) -> XAdapterModel:
     """Make the model of a case, always with the same weights.
 
     Args:
@@ -53,7 +54,7 @@ def _rebuild(
 ) -> XAdapterModel:
     """Return the same parts with another task, bank or retrieval."""
     plm, bank = model.plm, model.bank
-    if task == "feature-extraction" and model.config.task != task:
+    if TASKS[task].head is None and model.config.task != task:
         plm = FrozenPlm(plm.encoder, plm.tokenizer, plm.special, plm.source)  # type: ignore[arg-type]  # typed as its base, nn.Module
     if num_pictures is not None and bank is not None:
         bank = random_bank(bank.features.shape[1], num_pictures)

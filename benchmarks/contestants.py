@@ -151,8 +151,9 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
         with torch.inference_mode():
             tensors = {name: tensor.to(device) for name, tensor in torch_feed(feed).items()}
             output = forward(**tensors, experts=place.experts)
-            answer = output.logits if output.logits is not None else output.last_hidden_state
-            if device != "cpu" and "mask_positions" not in feed and output.logits is not None:
+            logits = output.answers.get("logits")
+            answer = output.last_hidden_state if logits is None else logits
+            if device != "cpu" and "mask_positions" not in feed and logits is not None:
                 answer = answer.argmax(-1)  # its user takes the words, not the whole vocabulary
             return np.asarray(answer.float().cpu().numpy(), np.float32)
 

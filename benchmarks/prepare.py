@@ -25,6 +25,7 @@ from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import DeploymentTarget, ExpertSet, Precision, Target, Task
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.errors import XAdapterError
+from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -212,7 +213,7 @@ def _plain(preparation: Preparation, model: "XAdapterModel", folder: Path) -> No
         dynamo=True,
         opset_version=_OPSET,
         input_names=list(inputs),
-        output_names=_output_names(preparation.task),
+        output_names=[output.name for output in TASKS[preparation.task].outputs],
         dynamic_shapes=shapes,
         external_data=True,
         verbose=False,
@@ -421,10 +422,6 @@ def second_axis(name: str) -> str:
     return "clip_seq" if name == "clip_input_ids" else "seq"
 
 
-def _output_names(task: Task) -> list[str]:
-    return ["last_hidden_state", "sentence_embedding"] if task == "feature-extraction" else ["logits"]
-
-
 def wrapper_of(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module", dict[str, "Tensor"]]:
     """Return the module that a user would write around ``XAdapterModel``, and inputs to trace it with."""
     import torch
@@ -441,12 +438,10 @@ def wrapper_of(model: "XAdapterModel", experts: ExpertSet) -> tuple["nn.Module",
             attention_mask: Tensor,
             token_type_ids: Tensor | None = None,
             clip_input_ids: Tensor | None = None,
-        ) -> Tensor | tuple[Tensor, Tensor]:
+        ) -> Tensor | tuple[Tensor, ...]:
             output = self.model(input_ids, attention_mask, token_type_ids, clip_input_ids, experts=experts)
-            logits: Tensor | None = output.logits
-            if logits is not None:
-                return logits
-            return output.last_hidden_state, output.sentence_embedding
+            answers: tuple[Tensor, ...] = tuple(output.answers.values())
+            return answers[0] if len(answers) == 1 else answers
 
     ids = torch.arange(14).reshape(2, 7) % model.plm.vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])}

@@ -44,7 +44,8 @@ from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import FrozenPlm, load_plm
-from xadapter_export.model.x_adapter_model import ClassificationHead, XAdapterModel
+from xadapter_export.model.tasks import ClassificationHead
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.training.batches import Collator, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig

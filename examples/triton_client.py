@@ -24,6 +24,8 @@ from xadapter_export.bundle.pictures import read_pictures
 from xadapter_export.parity.engines import compare_engine
 from xadapter_export.parity.prove import read_reference
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.tasks import TASKS
+from xadapter_export.tasks.spec import Asked
 
 Arrays = dict[str, NDArray[Any]]
 TOP_K = 5
@@ -72,27 +74,17 @@ def answer(client: InferenceServerClient, bundle: Bundle, deployment: Deployment
     manifest = bundle.manifest
     plain, with_clip = load_encoders(bundle)
     encoder = with_clip if "clip_input_ids" in _inputs_of(bundle, deployment) else plain
-    fills_masks = manifest.task == "fill-mask"
-    inputs = encoder.encode(texts, require_mask=fills_masks)
+    task = TASKS[manifest.task]
+    inputs = encoder.encode(texts, require_mask=task.reads_masks)
     outputs = ask(client, deployment.facts["model"], pad(inputs, manifest))
-    if "logits" not in outputs:
-        for text, embedding in zip(texts, outputs["sentence_embedding"], strict=True):
-            print(text, *(f"{number:.4f}" for number in embedding[:TOP_K]), "...")
-        return
-    logits = outputs["logits"] if fills_masks else outputs["logits"][:, None]
-    for row, text in enumerate(texts):
+    asked = Asked(texts, inputs, manifest, TOP_K, manifest.candidates, None, encoder.tokenizer)
+    for row, (text, found) in enumerate(zip(texts, task.answers(outputs[task.compared], asked), strict=True)):
         print(text)
-        for mask in range(len(set(inputs["mask_positions"][row].tolist())) if fills_masks else 1):
-            scores = np.exp(logits[row, mask] - logits[row, mask].max())
-            scores /= scores.sum()
-            for i in np.argsort(-scores)[:TOP_K].tolist():
-                if manifest.labels is not None:
-                    word = manifest.labels[i]
-                elif manifest.candidates is not None:
-                    word = manifest.candidates[i].word
-                else:
-                    word = encoder.tokenizer.decode([i], skip_special_tokens=False).strip()
-                print(f"  {word:<12} {scores[i]:6.1%}")
+        if isinstance(found, list):
+            for one in found:
+                print(f"  {one.word:<12} {one.score:6.1%}")
+        else:
+            print(" ", *(f"{number:.4f}" for number in found[:TOP_K]), "...")
         if "retrieved" in outputs and manifest.bank is not None:
             pictures = read_pictures(bundle.file(BANK_NAME), num_pictures=manifest.bank.num_pictures)
             shown = [pictures[i].caption for i in outputs["retrieved"][row].tolist()]

@@ -122,7 +122,11 @@ def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str]
             "Error: the bundle does not hold this variant: cpu-",
         ),
         (["{tiny}", BANANA, "--variant", "fp16"], 1, "Error: fp16 is slower than fp32 on a CPU, and no GPU"),
-        (["{tiny}", BANANA, "--pair", "x"], 1, "Error: --pair is for text-classification (got fill-mask)"),
+        (
+            ["{tiny}", BANANA, "--pair", "x"],
+            1,
+            "Error: the bundle's task takes no second texts (got fill-mask)",
+        ),
         (["{tiny}"], 2, "Error: Missing argument 'TEXT...'"),
         (["{tiny}", BANANA, "--experts", "w"], 2, "Error: Invalid value for '--experts': 'w' is not one of"),
         (["{tiny}", BANANA, "--experts", "v", "--compare"], 2, "Error: --compare shows every expert set"),
@@ -141,7 +145,7 @@ def test_what_goes_wrong_is_one_line_on_stderr(
 
 def test_candidates_of_another_task(tmp_path: Path) -> None:
     result = call("run", write_bundle(tmp_path / "b", task="feature-extraction"), "a", "--candidates", "red")
-    assert result.stderr == "Error: --candidates is for fill-mask (got feature-extraction)\n"
+    assert result.stderr == "Error: the bundle's task takes no candidates (got feature-extraction)\n"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ from xadapter_export.errors import (
 from xadapter_export.exporters import pack, pipeline
 from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
+from xadapter_export.model.pooling import mean_pool
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import prove_bundle
 
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t", "none")
@@ -227,7 +228,7 @@ def test_feature_extraction_from_a_fill_mask_checkpoint(model: XAdapterModel, tm
         expected = mean_pool(model(**inputs).last_hidden_state, inputs["attention_mask"])
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
-    with pytest.raises(ConfigError, match="candidates go with fill-mask, not with feature-extraction"):
+    with pytest.raises(ConfigError, match="feature-extraction has no candidates"):
         export(model, tmp_path / "other", "vt", task="feature-extraction", candidates=["red"])
 
 

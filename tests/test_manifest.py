@@ -32,8 +32,12 @@ def test_it_is_frozen(tiny: Path) -> None:
         ({"opset": "17"}, "opset: Input should be a valid integer"),
         ({"format_version": 2}, r"another format version: .*\(expected 1, got 2\).*export the bundle again"),
         ({"default_expert_set": "w"}, "default_expert_set: Input should be 'none'"),
-        ({"task": "text-classification"}, "labels go with text-classification"),
-        ({"labels": ["a"]}, "labels go with text-classification"),
+        ({"task": "text-classification"}, "text-classification needs labels"),
+        ({"labels": ["a"]}, "fill-mask has no labels"),
+        (
+            {"task": "mask-filling"},
+            r"task: .*no such task \(expected fill-mask, text-classification, feature-",
+        ),
         ({"clip": None}, "clip is null but a set takes clip_input_ids"),
         ({"bank": None}, "bank is null but a set gives retrieved"),
         ({"variants": []}, "variants and expert_sets do not name the same sets"),
@@ -43,7 +47,7 @@ def test_it_is_frozen(tiny: Path) -> None:
         ({"files": {"/x": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
         ({"files": {"x": {"size_bytes": 1, "sha256": "0" * 64}}}, r"that files lacks: onnx/model\.onnx, "),
         ({"files": {"onnx/\0": {"size_bytes": 1, "sha256": "0" * 64}}}, "stays inside the bundle"),
-        ({"candidates": [{"word": "x", "token_id": 5}]}, "set none should give 1 logits, it gives 21"),
+        ({"candidates": [{"word": "x", "token_id": 5}]}, "set none: logits should be 1 wide, got 21"),
         ({"files": {"x": {"size_bytes": 1, "sha256": "zz"}}}, r"files.x.sha256: String should match"),
     ],
 )
@@ -70,10 +74,10 @@ def test_there_is_a_logit_for_each_answer(
 ) -> None:
     manifest = fields(write_bundle(tmp_path / "b", task=task, candidates=candidates, sets=("none",)))
     manifest["expert_sets"]["none"]["outputs"][0]["axes"][-1] = axis
-    with pytest.raises(BundleError, match=f"set none should give {wanted} logits, it gives {axis}\\)"):
+    with pytest.raises(BundleError, match=f"set none: logits should be {wanted} wide, got {axis}\\)"):
         Manifest.from_json(json.dumps(manifest))
     manifest["expert_sets"]["none"]["outputs"] = []
-    with pytest.raises(BundleError, match=f"set none should give {wanted} logits, it gives none\\)"):
+    with pytest.raises(BundleError, match=f"set none: logits should be {wanted} wide, got none\\)"):
         Manifest.from_json(json.dumps(manifest))
 
 

@@ -145,7 +145,7 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     for settings, message in [
         ({"layers": (1,), "adapter_width": 10, "num_heads": 4}, "not a multiple of num_heads"),
         ({"layers": (2, 1)}, "must ascend"),
-        ({"layers": (1,), "labels": ("a", "b")}, "text-classification needs them"),
+        ({"layers": (1,), "labels": ("a", "b")}, "fill-mask has no labels"),
         ({"layers": (1,), "adaptor_width": 8}, "Extra inputs are not permitted"),
     ]:
         with pytest.raises(ValidationError, match=message):

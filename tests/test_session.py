@@ -21,8 +21,8 @@ from xadapter_export.errors import (
     UnsupportedError,
 )
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.session import _best
 from xadapter_export.runtime.text import TruncationWarning
+from xadapter_export.tasks.spec import best
 
 BANANA, CHERRY = "the color of a banana is [MASK].", "a cherry is [MASK]"
 
@@ -33,12 +33,12 @@ def session(tiny: Path) -> XAdapterSession:
 
 
 def test_it_answers_from_the_pictures(session: XAdapterSession) -> None:
-    best = session.fill_mask(BANANA, top_k=3)[0]
-    assert best.token == "yellow"
-    assert best.token_id == WORDS.index("yellow")
-    assert best.sequence == "the color of a banana is yellow."
-    assert best.mask == 0
-    assert 0.5 < best.score < 0.6
+    answer = session.fill_mask(BANANA, top_k=3)[0]
+    assert answer.token == "yellow"
+    assert answer.token_id == WORDS.index("yellow")
+    assert answer.sequence == "the color of a banana is yellow."
+    assert answer.mask == 0
+    assert 0.5 < answer.score < 0.6
 
 
 def test_scores_are_probabilities_over_the_vocabulary_best_first(session: XAdapterSession) -> None:
@@ -50,8 +50,8 @@ def test_scores_are_probabilities_over_the_vocabulary_best_first(session: XAdapt
 
 def test_equal_logits_keep_the_order_of_the_vocabulary() -> None:
     logits = np.array([1, 3, 2, 3, 0, 2, 2], np.float32)
-    assert [place for place, _ in _best(logits, 4)] == [1, 3, 2, 5]
-    assert [place for place, _ in _best(logits, 99)] == [1, 3, 2, 5, 6, 0, 4]
+    assert [place for place, _ in best(logits, 4)] == [1, 3, 2, 5]
+    assert [place for place, _ in best(logits, 99)] == [1, 3, 2, 5, 6, 0, 4]
 
 
 @pytest.mark.parametrize("kind", ["graph", "tokenizer"])

@@ -140,7 +140,7 @@ def test_everything_can_be_said_by_flags(run: Run) -> None:
 
 
 def test_a_classifier_says_how_it_does_on_what_was_held_out(run: Run) -> None:
-    task = ["--objective", "task", "--train-files", "labelled.tsv", "--eval-file", "labelled.tsv"]
+    task = ["--task", "text-classification", "--train-files", "labelled.tsv", "--eval-file", "labelled.tsv"]
     result = run("-o", "plugin", *task)
     assert result.exit_code == 0, result.stderr
     assert re.search(
@@ -155,7 +155,7 @@ def test_a_classifier_of_pairs_carries_pairs_for_its_export(run: Run) -> None:
     pairs = [("a fruit", "green banana"), ("very green", "a fruit"), ("banana", "a banana")]
     lines = [f"{text},{pair},{number % 2}" for number, (text, pair) in enumerate(pairs)]
     Path("pairs.csv").write_text("sentence1,sentence2,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    task = ["--objective", "task", "--train-files", "pairs.csv", "--text-column", "sentence1"]
+    task = ["--task", "text-classification", "--train-files", "pairs.csv", "--text-column", "sentence1"]
     result = run("-o", "plugin", *task, "--pair-column", "sentence2", "--max-steps", 1)
     assert result.exit_code == 0, result.stderr
     assert calibration() == sorted([{"sentence1": a, "sentence2": b} for a, b in pairs], key=str)
@@ -270,12 +270,12 @@ def test_a_flag_that_does_not_exist_is_a_mistake_of_usage(run: Run) -> None:
             "the column of the text is missing: labelled.csv",
         ),
         ("--train-files broken.jsonl", "the file is not JSON lines: broken.jsonl, line 1"),
-        ("--objective task --train-files nothing.tsv", "the file has no rows: nothing.tsv"),
+        ("--task text-classification --train-files nothing.tsv", "the file has no rows: nothing.tsv"),
         (
-            "--objective task --train-files labelled.tsv --labels no --labels maybe",
+            "--task text-classification --train-files labelled.tsv --labels no --labels maybe",
             "a label is out of range: labelled.tsv, row 2 (expected one of no, maybe, or 0 to 1, got yes)",
         ),
-        ("--objective task --glue sst3", "unknown GLUE task (expected one of cola, sst2"),
+        ("--task text-classification --glue sst3", "unknown GLUE task (expected one of cola, sst2"),
         (
             "--plm headless",
             "PLM headless: 6 weights are missing, first cls.predictions.bias; it has no MLM head",
@@ -306,7 +306,7 @@ def test_data_that_is_not_named_or_not_there(run: Run) -> None:
     Path("bad.toml").write_text(CONFIG.replace('["text.txt"]', "[]"), encoding="utf-8")
     line = failed(run("-o", "plugin", config="bad.toml"))
     assert "train_files: name the training data, or a GLUE task with glue: bad.toml" in line
-    glue = ["--objective", "task", "--glue", "sst2", "--glue-data", "."]
+    glue = ["--task", "text-classification", "--glue", "sst2", "--glue-data", "."]
     line = failed(run("-o", "plugin", *glue, "--quiet", config="bad.toml"))
     assert "there is no such data: . (expected a file, or a folder with train.tsv" in line
     missing = failed(run("-o", "plugin", config="missing.toml"))

@@ -224,7 +224,11 @@ def test_a_static_memory_learns_to_look_where_clip_would_search(parts: Path, tmp
 
 
 def task(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
-    changed = {"objective": "task", "train_files": [str(parts / "train.tsv")], "labels": ["no", "yes"]}
+    changed = {
+        "task": "text-classification",
+        "train_files": [str(parts / "train.tsv")],
+        "labels": ["no", "yes"],
+    }
     return settings(parts, output, **{**changed, **more})
 
 

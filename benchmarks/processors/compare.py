@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.processors.inside import REFERENCE
 from xadapter_export.bundle.manifest import Manifest
 from xadapter_export.errors import XAdapterError
+from xadapter_export.tasks import TASKS
 
 MOST_POINTS: Final = 1.0  # between what a variant keeps of fp32 here and natively
 _ROUNDING: Final = 1e-9
@@ -96,7 +97,7 @@ def compare(processor: str, here: Ran, native: Ran, manifests: Mapping[str, Mani
         agreement = next(
             v for v in manifests[case].variants if (v.expert_set, v.name) == (experts, variant)
         ).agreement
-        is_embedding = manifests[case].task == "feature-extraction"
+        is_embedding = TASKS[manifests[case].task].head is None
         gate = None
         if agreement is not None:
             gate = agreement.cosine if agreement.same_top is None else agreement.same_top

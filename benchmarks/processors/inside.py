@@ -23,6 +23,7 @@ from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Variant
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.tasks import TASKS
 
 REFERENCE: Final = "onnx-fp32"
 _FEW_BATCHES: Final = 2
@@ -79,13 +80,13 @@ def _ask(
         "route": route,
         "reason": "",
     }
-    output = "sentence_embedding" if bundle.manifest.task == "feature-extraction" else "logits"
+    task = TASKS[bundle.manifest.task]
     try:
         run = _open_plain(bundle, variant) if route == "plain" else _open_session(bundle, variant)
     except (XAdapterError, LookupError) as error:
         return {**row, "reason": str(error)}, None
-    found = [np.asarray(run(feed, output), np.float32) for feed in feeds]
-    answers = [array[:, 0] if bundle.manifest.task == "fill-mask" else array for array in found]  # first mask
+    found = [np.asarray(run(feed, task.compared), np.float32) for feed in feeds]
+    answers = [array[:, 0] if task.reads_masks else array for array in found]  # first mask
     return row, np.concatenate(answers)
 
 

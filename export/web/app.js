@@ -80,7 +80,7 @@ async function loadRuntime(progress) {
 function prepareControls() {
   const { manifest } = session;
   const mask = manifest.plm.mask_token;
-  const fills = manifest.task === "fill-mask";
+  const fills = session.fillsMasks;
   for (const part of document.querySelectorAll(".mask")) part.textContent = mask ?? "";
   if (!fills) {
     document.querySelector("label[for=text]").textContent = "Sentence";

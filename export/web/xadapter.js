@@ -147,6 +147,12 @@ export class XAdapterSession {
     }
   }
 
+  /** Whether a text must have a mask. */
+  get fillsMasks() {
+    const [spec] = Object.values(this.manifest.expert_sets);
+    return spec.inputs.some((tensor) => tensor.name === "mask_positions");
+  }
+
   /**
    * The graph's inputs for one text, as plain lists of integers; a batch of one.
    *
@@ -155,12 +161,12 @@ export class XAdapterSession {
   encode(text, experts = this.manifest.default_expert_set) {
     if (typeof text !== "string" || !text.trim()) throw new XAdapterError("write a sentence");
     if (text.isWellFormed && !text.isWellFormed()) throw new XAdapterError("the text is not valid Unicode");
-    const { plm, task } = this.manifest;
+    const { plm } = this.manifest;
     const ids = this.#window(this.#plm.encode(text).ids, text);
     const inputs = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) };
     if (this.#clip) inputs.clip_input_ids = this.#encodeClip(text);
     const masks = ids.flatMap((id, i) => (id === plm.mask_token_id ? [i] : []));
-    if (task === "fill-mask" && !masks.length) {
+    if (this.fillsMasks && !masks.length) {
       throw new XAdapterError(`write ${plm.mask_token} where the word should go`);
     }
     inputs.mask_positions = masks;
@@ -205,7 +211,7 @@ export class XAdapterSession {
   /**
    * Answer a text.
    *
-   * @param {string} text A sentence, with the mask token where a word should go if the task is fill-mask.
+   * @param {string} text A sentence, with the mask token where a word should go if the bundle fills masks.
    * @param {object} [options]
    * @param {string} [options.experts] none, v, t or vt; the bundle's default if left out.
    * @param {number} [options.topK] How many answers for each mask.
@@ -215,8 +221,11 @@ export class XAdapterSession {
    *   `{row, id, caption, score}`, nearest first; and how long tokenizing and running took.
    */
   async answer(text, { experts = this.manifest.default_expert_set, topK = 5, candidates } = {}) {
-    const { labels, task } = this.manifest;
-    if (task === "feature-extraction") throw new XAdapterError("this bundle gives embeddings, not answers");
+    const { labels } = this.manifest;
+    const [spec] = Object.values(this.manifest.expert_sets); // a task gives the same with every set
+    if (!spec.outputs.some((tensor) => tensor.name === "logits")) {
+      throw new XAdapterError("this bundle gives embeddings, not answers");
+    }
     const chosen = candidates?.length ? this.#choose(candidates) : null;
     const session = await this.open(experts);
     const { outputs, milliseconds } = await this.#inTurn(async () => {

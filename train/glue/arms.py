@@ -93,7 +93,7 @@ def run_arms(
                     **arm,
                     **comparison.parts,
                     "output": str(folder),
-                    "objective": "task",
+                    "task": "text-classification",
                     "seed": seed,
                     "cache": str(work / "cache"),
                     "force": True,

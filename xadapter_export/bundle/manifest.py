@@ -12,10 +12,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xadapter_export.errors import BundleError
+from xadapter_export.tasks import TASKS
 
 ExpertSet = Literal["none", "v", "t", "vt"]
 Expert = Literal["v", "t"]
-Task = Literal["fill-mask", "text-classification", "feature-extraction"]
 Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["onnx", "cpu", "cuda", "openvino"]
@@ -33,7 +33,13 @@ def _inside(path: str) -> str:
     return path
 
 
+def _known_task(name: str) -> str:
+    """Refuse a task that is in no table; pydantic makes one line of the error."""
+    return TASKS[name].name
+
+
 InnerPath = Annotated[str, AfterValidator(_inside)]
+Task = Annotated[str, AfterValidator(_known_task)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -387,28 +393,27 @@ class Manifest(_Strict):
             if v.expert_set in sets
         ]
         yield "a variant has a query graph and its set no split, or the other way round", any(split)
+        task = TASKS[self.task]
         has_mask = self.plm.mask_token is not None and self.plm.mask_token_id is not None
-        yield "fill-mask needs plm.mask_token and its id", self.task == "fill-mask" and not has_mask
-        needs_labels = self.task == "text-classification"
-        yield "labels go with text-classification, and only with it", needs_labels != bool(self.labels)
-        yield "candidates go only with fill-mask", self.candidates is not None and self.task != "fill-mask"
+        yield f"{task.name} needs plm.mask_token and its id", task.reads_masks and not has_mask
+        verb = "needs" if task.has_labels else "has no"
+        yield f"{task.name} {verb} labels", task.has_labels != bool(self.labels)
+        yield f"{task.name} has no candidates", self.candidates is not None and not task.fills_words
         too_big = [c.word for c in self.candidates or () if c.token_id >= self.plm.vocab_size]
         yield f"candidates outside the vocabulary: {too_big}", bool(too_big)
         for key in ("pad_token_id", "mask_token_id"):
             token_id, size = getattr(self.plm, key), self.plm.vocab_size
             wrong = token_id is not None and token_id >= size
             yield f"plm.{key} is outside the vocabulary: {token_id} of {size}", wrong
-        for name, spec in sets.items() if self.task != "feature-extraction" else ():
-            wanted = self._num_logits()
-            got = [tensor.axes[-1:] for tensor in spec.outputs if tensor.name == "logits"]
-            found = ", ".join(map(str, got[0])) if got else "none"
-            yield f"set {name} should give {wanted} logits, it gives {found}", got != [(wanted,)]
-
-    def _num_logits(self) -> int:
-        """Return how many logits a mask, or a text, gets."""
-        if self.labels is not None:
-            return len(self.labels)
-        return self.plm.vocab_size if self.candidates is None else len(self.candidates)
+        words = self.plm.vocab_size if self.candidates is None else len(self.candidates)
+        widths = {"words": words, "labels": len(self.labels or ()), "hidden": self.plm.hidden_size}
+        for name, spec in sets.items():
+            for output in task.outputs:
+                got = [tensor.axes[-1:] for tensor in spec.outputs if tensor.name == output.name]
+                wanted = widths[output.axes[-1]]
+                found = ", ".join(map(str, got[0])) if got else "none"
+                text = f"set {name}: {output.name} should be {wanted} wide, got {found}"
+                yield text, got != [(wanted,)]
 
     def variants_of(self, expert_set: ExpertSet) -> tuple[Variant, ...]:
         """Return the variants of an expert set, the portable one first.
@@ -441,6 +446,11 @@ class Manifest(_Strict):
             expected=f"one of {', '.join(variant.name for variant in variants)}",
             mend="choose one of those, or export with its --precision and --target",
         )
+
+    @property
+    def example(self) -> str:
+        """A text to try the bundle with."""
+        return TASKS[self.task].example.format(mask=self.plm.mask_token)
 
     @property
     def is_for_gpu(self) -> bool:

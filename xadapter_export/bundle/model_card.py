@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import Agreement, Manifest
+from xadapter_export.tasks import TASKS
 
 
 def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str:
@@ -24,7 +25,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
     lines = [
         f"# {name}",
         "",
-        f"An X-adapter bundle for {manifest.task}: "
+        f"An X-adapter bundle for {manifest.task} ({TASKS[manifest.task].says}): "
         f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
         f"through a trained plug-in, as {graphs}. "
         f"Expert sets: {sets}. It runs with {engine}; PyTorch is not needed.",
@@ -33,7 +34,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         "",
         "```console",
         f'pip install "xadapter-export[{extra}]"',
-        f'xad-run . "{_example(manifest)}"{provider}',
+        f'xad-run . "{manifest.example}"{provider}',
         "xad-parity .",
         "```",
         "",
@@ -115,9 +116,3 @@ def describe_agreement(agreement: Agreement) -> str:
         questions = "" if judged.questions is None else f" and {judged.questions}"
         facts.append(f"judged on {judged.texts}{questions}, on {judged.processor}")
     return ", ".join(facts)
-
-
-def _example(manifest: Manifest) -> str:
-    if manifest.task == "fill-mask":
-        return f"The color of a banana is {manifest.plm.mask_token}."
-    return "A banana is lying on the table."

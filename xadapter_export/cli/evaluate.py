@@ -19,6 +19,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import ConfigError, OutputExistsError, import_extra
+from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Task
@@ -207,7 +208,7 @@ def colour(
     words = {"labels": None, "eleven": ELEVEN}.get(candidates, tuple(candidates.split(",")))
     chosen = _choose_names(objects, not_in)
     with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
-        readings = _open(options, "fill-mask", on_progress)
+        readings = _open(options, FILL_MASK.name, on_progress)
         from xadapter_export.evaluation.colour import evaluate_colour
 
         found = evaluate_colour(
@@ -264,7 +265,7 @@ def coda(
     things, sentences = read_distributions(data), read_prompts(templates)
     chosen = _choose_names(objects, not_in)
     with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
-        readings = _open(options, "fill-mask", on_progress)
+        readings = _open(options, FILL_MASK.name, on_progress)
         from xadapter_export.evaluation.coda import evaluate_coda
 
         found = evaluate_coda(
@@ -309,7 +310,7 @@ def glue(
     if task is not None:
         glue_task(task)
     with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
-        readings = _open(options, "text-classification", on_progress)
+        readings = _open(options, TEXT_CLASSIFICATION.name, on_progress)
         from xadapter_export.evaluation.glue import evaluate_glue
 
         labels = readings[0].scorer.labels
@@ -350,7 +351,7 @@ def mlm(data: Path, limit: int | None, **shared: Any) -> None:
     options = Shared(**shared)
     texts = read_texts(data, limit=limit)
     with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
-        readings = _open(options, "fill-mask", on_progress)
+        readings = _open(options, FILL_MASK.name, on_progress)
         found = evaluate_mlm(readings, texts, data_name=data.name, on_progress=on_progress)
         if folder is not None:
             found.write(folder)

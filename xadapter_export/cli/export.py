@@ -29,6 +29,7 @@ from xadapter_export.exporters.request import (
     check_request,
     make_request,
 )
+from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import (
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
-TASKS = ("fill-mask", "text-classification", "feature-extraction")
 
 
 def _check_opset(_ctx: click.Context, _param: click.Parameter, opset: int) -> int:
@@ -136,7 +136,9 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     help="Folder of the bundle. [default: bundle-<experts>]",
 )
 @click.option(
-    "--task", type=click.Choice(TASKS), help="What the graphs answer. [default: the checkpoint's task]"
+    "--task",
+    type=click.Choice(tuple(TASKS)),
+    help="What the graphs answer. [default: the checkpoint's task]",
 )
 @click.option(
     "--candidates",
@@ -340,10 +342,8 @@ def _report(result: "ExportResult") -> None:
     for name, kinds in _by_variant(choices_of(manifest)).items():
         console.print(f"answers unless another is named: {name} on {'; '.join(kinds)}")
     console.print(f"bundle: {result.folder}")
-    if manifest.task == "fill-mask":
-        provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
-        question = f'"The color of a banana is {manifest.plm.mask_token}."'
-        console.print(f"try: {as_typed('xad-run')} {result.folder} {question}{provider}")
+    provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
+    console.print(f'try: {as_typed("xad-run")} {result.folder} "{manifest.example}"{provider}')
 
 
 def _by_variant(choices: "Mapping[str, str]") -> dict[str, list[str]]:

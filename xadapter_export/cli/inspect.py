@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +50,7 @@ def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     checked = "hashes verified" if verify else "hashes not verified"
     facts = {
-        "task": manifest.task,
+        "task": f"{manifest.task}: {TASKS[manifest.task].says}",
         "checkpoint": f"{manifest.checkpoint.source} (SHA-256 {manifest.checkpoint.sha256[:12]})",
         "PLM": f"{plm.source} ({plm.family}, {plm.hidden_size} wide, up to {plm.max_seq} tokens)",
         "opset": str(manifest.opset),

@@ -16,16 +16,17 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
-from xadapter_export.errors import InputTextError, UnsupportedError
+from xadapter_export.errors import InputTextError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from xadapter_export.bundle.manifest import ExpertSet
-    from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
+    from xadapter_export.runtime.answers import RetrievedPicture
     from xadapter_export.runtime.load_check import CheckWhen
     from xadapter_export.runtime.session import XAdapterSession
+    from xadapter_export.tasks.spec import Scored
 
 BAR_COLUMNS = 24
 
@@ -155,7 +156,7 @@ class Reply:
     text: str
     experts: str
     variant: str
-    answers: "list[FillMaskAnswer] | list[LabelAnswer]" = field(default_factory=list)
+    answers: "list[Scored]" = field(default_factory=list)
     pictures: "list[RetrievedPicture]" = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
 
@@ -178,22 +179,12 @@ def _read_stdin() -> list[str]:
 def _ask(
     session: "XAdapterSession", texts: list[str], pair: str | None, top_k: int, candidates: list[str] | None
 ) -> list[Reply]:
-    task = session.manifest.task
-    if pair is not None and task != "text-classification":
-        raise UnsupportedError("--pair is for text-classification", got=task)
-    if candidates is not None and task != "fill-mask":
-        raise UnsupportedError("--candidates is for fill-mask", got=task)
     pairs = None if pair is None else [pair] * len(texts)
     replies = [Reply(text, session.experts, session.answered_by) for text in texts]
-    if task == "fill-mask":
-        filled = session.fill_mask(texts, top_k=top_k, candidates=candidates)
-        replies = [replace(r, answers=answers) for r, answers in zip(replies, filled, strict=True)]
-    elif task == "text-classification":
-        labelled = session.classify(texts, pairs)
-        replies = [replace(r, answers=answers[:top_k]) for r, answers in zip(replies, labelled, strict=True)]
-    else:
-        rows = session.embed(texts).tolist()
-        replies = [replace(r, embedding=row) for r, row in zip(replies, rows, strict=True)]
+    found = session.answer(texts, pairs, top_k=top_k, candidates=candidates)
+    for number, answer in enumerate(found):
+        told = {"answers": answer} if isinstance(answer, list) else {"embedding": answer.tolist()}
+        replies[number] = replace(replies[number], **told)
     if session.retrieves():
         seen = session.retrieve(texts, pairs)
         replies = [replace(r, pictures=pictures) for r, pictures in zip(replies, seen, strict=True)]
@@ -210,7 +201,7 @@ def _show(console: "Console", reply: Reply, first: Reply, *, label: str | None) 
     for answer in reply.answers:
         bar = block * round(answer.score * BAR_COLUMNS)
         number = [f"mask {getattr(answer, 'mask', 0) + 1}"] if len(masks) > 1 else []
-        table.add_row(*number, _word(answer), f"{answer.score:6.1%}", bar)
+        table.add_row(*number, answer.word, f"{answer.score:6.1%}", bar)
     if reply.embedding:
         cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
         start = ", ".join(f"{value:.3f}" for value in reply.embedding[:4])
@@ -230,17 +221,13 @@ def _side_by_side(replies: list[Reply]) -> "Table":
     table = Table(show_edge=False)
     for reply in replies:
         table.add_column(reply.experts)
-    cells = [[f"{_word(answer)} {answer.score:.1%}" for answer in reply.answers] for reply in replies]
+    cells = [[f"{answer.word} {answer.score:.1%}" for answer in reply.answers] for reply in replies]
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     if any(reply.pictures for reply in replies):
         table.add_section()
         table.add_row(*(_captions(reply.pictures) for reply in replies))
     return table
-
-
-def _word(answer: "FillMaskAnswer | LabelAnswer") -> str:
-    return str(getattr(answer, "token", None) or getattr(answer, "label", ""))
 
 
 def _captions(pictures: "list[RetrievedPicture]") -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.tasks import TASKS
 
 OnProgress = Callable[[str, int, int], None]  # name of the row, texts that are done, and all
 NAMES: Final[dict[ExpertSet, str]] = {
@@ -77,7 +78,7 @@ def plan_readings(
     readings = []
     for name in sets:
         scorer.check_experts(name)
-        label = "experts off" if name == "none" and task == "text-classification" else NAMES[name]
+        label = "experts off" if name == "none" and TASKS[task].has_labels else NAMES[name]
         readings.append(Reading(label, scorer, name, is_control=name == "none"))
         if shuffled and scorer.reads_clip(name):
             readings.append(

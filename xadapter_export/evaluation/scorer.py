@@ -24,6 +24,7 @@ from xadapter_export.errors import ConfigError, InputTextError, UnsupportedError
 from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import Int64Array, TextEncoder, TruncationWarning, check_texts
+from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
 Float32Array = NDArray[np.float32]
 OnBatch = Callable[[int, int], None]  # texts that are done, and all
@@ -98,7 +99,7 @@ class Scorer(ABC):
         Raises:
             UnsupportedError: If the model does not fill masks.
         """
-        self.require_task("fill-mask")
+        self.require_task(FILL_MASK.name)
         return str(self.encoder.mask_token)
 
     @property
@@ -180,7 +181,7 @@ class Scorer(ABC):
             InputTextError: If a text is empty, or there is not one pair to each text.
             UnsupportedError: If the model does not classify.
         """
-        self.require_task("text-classification")
+        self.require_task(TEXT_CLASSIFICATION.name)
         logits = np.empty((len(check_texts(texts)), len(self.labels)), np.float32)
         for rows, inputs in self._batches(texts, pairs, memory_texts, on_batch):
             logits[rows] = self.compute(inputs, ("logits",), experts)[0]

@@ -41,6 +41,7 @@ from xadapter_export.model.checkpoint import read_record
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.tasks import TASKS
 
 Feed = Mapping[str, Array]
 Runner = Callable[[Feed, Sequence[str]], Sequence[Array]]  # inputs, and names of outputs, to those outputs
@@ -155,20 +156,21 @@ def read_questions(
         InputTextError: If the file cannot be read, is empty, or a label is not one of the checkpoint's.
         UnsupportedError: If colours are asked for and the checkpoint does not fill masks.
     """
+    spec = TASKS[task]
     if source is None:
         source = builtin_folder() / "heldout.jsonl"
-        if task != "fill-mask" or model.plm.source != read_record(builtin_folder()).plm.source:
+        if not spec.fills_words or model.plm.source != read_record(builtin_folder()).plm.source:
             return None
         colors = {color for row in read_table(source) for color in row["distribution"]}
         if candidates is not None and not colors <= {candidate.word for candidate in candidates}:
             return None
         return _color_questions(model, source, candidates)
-    if task == "fill-mask":
+    if spec.fills_words:
         return replace(_color_questions(model, source, candidates), source=source.name)
-    if task == "feature-extraction" or len(model.config.labels) == 1:
+    if not spec.labels_texts or len(model.config.labels) == 1:
         raise ConfigError(
             "there is no share of right answers to be lost",
-            where="a regression" if task == "text-classification" else task,
+            where="a regression" if spec.labels_texts else task,
             mend="leave --evaluate out: the variants are judged by their agreement with fp32 alone",
         )
     return replace(_label_questions(model, source), source=source.name)
@@ -213,12 +215,13 @@ def collect(runner: Runner, probe: Probe, name: str) -> Answers:
     """
     if not probe.feeds:
         raise ParityError("there is no text to compare a variant on", where=name)
-    output = "sentence_embedding" if probe.task == "feature-extraction" else "logits"
+    task = TASKS[probe.task]
+    output = task.compared
     names = [output, "retrieved"] if probe.retrieves else [output]
     vectors, retrieved = [], []
     for feed in probe.feeds:
         first, *rest = runner(feed, names)
-        vectors.append(_rows(first, feed, probe.task))
+        vectors.append(task.rows(np.asarray(first, np.float32), feed))
         retrieved += [np.asarray(rows, np.int64) for rows in rest]
     said = [_say(runner(feed, [output])[0], feed, probe) for feed in probe.question_feeds]
     answers = Answers(
@@ -272,12 +275,12 @@ def compare(
             expected=ours.shape,
             got=theirs.shape,
         )
-    default, same_top = GATES[precision], None
-    if probe.task == "text-classification" and ours.shape[1] == 1:
+    default, same_top, task = GATES[precision], None, TASKS[probe.task]
+    if task.has_labels and ours.shape[1] == 1:
         cosine = float(_cosines((ours - ours.mean()).T, (theirs - theirs.mean()).T)[0])
     else:
         cosine = float(_cosines(ours, theirs).mean())
-        if probe.task != "feature-extraction":
+        if task.head is not None:
             same_top = float((ours.argmax(1) == theirs.argmax(1)).mean())
     default_min = default.min_cosine if same_top is None else default.min_same_top
     minimum = default_min if min_agreement is None else min_agreement
@@ -405,17 +408,8 @@ def check(agreement: Agreement, variant_name: str) -> None:
         )
 
 
-def _rows(array: Array, feed: Feed, task: Task) -> Float32Array:
-    """Return ``(rows, C) float32``: what stands at each mask once, or one row a text."""
-    values = np.asarray(array, np.float32)
-    if task != "fill-mask":
-        return values
-    places = [np.unique(row, return_index=True)[1] for row in feed["mask_positions"]]  # unused slots repeat
-    return np.concatenate([row[place] for row, place in zip(values, places, strict=True)])
-
-
 def _say(logits: Array, feed: Feed, probe: Probe) -> NDArray[np.int64]:
-    rows = _rows(logits, feed, probe.task)
+    rows = TASKS[probe.task].rows(np.asarray(logits, np.float32), feed)
     columns = None if probe.questions is None else probe.questions.columns
     said: NDArray[np.int64] = (rows if columns is None else rows[:, columns]).argmax(1)
     return said

@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from xadapter_export.bundle.manifest import Manifest, Task, TensorSpec
+from xadapter_export.bundle.manifest import Manifest, TensorSpec
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError
+from xadapter_export.tasks import TASKS
 
 AXES = ("batch", "seq", "masks", "clip_seq")
 
-# Most texts in a batch: of a masked text the head answers with a whole vocabulary for every mask.
-_MOST_TEXTS: dict[Task, int] = {"fill-mask": 8, "text-classification": 32, "feature-extraction": 32}
 _MOST_MASKS = 4
 _LEAST_TOKENS = 2  # start and end; of the PLM and of CLIP
 # What an engine is made fastest for: one everyday sentence.
@@ -126,7 +125,7 @@ def plan_axes(manifest: Manifest, profile: Mapping[str, tuple[int, int]]) -> dic
     context = manifest.clip.context_length if manifest.clip else None
     check_limits(profile, max_seq=manifest.plm.max_seq, context_length=context)
     ranges = {
-        "batch": (1, _MOST_TEXTS[manifest.task]),
+        "batch": (1, TASKS[manifest.task].most_texts),
         "seq": (_LEAST_TOKENS, manifest.plm.max_seq),
         "masks": (1, _MOST_MASKS),
         "clip_seq": (_LEAST_TOKENS, context or _LEAST_TOKENS),

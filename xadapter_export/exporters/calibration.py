@@ -18,6 +18,7 @@ from xadapter_export.evaluation.labelled import GLUE_TASKS
 from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning, check_texts
+from xadapter_export.tasks import TASKS
 
 MOST_MADE_WITH: Final = 300
 MOST_COMPARED_ON: Final = 1000  # 1 of them is the 0.1 % that fp16 may differ in
@@ -119,7 +120,7 @@ def read_calibration(
         MissingExtraError: If a parquet file is given without the ``train`` extra.
     """
     rng = random.Random(_SEED)  # noqa: S311  # nothing is secret
-    mask_token = model.text_encoder.mask_token if task == "fill-mask" else ""
+    mask_token = model.text_encoder.mask_token if TASKS[task].reads_masks else ""
     if mask_token is None:
         raise InputTextError("this language model has no mask token, so it cannot fill a mask")
     rows, name = _read_rows(model, source, task)
@@ -169,7 +170,7 @@ def _as_texts(rows: Sequence[_Row]) -> CalibrationTexts:
 
 def _read_rows(model: XAdapterModel, source: Path | None, task: Task) -> tuple[list[_Row], str]:
     """Return texts, or pairs, and where they are from."""
-    with_pairs = task == "text-classification"
+    with_pairs = TASKS[task].takes_pairs
     if source is not None:
         return _read_texts(source, with_pairs=with_pairs), source.name
     if model.calibration is not None:
@@ -177,7 +178,7 @@ def _read_rows(model: XAdapterModel, source: Path | None, task: Task) -> tuple[l
         return _texts_of(
             table, "calibration.jsonl of the checkpoint", with_pairs=with_pairs
         ), CHECKPOINT_TEXTS
-    return [(text, None) for text in _own_texts(model, with_mask=task == "fill-mask")], OWN_TEXTS
+    return [(text, None) for text in _own_texts(model, with_mask=TASKS[task].reads_masks)], OWN_TEXTS
 
 
 def _mask_copies(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import FrozenPlm
-from xadapter_export.model.x_adapter_model import take_positions
+from xadapter_export.model.pooling import take_positions
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:

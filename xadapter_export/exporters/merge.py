@@ -19,8 +19,11 @@ from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.pooling import take_positions, unit_length
+from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
-from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool, take_positions, unit_length
+from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.tasks import TASKS
 
 Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -58,7 +61,7 @@ class MergedModel(nn.Module):
         retrieval: Retrieval = "in-graph",
     ) -> None:
         super().__init__()
-        self.task = task
+        self.task = TASKS[task]
         self.part = part
         self.active = model.active_experts(expert_set)
         self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
@@ -86,11 +89,10 @@ class MergedModel(nn.Module):
         self, model: XAdapterModel, candidate_ids: Sequence[int] | None, without: Collection[Step]
     ) -> None:
         """Takes PLM, experts and head, and a static bank."""
-        task = self.task
         self.plm = model.plm
         packed = "packed_projections" not in without
         last = len(model.plm.layers) - 1
-        self.reads_positions = task != "feature-extraction"  # masks, or the first token
+        self.reads_positions = self.task.reads != "all"  # but masks, or the first token
         self.last_at_positions = self.reads_positions and "last_layer_at_positions" not in without
         self.plm_layers = nn.ModuleList(
             PlmLayer(model.plm, i, packed=packed, at_positions=self.last_at_positions and i == last)
@@ -108,7 +110,8 @@ class MergedModel(nn.Module):
                 self._fold_bank(model.bank_features)
             else:
                 self.register_buffer("bank", model.bank_features)
-        self.head = model.head if task == "text-classification" else None
+        self.task_head = task_head(self.task)
+        self.head = model.head if self.task.name == model.config.task else None
         self.candidate_decoder = self._slice_decoder(candidate_ids) if candidate_ids is not None else None
 
     def _fold_bank(self, bank: Tensor) -> None:
@@ -166,7 +169,7 @@ class MergedModel(nn.Module):
         names = ["input_ids", "attention_mask"]
         names += ["token_type_ids"] if self.plm.has_token_type_ids else []
         names += ["clip_input_ids"] if self.clip is not None else []
-        names += ["mask_positions"] if self.task == "fill-mask" else []
+        names += ["mask_positions"] if self.task.reads_masks else []
         return names if self.part == "whole" else [*names, *self._memory_names]
 
     @property
@@ -195,10 +198,7 @@ class MergedModel(nn.Module):
             outside = ["query"] if self.retrieves and not self.searches else []
             memory = [name for name in self._memory_names if name != "memory_v" or self.searches]
             return [*outside, *memory, *found]
-        answers = (
-            ["last_hidden_state", "sentence_embedding"] if self.task == "feature-extraction" else ["logits"]
-        )
-        return [*answers, *found]
+        return [*(output.name for output in self.task.outputs), *found]
 
     @property
     def taps(self) -> list[tuple[int, Expert]]:
@@ -249,13 +249,7 @@ class MergedModel(nn.Module):
             hidden = layer(hidden, mask, at)
         if self.reads_positions and not self.last_at_positions:
             hidden = take_positions(hidden, positions)
-        answers: tuple[Tensor, ...]
-        if self.task == "fill-mask":
-            answers = (self._mlm_logits(hidden),)
-        elif self.head is not None:
-            answers = (self.head(hidden),)
-        else:
-            answers = (hidden, mean_pool(hidden, inputs["attention_mask"]))
+        answers = self.task_head.answer(States(hidden, inputs["attention_mask"], self._mlm_logits, self.head))
         found = [asked[name] for name in ("retrieved", "retrieved_scores") if self.searches]
         return (*answers, *found, *contributions)
 

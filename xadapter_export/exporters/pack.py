@@ -33,6 +33,7 @@ from xadapter_export.exporters.check import component_parameters
 from xadapter_export.exporters.merge import MergedModel, Part, tap_name
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.tasks import TASKS
 
 _ALIGNMENT = 64  # bytes; vector loads from a memory map stay aligned
 _INLINE_LIMIT = 256  # bytes; smaller tensors stay in the graph, where shape inference sees them
@@ -237,7 +238,7 @@ def make_manifest(
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
         ),
         task=task,
-        labels=model.config.labels if task == "text-classification" else None,
+        labels=model.config.labels if TASKS[task].has_labels else None,
         candidates=candidates,
         opset=opset,
         default_expert_set=variants[0].expert_set,

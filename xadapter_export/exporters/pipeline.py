@@ -77,6 +77,7 @@ from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.choose import choices_of
+from xadapter_export.tasks import TASKS
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
@@ -199,8 +200,9 @@ def export(
         check_split(model, plan)
         context = model.clip.config.context_length if model.clip is not None else None
         check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
-        cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=plan.task == "fill-mask")
-        unread = set() if plan.task == "fill-mask" else {"mask_positions"}
+        reads_masks = TASKS[plan.task].reads_masks
+        cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=reads_masks)
+        unread = set() if reads_masks else {"mask_positions"}
         if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
             unread.add("clip_input_ids")
         read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
@@ -323,7 +325,7 @@ class _Builder:
         merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, self.without)
         whole = merge().eval()
         saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, self.without)
-        self.reference |= reference_outputs(model, whole, expert_set, plan.task, plan.candidate_ids, cases)
+        self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
         pack.write_projections(model, self.folder, whole)
         input_names = whole.input_names

@@ -12,12 +12,8 @@ from xadapter_export.exporters.calibration import Calibration, read_calibration
 from xadapter_export.exporters.merge import Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.tasks import FEATURE_EXTRACTION, TASKS
 
-_TASKS: dict[Task, tuple[Task, ...]] = {
-    "fill-mask": ("fill-mask", "feature-extraction"),
-    "text-classification": ("text-classification", "feature-extraction"),
-    "feature-extraction": ("feature-extraction",),
-}
 _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
 
@@ -60,13 +56,13 @@ def make_plan(
     for expert_set in expert_sets:
         model.active_experts(expert_set)
     task = task or model.config.task
-    if task not in _TASKS[model.config.task]:
+    if task != model.config.task and TASKS[task].head is not None:
         raise UnsupportedError(
-            f"task {task}: this checkpoint was trained for {model.config.task} and can be exported for "
-            f"{' or '.join(_TASKS[model.config.task])}"
+            f"task {task}: this checkpoint was trained for {model.config.task} and can be exported for that, "
+            f"or for a task without a head, such as {FEATURE_EXTRACTION.name}"
         )
-    if candidates is not None and task != "fill-mask":
-        raise ConfigError(f"candidates go with fill-mask, not with {task}; leave them out")
+    if candidates is not None and not TASKS[task].fills_words:
+        raise ConfigError(f"{task} has no candidates; leave them out")
     longest = model.plm.max_seq
     if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
         raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xadapter_export.bundle.manifest import ExpertSet, Task
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.exporters.merge import MergedModel
-from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
 
 _FILLER = "on a warm day the children saw one small animal near two old trees and a river"
@@ -48,7 +48,6 @@ def reference_outputs(
     model: XAdapterModel,
     merged: MergedModel,
     expert_set: ExpertSet,
-    task: Task,
     candidate_ids: Sequence[int] | None,
     cases: Mapping[str, Mapping[str, Array]],
 ) -> dict[str, Array]:
@@ -67,15 +66,14 @@ def reference_outputs(
         }
         with torch.no_grad():
             output = model(**tensors, experts=expert_set)
-        values: dict[str, Tensor | None] = {
-            "last_hidden_state": output.last_hidden_state,
-            "logits": output.logits,
-        }
+        answers = output.answers
+        if merged.task.name != model.config.task:
+            answers = model.answers(merged.task, output.last_hidden_state, tensors["attention_mask"])
+        values: dict[str, Tensor | None] = {**answers}
         values |= {"retrieved": output.memory.retrieved, "retrieved_scores": output.memory.retrieved_scores}
-        if task == "feature-extraction":
-            values["sentence_embedding"] = mean_pool(output.last_hidden_state, tensors["attention_mask"])
-        if candidate_ids is not None and output.logits is not None:
-            values["logits"] = output.logits[..., list(candidate_ids)]
+        if candidate_ids is not None:
+            words = [answer.name for answer in merged.task.outputs if answer.axes[-1] == "words"]
+            values |= {name: answers[name][..., list(candidate_ids)] for name in words}
         for name in merged.output_names:
             arrays[f"{case}/{expert_set}/out/{name}"] = _array(values[name])
         for layer, expert in merged.taps:

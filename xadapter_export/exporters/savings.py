@@ -47,7 +47,7 @@ def count_savings(
             unread = plain("last_layer_at_positions")
             before = _multiply_adds(unread, example)
             found.append(("last_layer_at_positions", before, after))
-            if task == "fill-mask":
+            if "mask_positions" in merged.input_names:
                 everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
                 found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
         if merged.clip is not None:

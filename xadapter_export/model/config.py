@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xadapter_export.bundle.manifest import Sha256, Task
+from xadapter_export.tasks import FILL_MASK, TASKS
 
 
 class _Strict(BaseModel):
@@ -47,7 +48,7 @@ class XAdapterConfig(_Strict):
     adapter_width: Annotated[int, Field(ge=1)] = 64
     num_heads: Annotated[int, Field(ge=1)] = 4
     retrieval: RetrievalConfig = RetrievalConfig()
-    task: Task = "fill-mask"
+    task: Task = FILL_MASK.name
     labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -60,8 +61,9 @@ class XAdapterConfig(_Strict):
             raise ValueError("retrieval: a sentence query goes with static retrieval")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
-        if (self.task == "text-classification") != bool(self.labels):
-            raise ValueError("labels: text-classification needs them, every other task none")
+        if TASKS[self.task].has_labels != bool(self.labels):
+            verb = "has no" if self.labels else "needs"
+            raise ValueError(f"labels: {self.task} {verb} labels")
         return self
 
 

@@ -17,6 +17,7 @@ from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.identity import weights_sha256
+from xadapter_export.tasks import TASKS
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -268,7 +269,7 @@ def load_plm(
     Args:
         source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model, which stays as it is
             (its tokenizer is read from ``tokenizer_source`` or ``model.name_or_path``).
-        task: ``fill-mask`` needs a PLM with a trained MLM head.
+        task: One that fills words needs a PLM with a trained MLM head.
         tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
     Raises:
@@ -286,9 +287,9 @@ def load_plm(
         source = builtin_folder() / "plm" if name == BUILTIN else source
         model, tokenizer_source = _load_model(source, task), tokenizer_source or source
     tokenizer, special = _load_tokenizer(tokenizer_source or name)
-    if task == "fill-mask" and "mask" not in special:
+    if TASKS[task].reads_masks and "mask" not in special:
         raise CheckpointError(
-            f"PLM {name}: its tokenizer has no mask token; fill-mask needs one. Use another task or PLM"
+            f"PLM {name}: its tokenizer has no mask token; {task} needs one. Use another task or PLM"
         )
     plm = FrozenPlm(model, tokenizer, special, name)
     plm.is_at_source = is_at_source
@@ -309,7 +310,7 @@ def _copy_model(source: PreTrainedModel, task: Task, name: str) -> PreTrainedMod
 
 
 def _auto(task: Task) -> Any:
-    return AutoModelForMaskedLM if task == "fill-mask" else AutoModel
+    return AutoModelForMaskedLM if TASKS[task].fills_words else AutoModel
 
 
 def _complete(model: Any, missing: Sequence[str], task: Task, name: str) -> PreTrainedModel:
@@ -321,9 +322,9 @@ def _complete(model: Any, missing: Sequence[str], task: Task, name: str) -> PreT
     """
     lacking = sorted(key for key in missing if not key.startswith("pooler."))
     in_encoder = f"{model.base_model_prefix}."
-    if lacking and task == "fill-mask" and not any(key.startswith(in_encoder) for key in lacking):
+    if lacking and TASKS[task].fills_words and not any(key.startswith(in_encoder) for key in lacking):
         raise NoMlmHeadError(
-            f"PLM {name} has no MLM head, which fill-mask needs",
+            f"PLM {name} has no MLM head, which {task} needs",
             got=f"{len(lacking)} weights less, first {lacking[0]}",
             mend="take one that has, or another task",
         )

@@ -18,8 +18,11 @@ from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
 from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
+from xadapter_export.model.pooling import take_positions, unit_length
+from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,46 +56,24 @@ class Memory:
 
 @dataclass(frozen=True)
 class XAdapterOutput:
-    """Outputs of a forward pass; those that the task does not have are None.
+    """Outputs of a forward pass.
 
     Attributes:
-        logits: fill-mask: ``(B, P, V)`` at the mask positions, or ``(B, T, V)`` where none were given;
-            text-classification: ``(B, L)``. float32.
         last_hidden_state: ``(B, T, H) float32``.
-        sentence_embedding: ``(B, H) float32``. Mean over real tokens, length 1; feature-extraction only.
+        answers: What the task gives, float32, by the names of ``TaskSpec.outputs``.
         memory: What the experts attended to.
         contributions: ``(B, T, H) float32`` that each expert added before each layer, by (layer, expert).
     """
 
     last_hidden_state: Tensor
-    logits: Tensor | None = None
-    sentence_embedding: Tensor | None = None
+    answers: dict[str, Tensor]
     memory: Memory = field(default_factory=Memory)
     contributions: dict[tuple[int, Expert], Tensor] = field(default_factory=dict)
 
-
-class ClassificationHead(nn.Module):
-    """Trained head on the first token: dense, tanh, projection to the labels."""
-
-    def __init__(self, hidden_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(B, T, H) float32`` to ``(B, L) float32``."""
-        return self.out_proj(torch.tanh(self.dense(hidden[:, 0])))  # type: ignore[no-any-return]  # nn.Module call
-
-
-def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Sentence embedding of length 1: mean of ``(B, T, H)`` over real tokens of ``(B, T)``: ``(B, H)``."""
-    weights = attention_mask.to(hidden.dtype)[:, :, None]
-    return unit_length((hidden * weights).sum(1) / weights.sum(1))
-
-
-def unit_length(x: Tensor) -> Tensor:
-    """Scales ``(..., D) float32`` rows to length 1, by operators that are the same in every opset."""
-    return x / (x * x).sum(-1, keepdim=True).sqrt()
+    @property
+    def logits(self) -> Tensor:
+        """Of masks ``(B, P, V)``, or ``(B, T, V)`` where no positions were given; of labels ``(B, L)``."""
+        return self.answers["logits"]
 
 
 class XAdapterModel(nn.Module):
@@ -132,11 +113,8 @@ class XAdapterModel(nn.Module):
                 for layer in config.layers
             }
         )
-        self.head = (
-            ClassificationHead(plm.hidden_size, len(config.labels))
-            if config.task == "text-classification"
-            else None
-        )
+        self.task = TASKS[config.task]
+        self.head = task_head(self.task).make_head(plm.hidden_size, len(config.labels))
         self.text_encoder = self.make_text_encoder(plm.max_seq)
 
     def _make_layer(self, expert: Expert, memory_width: int) -> XAdapterLayer:
@@ -290,7 +268,7 @@ class XAdapterModel(nn.Module):
         Raises:
             InputTextError: For a text that is empty or, in fill-mask, has no mask.
         """
-        arrays = self.text_encoder.encode(texts, text_pairs, require_mask=self.config.task == "fill-mask")
+        arrays = self.text_encoder.encode(texts, text_pairs, require_mask=self.task.reads_masks)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def active_experts(self, expert_set: ExpertSet | None = None) -> tuple[Expert, ...]:
@@ -400,15 +378,24 @@ class XAdapterModel(nn.Module):
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
             hidden = self.plm.layer(index, hidden, mask)
 
-        logits = embedding = None
-        if self.config.task == "fill-mask":
-            at_masks = hidden if mask_positions is None else take_positions(hidden, mask_positions)
-            logits = self.plm.mlm_logits(at_masks)
-        elif self.head is not None:
-            logits = self.head(hidden)
-        else:
-            embedding = mean_pool(hidden, attention_mask)
-        return XAdapterOutput(hidden, logits, embedding, memory, contributions)
+        answers = self.answers(self.task, hidden, attention_mask, mask_positions)
+        return XAdapterOutput(hidden, answers, memory, contributions)
+
+    def answers(
+        self, task: TaskSpec, hidden: Tensor, attention_mask: Tensor, mask_positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Answers of a task, its own or one that needs no head, by the names of ``TaskSpec.outputs``.
+
+        Args:
+            task: The task.
+            hidden: ``(B, T, H) float32``. States after the last layer.
+            attention_mask: ``(B, T) int64``.
+            mask_positions: ``(B, P) int64``, where the task reads masks; None for all tokens.
+        """
+        if task.reads_masks and mask_positions is not None:
+            hidden = take_positions(hidden, mask_positions)
+        values = task_head(task).answer(States(hidden, attention_mask, self.plm.mlm_logits, self.head))
+        return {output.name: value for output, value in zip(task.outputs, values, strict=True)}
 
 
 def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
@@ -427,8 +414,3 @@ def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
             f"the bank was made with CLIP {bank.clip}, and is searched with CLIP {clip.source} "
             f"({found[:12]}); use the same one, or build the bank with this one"
         )
-
-
-def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Takes tokens: ``(B, T, H)`` at ``(B, P) int64`` to ``(B, P, H)``."""
-    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from xadapter_export.bundle.manifest import (
     ExpertSet,
     ExpertSetSpec,
     Manifest,
-    Task,
     Variant,
 )
 from xadapter_export.bundle.onnx_session import Array, Provider
@@ -35,7 +34,7 @@ from xadapter_export.errors import (
     XAdapterError,
 )
 from xadapter_export.parity.recorded import Check
-from xadapter_export.runtime.answers import FillMaskAnswer, LabelAnswer, RetrievedPicture
+from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import CPU_PROVIDER, runs_on_cpu
@@ -45,6 +44,10 @@ from xadapter_export.runtime.graphs import Graphs, HowToOpen
 from xadapter_export.runtime.load_check import CheckWhen
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
+from xadapter_export.tasks import FEATURE_EXTRACTION, FILL_MASK, TASKS, TEXT_CLASSIFICATION, TaskSpec
+from xadapter_export.tasks.fill_mask import FillMaskAnswer
+from xadapter_export.tasks.spec import Asked
+from xadapter_export.tasks.text_classification import LabelAnswer
 
 Float32Array = NDArray[np.float32]
 TextList = list[str] | tuple[str, ...]
@@ -275,25 +278,8 @@ class XAdapterSession:
             UnsupportedError: If the bundle is for another task.
             BundleError: If the bundle does not hold the expert set.
         """
-        self._require_task("fill-mask")
-        if top_k < 1:
-            raise ConfigError("top_k must be at least 1", got=top_k)
-        columns, choices = self._choose(candidates)
-        firsts = check_texts(texts)
-        answers: list[list[FillMaskAnswer]] = [[] for _ in firsts]
-        for numbers, inputs in self._batches(firsts, None, experts, require_mask=True):
-            logits = self.run(inputs, outputs=("logits",), experts=experts)["logits"]  # (B, M, V)
-            positions_of = inputs["mask_positions"].tolist()
-            for number, rows, positions in zip(numbers, logits, positions_of, strict=True):
-                for mask in range(len(set(positions))):  # unused slots repeat the first
-                    row = rows[mask] if columns is None else rows[mask, columns]
-                    for i, score in _best(row, top_k):
-                        word = self._word(i) if choices is None else choices[i]
-                        sequence = _fill(firsts[number], str(self.manifest.plm.mask_token), mask, word.word)
-                        answer = FillMaskAnswer(
-                            word.word, word.token_id, score, float(row[i]), sequence, mask
-                        )
-                        answers[number].append(answer)
+        self._require_task(FILL_MASK)
+        answers = self.answer(texts, top_k=top_k, candidates=candidates, experts=experts)
         return answers[0] if isinstance(texts, str) else answers
 
     @overload
@@ -332,15 +318,8 @@ class XAdapterSession:
             UnsupportedError: If the bundle is for another task.
             BundleError: If the bundle does not hold the expert set.
         """
-        self._require_task("text-classification")
-        labels = self.manifest.labels or ()
-        firsts = check_texts(texts)
-        answers: list[list[LabelAnswer]] = [[] for _ in firsts]
-        for numbers, inputs in self._batches(firsts, text_pairs, experts):
-            logits = self.run(inputs, outputs=("logits",), experts=experts)["logits"]  # (B, labels)
-            for number, row in zip(numbers, logits, strict=True):
-                best = _best(row, len(labels)) if len(labels) > 1 else [(0, float(row[0]))]  # a regression
-                answers[number] = [LabelAnswer(labels[i], score, float(row[i])) for i, score in best]
+        self._require_task(TEXT_CLASSIFICATION)
+        answers = self.answer(texts, text_pairs, top_k=len(self.manifest.labels or ()), experts=experts)
         return answers[0] if isinstance(texts, str) else answers
 
     def embed(self, texts: str | TextList, *, experts: ExpertSet | None = None) -> Float32Array:
@@ -351,13 +330,58 @@ class XAdapterSession:
             UnsupportedError: If the bundle is for another task.
             BundleError: If the bundle does not hold the expert set.
         """
-        self._require_task("feature-extraction")
+        self._require_task(FEATURE_EXTRACTION)
+        rows = self.answer(texts, experts=experts)
+        return np.array(rows, np.float32).reshape(-1, self.manifest.plm.hidden_size)
+
+    def answer(
+        self,
+        texts: str | TextList,
+        text_pairs: str | TextList | None = None,
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> list[Any]:
+        """Answer texts as the bundle's task does, whichever it is.
+
+        Args:
+            texts: A text, or a list of texts.
+            text_pairs: Where the task takes two texts, the second one, or as many second ones.
+            top_k: How many answers for each mask or text at most.
+            candidates: Where the task answers with words, answer with one of these only.
+            experts: Expert set for this call.
+
+        Returns:
+            What ``TaskSpec.answers`` gives for each text, in the order of the texts.
+
+        Raises:
+            InputTextError: If a text cannot be answered, or there is not one pair to each text.
+            ConfigError: If ``top_k`` is below 1, ``candidates`` is not a list of words, or one of them is not
+                one token.
+            UnsupportedError: If the task takes no second texts, or no candidates.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        task = TASKS[self.manifest.task]
+        for what, given, fits in (
+            ("second texts", text_pairs, task.takes_pairs),
+            ("candidates", candidates, task.fills_words),
+        ):
+            if given is not None and not fits:
+                raise UnsupportedError(f"the bundle's task takes no {what}", got=task.name)
+        if top_k < 1:
+            raise ConfigError("top_k must be at least 1", got=top_k)
+        columns, words = self._choose(candidates)
         firsts = check_texts(texts)
-        embeddings = np.empty((len(firsts), self.manifest.plm.hidden_size), np.float32)
-        for numbers, inputs in self._batches(firsts, None, experts):
-            outputs = self.run(inputs, outputs=("sentence_embedding",), experts=experts)
-            embeddings[numbers] = outputs["sentence_embedding"]
-        return embeddings
+        found: list[Any] = [None] * len(firsts)
+        for numbers, inputs in self._batches(firsts, text_pairs, experts, require_mask=task.reads_masks):
+            values = self.run(inputs, outputs=(task.compared,), experts=experts)[task.compared]
+            asked = Asked(
+                [firsts[i] for i in numbers], inputs, self.manifest, top_k, words, columns, self._tokenizer
+            )
+            for number, answer in zip(numbers, task.answers(values, asked), strict=True):
+                found[number] = answer
+        return found
 
     @overload
     def retrieve(
@@ -496,9 +520,11 @@ class XAdapterSession:
         for numbers in plan_batches([len(text.input_ids) for text in tokenized], size):
             yield numbers, encoder.collate([tokenized[number] for number in numbers])
 
-    def _require_task(self, task: Task) -> None:
-        if self.manifest.task != task:
-            raise UnsupportedError("the bundle is for another task", expected=task, got=self.manifest.task)
+    def _require_task(self, task: TaskSpec) -> None:
+        if self.manifest.task != task.name:
+            raise UnsupportedError(
+                "the bundle is for another task", expected=task.name, got=self.manifest.task
+            )
 
     def _choose(
         self, candidates: Sequence[str] | None
@@ -520,24 +546,6 @@ class XAdapterSession:
             )
         return [column_of[candidate.token_id] for candidate in chosen], chosen
 
-    def _word(self, token_id: int) -> Candidate:
-        word = self._tokenizer.decode([token_id], skip_special_tokens=False).strip()
-        return Candidate(word=word, token_id=token_id)
-
 
 def _retrieves(spec: ExpertSetSpec) -> bool:
     return any(tensor.name == "retrieved" for tensor in spec.outputs)
-
-
-def _fill(text: str, mask_token: str, mask: int, word: str) -> str:
-    pieces = text.split(mask_token)
-    return mask_token.join(pieces[: mask + 1]) + word + mask_token.join(pieces[mask + 1 :])
-
-
-def _best(logits: Float32Array, top_k: int) -> list[tuple[int, float]]:
-    """Return the places of the largest of ``(n,) float32`` logits, best first, with their probabilities."""
-    shifted = np.exp(logits.astype(np.float64) - float(logits.max()))
-    scores = shifted / shifted.sum()
-    top_k = min(top_k, scores.size)
-    ahead = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])  # a whole vocabulary sorts slowly
-    return [(int(i), float(scores[i])) for i in ahead[np.argsort(-scores[ahead], kind="stable")[:top_k]]]

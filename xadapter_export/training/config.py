@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError
+from xadapter_export.tasks import FILL_MASK, TASKS, TEXT_CLASSIFICATION
 
 COLOR_WORDS = (
     "black",
@@ -79,7 +81,10 @@ class TrainConfig(BaseModel):
     )
 
     # Data
-    objective: Literal["mlm", "task"] = Field("mlm", description="Fill masks, or classify and regress.")
+    task: Task = Field(
+        FILL_MASK.name,
+        description=f"What is learned: {FILL_MASK.name}, or {TEXT_CLASSIFICATION.name}, of values too.",
+    )
     train_files: tuple[str, ...] = Field(
         (),
         description="Text (.txt, one a line), .jsonl (text; with answers, text has its masks already), .csv, "
@@ -145,7 +150,7 @@ class TrainConfig(BaseModel):
     self_contained: bool = Field(False, description="Also store the PLM and CLIP's text tower.")
     force: bool = Field(False, description="Replace a checkpoint that is already there.")
     head_only: bool = Field(
-        False, description="Task training: train the head alone on the plain PLM, as a baseline."
+        False, description="With labels: train the head alone on the plain PLM, as a baseline."
     )
     control: bool = Field(
         False, description="Train the control: the same adapter with random rows in place of CLIP's."
@@ -155,8 +160,11 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.glue is None and not self.train_files:
             raise ValueError("train_files: name the training data, or a GLUE task with glue")
-        if self.glue is not None and self.objective != "task":
-            raise ValueError("glue goes with objective = task")
+        task = TASKS[self.task]
+        if not (task.fills_words or task.labels_texts):
+            raise ValueError(f"task: {self.task} has nothing to train")
+        if self.glue is not None and not task.labels_texts:
+            raise ValueError(f"glue: {self.task} has no labels, it goes with {TEXT_CLASSIFICATION.name}")
         if self.train_weights is not None and len(self.train_weights) != len(self.train_files):
             raise ValueError("train_weights: one for each of train_files")
         if self.patience is not None and self.eval_file is None and self.glue is None:
@@ -172,8 +180,8 @@ class TrainConfig(BaseModel):
             raise ValueError("distill_steps needs a distill_weight above 0 and cache_hidden")
         if self.distill_weight > 0 and (self.retrieval != "static" or "v" not in self.experts):
             raise ValueError("distill_weight is for a V-expert with static retrieval")
-        if self.head_only and self.objective != "task":
-            raise ValueError("head_only goes with objective = task; fill-mask has no head to train")
+        if self.head_only and not task.has_labels:
+            raise ValueError(f"head_only: {self.task} has no head to train")
         if not self.output.name:
             raise ValueError("output: name a folder of its own")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):

@@ -23,7 +23,8 @@ from torch import Tensor
 from xadapter_export.bundle.folder import staged_folder
 from xadapter_export.errors import OutputExistsError
 from xadapter_export.model.clip_text import ClipTextTower
-from xadapter_export.model.x_adapter_model import XAdapterModel, unit_length
+from xadapter_export.model.pooling import unit_length
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.training.examples import Examples
 
 _RECORD = "features.json"

@@ -1,4 +1,4 @@
-"""The losses: right words at the masks, right labels, and attention where CLIP would search.
+"""The loss of a batch: that of its task, and attention where CLIP would search.
 
 Dimensions: B batch, T PLM tokens, S CLIP tokens, H hidden size, V vocabulary, K pictures, N bank rows,
 P masks, A answers, L labels, D CLIP embedding size, W CLIP text width.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.tasks import task_head
 from xadapter_export.model.x_adapter import XAdapterLayer
 from xadapter_export.model.x_adapter_model import Memory, XAdapterModel
 
@@ -72,8 +73,8 @@ class TrainingModel(nn.Module):
 
         Returns:
             ``loss``, a number: the mean over the texts of each text's mean over its masks, so that the
-            gradients of several processes average to those of the whole batch. For tasks ``logits``
-            ``(B, L)`` too.
+            gradients of several processes average to those of the whole batch. With labels
+            ``logits`` ``(B, L)`` too.
         """
         model = self.model
         active = model.active_experts(experts)
@@ -105,18 +106,13 @@ class TrainingModel(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        logits = output.logits
-        if labels is None:
-            assert answers is not None and shares is not None  # noqa: PT018  # the collator gives both
-            loss = answer_loss(logits, answers, shares)
-        elif labels.is_floating_point():
-            loss = F.mse_loss(logits[:, 0].float(), labels)
-        else:
-            loss = F.cross_entropy(logits.float(), labels)
+        values = output.answers[model.task.compared]
+        asked = {"labels": labels, "answers": answers, "shares": shares}
+        loss = task_head(model.task).loss(values, asked)
         for taught, states in attended:
             assert queries is not None  # the hooks are set only then
             loss = loss + self._distill_weight * self._distillation(taught, states, queries, attention_mask)
-        return {"loss": loss} if labels is None else {"loss": loss, "logits": logits}
+        return {"loss": loss} if labels is None else {"loss": loss, "logits": values}
 
     def _distillation(
         self, layer: XAdapterLayer, hidden: Tensor, queries: Tensor, attention_mask: Tensor
@@ -132,17 +128,3 @@ class TrainingModel(nn.Module):
             return divergence.mean()
         real = attention_mask.to(divergence.dtype)
         return ((divergence * real).sum(1) / real.sum(1)).mean()
-
-
-def answer_loss(logits: Tensor, answers: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy with shares: mean over the texts of each text's mean over its masks, in nats.
-
-    Args:
-        logits: ``(B, P, V)``.
-        answers: ``(B, P, A) int64``.
-        shares: ``(B, P, A) float32``, adding up to 1 over A, or to 0 where nothing is asked.
-    """
-    logits = logits.float()
-    log_probability = logits.gather(2, answers) - logits.logsumexp(-1, keepdim=True)  # (B, P, A)
-    asked = shares.sum((1, 2))  # (B,): masks of each text
-    return (-(log_probability * shares).sum((1, 2)) / asked.clamp(min=1)).mean()

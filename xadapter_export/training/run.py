@@ -41,6 +41,7 @@ from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, 
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.plm import FrozenPlm, load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits, experts_of
+from xadapter_export.tasks import TASKS
 from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
 from xadapter_export.training.examples import (
@@ -199,7 +200,6 @@ def train(
             config.output,
             self_contained=config.self_contained,
             training={
-                "objective": config.objective,
                 "steps": steps,
                 "seed": config.seed,
                 "control": config.control,
@@ -221,8 +221,7 @@ def _make_model(
     config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None, frozen_sha256: Mapping[str, str]
 ) -> tuple[XAdapterModel, ClipTextTower | None]:
     """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
-    task = "fill-mask" if config.objective == "mlm" else "text-classification"
-    plm = plm or load_plm(config.plm, task)  # type: ignore[arg-type]  # one of the tasks
+    plm = plm or load_plm(config.plm, config.task)
     count = len(plm.layers)
     layers = config.layers or tuple(range(max(0, count - 2), count))
     clip = None if config.clip is None else load_clip(config.clip)
@@ -252,7 +251,7 @@ def _make_model(
                 "adapter_width": width,
                 "num_heads": config.num_heads,
                 "retrieval": RetrievalConfig(mode=retrieval, query=query, k=config.k),
-                "task": task,
+                "task": config.task,
                 "labels": rows.labels,
             }
         ),
@@ -320,7 +319,7 @@ class _Rows:
 
 
 def _read_rows(config: TrainConfig) -> _Rows:
-    if config.objective == "mlm":
+    if not TASKS[config.task].labels_texts:
         texts = tuple(read_texts(source, config.text_column) for source in config.train_files)
         watched = None if config.eval_file is None else read_texts(config.eval_file, config.text_column)
         return _Rows(None, None, texts, watched)
@@ -333,7 +332,7 @@ def _read_rows(config: TrainConfig) -> _Rows:
         "regression": config.regression,
     }
     if len(config.train_files) > 1:
-        raise ConfigError("task training takes one training file", got=len(config.train_files))
+        raise ConfigError("training with labels takes one training file", got=len(config.train_files))
     data = config.train_files[0] if config.train_files else config.glue_data
     labelled = read_labelled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
     names = {**columns, "labels": None if labelled.is_regression else labelled.label_names}
@@ -574,7 +573,8 @@ def _arguments(
     is_distillation = phase is not None and phase.only_distill
     eval_every = config.eval_every or max(1, steps // 10)
     save_every = eval_every if config.patience else config.save_every or max(1, steps // 10)
-    metric = "eval_metric" if config.objective == "task" else "eval_loss"
+    has_labels = TASKS[config.task].labels_texts
+    metric = "eval_metric" if has_labels else "eval_loss"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -598,8 +598,8 @@ def _arguments(
         load_best_model_at_end=bool(config.patience) and watched,
         metric_for_best_model=metric,
         greater_is_better=metric == "eval_metric",
-        label_names=["labels" if config.objective == "task" else "answers"],
-        prediction_loss_only=config.objective == "mlm",
+        label_names=["labels" if has_labels else "answers"],
+        prediction_loss_only=not has_labels,
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,
