@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from benchmarks.feeds import Feed
 from benchmarks.field import PTE, TFLITE
 from benchmarks.prepare import APART, MODEL
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
 from xadapter_export.bundle.openvino_session import import_openvino
-from xadapter_export.runtime.choose import CPU_PROVIDER
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
 
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]

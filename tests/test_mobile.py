@@ -99,7 +99,7 @@ def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"precisions": ("fp32", "fp16")}, "precision fp16 is not written for target mobile"),
-        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt, or triton"),
+        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt or triton"),
         ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
         ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "lengths of this axis: profile seq"),
         ({"targets": ("mobil",)}, "unknown target: mobil "),
@@ -111,9 +111,9 @@ def test_what_no_target_takes_is_refused_before_the_model_loads(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     from xadapter_export import export
-    from xadapter_export.exporters.deploy import DeployOptions
+    from xadapter_export.exporters.makers.maker import PackageOptions
 
     asked = {"experts": "t", "targets": ("mobile",), **options}
-    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
+    fits = PackageOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
     with pytest.raises(ConfigError, match=said):
         export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)

@@ -16,7 +16,7 @@ import pytest
 from tests.test_batch_mates import ask_in_company
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import ExpertSet, Precision
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.bundle.openvino_session import (
     _OpenVinoSession,
@@ -31,6 +31,7 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.targets import Precision
 
 pytest.importorskip("nncf")
 

@@ -18,7 +18,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.machine import read_machine
-from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Variant
+from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Variant
 from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
@@ -33,6 +33,7 @@ from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
+from xadapter_export.targets import Precision
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")

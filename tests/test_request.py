@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,19 +10,10 @@ from click.testing import CliRunner, Result
 from tests.test_imports import HEAVY
 from tests.tiny_checkpoint import make_model
 from xadapter_export import export
-from xadapter_export.bundle.manifest import DeploymentTarget, Precision, Target
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError
-from xadapter_export.exporters.request import (
-    DEPLOYMENTS,
-    PRECISIONS,
-    TARGETS,
-    VARIANTS,
-    Request,
-    check_gate_options,
-    check_request,
-    make_request,
-)
+from xadapter_export.exporters.request import Request, check_gate_options, check_request, make_request
+from xadapter_export.targets import KINDS, PORTABLE, PRECISIONS, TARGETS, VARIANTS
 
 
 def names(request: Request) -> tuple[str, str]:
@@ -32,12 +22,27 @@ def names(request: Request) -> tuple[str, str]:
     return " ".join(map("-".join, graphs)), " ".join(map("-".join, deployments))
 
 
-def test_the_tables_hold_every_target_and_precision() -> None:
-    assert set(TARGETS) == set(get_args(Target))
-    assert set(DEPLOYMENTS) == set(get_args(DeploymentTarget))
-    assert set(PRECISIONS) == set(get_args(Precision))
-    sources = [(source, precision) for made in DEPLOYMENTS.values() for precision, source in made.items()]
-    assert all(precision in TARGETS[target] for target, precision in sources)
+def test_the_table_is_whole() -> None:
+    """What a row says of itself fits what the others say."""
+    assert PORTABLE in VARIANTS
+    for target in TARGETS.values():
+        assert set(target.precisions) <= set(PRECISIONS)
+        assert set(target.splits) | set(target.swap_refused) | set(target.ranks) <= set(target.precisions)
+        assert (target.opener is None) == (target.runtime is None)
+        if target.is_package:
+            assert set(target.made_from) == set(target.precisions)
+            for precision, source in target.made_from.items():
+                assert VARIANTS[str(source)] == source
+                assert source.precision == precision
+                assert not TARGETS[source.target].is_package
+        else:
+            assert target.opener is not None
+            assert (target.axes, target.largest_axes, target.reads) == ((), (), ())
+    for precision in PRECISIONS:
+        assert [precision in target.default_for for target in TARGETS.values()].count(True) == 1
+    for kind in KINDS:
+        places = [ranks[kind].place for t in TARGETS.values() for ranks in t.ranks.values() if kind in ranks]
+        assert len(set(places)) == len(places)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,7 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError, match="unknown precision: bf16"):
         make_request((), ["bf16"])  # type: ignore[list-item]  # the point
     with pytest.raises(ConfigError, match="unknown target: tpu"):
-        make_request((), (), ["tpu"])  # type: ignore[list-item]  # the point
+        make_request((), (), ["tpu"])
 
 
 def test_options_that_do_not_go_together() -> None:

@@ -41,6 +41,7 @@ from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, r
 from xadapter_export.parity.recorded import record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.targets import find_target
 
 # Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.
 _LOSSY_SCORES = 5e-3
@@ -78,7 +79,8 @@ def swap_bank(
         bundle: The bundle.
         bank: Folder of the new bank, of the same CLIP and width; it may have another number of rows.
         output: Folder of the new bundle; the bundle itself is replaced if None.
-        leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle.
+        leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle;
+            a target stands for all of its deployments.
         assume_clip: Take a bank that does not say which CLIP it is of.
         force: Replace a bundle that is already at ``output``.
 
@@ -149,9 +151,11 @@ def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
         ConfigError: If it is not there, or an expert set would have no graph left.
     """
     variants = [v for v in manifest.variants if "v" not in v.expert_set or v.name not in leave_out]
-    deployments = [d for d in manifest.deployments if "v" not in d.expert_set or d.target not in leave_out]
+    deployments = [
+        d for d in manifest.deployments if "v" not in d.expert_set or {d.name, d.target}.isdisjoint(leave_out)
+    ]
     gone = {v.name for v in manifest.variants if v not in variants}
-    gone |= {d.target for d in manifest.deployments if d not in deployments}
+    gone |= {name for d in manifest.deployments if d not in deployments for name in (d.name, d.target)}
     if unknown := [name for name in leave_out if name not in gone]:
         raise ConfigError("there is nothing of this name that reads the bank", where=unknown[0])
     if lost := set(manifest.expert_sets) - {variant.expert_set for variant in variants}:
@@ -188,18 +192,18 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             mend="train with the new bank, or export again",
         )
     for variant in kept.variants:
-        if "v" not in variant.expert_set or (variant.target != "openvino" and variant.name != "onnx-int8"):
-            continue
-        why = "is no ONNX file" if variant.target == "openvino" else "was calibrated with the old bank"
-        raise UnsupportedError(
-            f"variant {variant.name} {why} and cannot be swapped",
-            mend=f"leave it out with --leave-out {variant.name}, or export again",
-        )
+        why = find_target(variant.target).swap_refused.get(variant.precision)
+        why = why if variant.is_onnx else "is no ONNX file"
+        if "v" in variant.expert_set and why is not None:
+            raise UnsupportedError(
+                f"variant {variant.name} {why} and cannot be swapped",
+                mend=f"leave it out with --leave-out {variant.name}, or export again",
+            )
     for deployment in kept.deployments:
         if "v" in deployment.expert_set:
             raise UnsupportedError(
-                f"the deployment for {deployment.target} holds the old bank",
-                mend=f"leave it out with --leave-out {deployment.target}, or export again",
+                f"the deployment {deployment.name} holds the old bank",
+                mend=f"leave it out with --leave-out {deployment.name}, or export again",
             )
     sha256 = reader.sha256()
     proven = bank.swapped_from or ProvenBank(num_pictures=bank.num_pictures, sha256=bank.sha256)

@@ -48,7 +48,7 @@ class SwappedFiles:
         self._graphs = {
             file: self._read_graph(file)
             for variant in kept.variants
-            if variant.target != "openvino"
+            if variant.is_onnx
             for file in variant.graph_files
         }
 

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+from xadapter_export.targets import CUDA_PROVIDER
+
 _WARNINGS, _FATAL_ONLY = 2, 4  # onnxruntime's log severities
 _Array = NDArray[np.int64] | NDArray[np.float32]
 

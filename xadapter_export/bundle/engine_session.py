@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from xadapter_export.bundle.manifest import Deployment, DeploymentTarget
+from xadapter_export.bundle.manifest import Deployment
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import BundleError, ProviderError, import_extra
+from xadapter_export.targets import find_target
 
-LIBRARIES: Final[dict[DeploymentTarget, str]] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _TYPES: Final = {"INT64": "tensor(int64)", "FLOAT": "tensor(float)"}
 
 
@@ -25,6 +25,17 @@ class _Value:
     name: str
     shape: list[int | str | None]
     type: str
+
+
+def import_library(target: str) -> ModuleType:
+    """Import the library that builds and runs the engines of a target.
+
+    Raises:
+        MissingExtraError: If it is not installed, or is the stub that PyPI has for ``tensorrt``.
+    """
+    runtime = find_target(target).runtime
+    assert runtime is not None  # a session runs it
+    return import_extra(runtime.module, *runtime.extras)
 
 
 def find_gpu() -> str:
@@ -181,7 +192,7 @@ class EngineSession:
         return _Value(name, list(shape), _TYPES[self._engine.get_tensor_dtype(name).name])
 
 
-def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
+def open_engine(file: Path, target: str) -> EngineSession:
     """Load an engine onto the GPU of this machine.
 
     Args:
@@ -192,7 +203,7 @@ def open_engine(file: Path, target: DeploymentTarget) -> EngineSession:
         MissingExtraError: If the library, or CUDA's Python bindings, are not installed.
         ProviderError: If there is no GPU, or the library cannot load the engine on it.
     """
-    library = import_extra(LIBRARIES[target], "tensorrt")
+    library = import_library(target)
     gpu = find_gpu()
     complaints: list[str] = []
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.cuda import (
-    CUDA_PROVIDER,
     BoundSession,
     exact_options,
     find_missing,
@@ -23,7 +23,15 @@ from xadapter_export.bundle.cuda import (
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, ProviderError, import_extra
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    MissingExtraError,
+    ProviderError,
+    UnsupportedError,
+    import_extra,
+)
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME, find_target, load_named
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.retrieval import Retriever
@@ -38,12 +46,34 @@ _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a graph is opened; an opener leaves aside what its library has nothing for.
+
+    Attributes:
+        providers: Execution providers of onnxruntime in order of preference; the CPU if None.
+        num_threads: Threads inside one operator; the library's choice if None.
+        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        weights: Arrays to put in the place of weights of these names, whatever their shape.
+        cache_dir: A folder for what the library compiled from this graph; None for nowhere.
+    """
+
+    providers: Sequence[Provider] | None = None
+    num_threads: int | None = None
+    appended: bytes = b""
+    weights: Mapping[str, Array] | None = None
+    cache_dir: Path | None = None
+
+
 class Value(Protocol):
     """An input or output of a graph."""
 
     name: str
     shape: list[int | str | None]
     type: str
+
+
+_AS_IT_IS = Opening()
 
 
 class OnnxSession(Protocol):
@@ -82,12 +112,12 @@ def open_variant(
     Args:
         bundle: The bundle.
         variant: One of its variants.
-        providers: As ``create_session``; the target ``openvino`` has none.
+        providers: See ``Opening``, as for what follows.
         num_threads: Threads inside one operator; the engine's choice if None.
-        appended: As ``create_session``, for the answer graph; the target ``openvino`` takes none.
-        weights: As ``create_session``, for whichever graph has them; the target ``openvino`` takes none.
-        cache_dir: Where compiled graphs of the target ``openvino`` are kept, each in a folder that is named
-            by the hash of its files; None for nowhere.
+        appended: For the answer graph.
+        weights: For whichever graph has them.
+        cache_dir: Where compiled graphs are kept, each in a folder that is named by the hash of its files;
+            None for nowhere.
         retriever: What searches the bank where no graph does; the bundle's own features if None.
 
     Raises:
@@ -116,23 +146,42 @@ def open_variant(
         if spec.searches_outside and retriever is None:
             retriever = open_retriever(bundle, None)
         return open_split(variant, spec, open_graph, retriever=retriever)
-    file = bundle.file(variant.file)
-    if variant.target != "openvino":
-        return create_session(
-            file,
-            providers=providers,
-            num_threads=num_threads,
-            appended=appended,
-            weights=weights,
-        )
-    from xadapter_export.bundle.openvino_session import create_openvino_session
-
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError("num_threads must be at least 1", got=num_threads)
     if cache_dir is not None:
         hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
         cache_dir = cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16]
-    return create_openvino_session(file, num_threads=num_threads, cache_dir=cache_dir)
+    how = Opening(providers, num_threads, appended, weights, cache_dir)
+    return open_graph_of(variant.target, bundle.file(variant.file), how)
+
+
+def open_graph_of(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession:
+    """Open one graph with the opener of its target.
+
+    Args:
+        target: Name of a target that a session runs.
+        file: The graph; its weights are beside it.
+        how: How to open it.
+
+    Raises:
+        UnsupportedError: If this installation does not know the target, or nothing here runs it.
+        MissingExtraError: If what runs it is not installed.
+        As the opener.
+    """
+    found = find_target(target)
+    if found.opener is None or found.is_package:
+        raise UnsupportedError("no session runs graphs of this target", where=target)
+    session: OnnxSession = load_named(found.opener)(file, how)
+    return session
+
+
+def open_onnx(file: Path, how: Opening) -> OnnxSession:
+    """Open a graph of the targets that onnxruntime runs; see ``create_session``."""
+    return create_session(
+        file,
+        providers=how.providers,
+        num_threads=how.num_threads,
+        appended=how.appended,
+        weights=how.weights,
+    )
 
 
 def create_session(
@@ -164,7 +213,7 @@ def create_session(
     available = ort.get_available_providers()
     if not providers and CUDA_PROVIDER in available:
         _warn_that_the_cpu_answers(ort)
-    wanted = [exact_options(provider) for provider in providers or ["CPUExecutionProvider"]]
+    wanted = [exact_options(provider) for provider in providers or [CPU_PROVIDER]]
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
     _check_active(names, available, "is not in this onnxruntime")
     if CUDA_PROVIDER in names:
@@ -180,7 +229,7 @@ def create_session(
         model = model_file.read_bytes()
         model = (with_weights(model, model_file, weights) if weights else model) + appended
     try:
-        slow = _SLOW_FUSIONS if names == ["CPUExecutionProvider"] else ()
+        slow = _SLOW_FUSIONS if names == [CPU_PROVIDER] else ()
         # What CUDA misses is said below, in one line.
         with silenced(ort) if CUDA_PROVIDER in names else nullcontext():
             session: OnnxSession = ort.InferenceSession(
@@ -197,7 +246,7 @@ def create_session(
     if CUDA_PROVIDER in names and CUDA_PROVIDER not in session.get_providers():
         raise _did_not_start(find_missing(ort), names, ", ".join(session.get_providers()))
     _check_active(names, session.get_providers(), "did not start")
-    return session if session.get_providers() == ["CPUExecutionProvider"] else BoundSession(session)
+    return session if session.get_providers() == [CPU_PROVIDER] else BoundSession(session)
 
 
 def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
@@ -231,7 +280,7 @@ def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
 def _import_onnxruntime() -> ModuleType:
     clash = _clash()
     try:
-        ort = import_extra("onnxruntime", "cpu", "gpu")
+        ort = import_extra(ONNXRUNTIME.module, *ONNXRUNTIME.extras)
     except MissingExtraError as error:
         if clash is None:
             raise
@@ -255,7 +304,7 @@ def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> 
 
 def _clash() -> str | None:
     """Return what to do about two onnxruntime packages in one place: they overwrite each other's files."""
-    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    found = [name for name in ONNXRUNTIME.distributions if _is_installed(name)]
     if len(found) < 2:
         return None
     return (

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from xadapter_export.bundle.onnx_session import Array, OnnxSession
+from xadapter_export.bundle.onnx_session import Array, OnnxSession, Opening
 from xadapter_export.errors import BundleError, ConfigError, import_extra
 
 _TELEMETRY: Final = "openvino_telemetry"
@@ -93,6 +93,11 @@ class _OpenVinoSession:
 
     def get_outputs(self) -> Sequence[_Value]:
         return [_describe(port) for port in self._compiled.outputs]
+
+
+def open_openvino(file: Path, how: Opening) -> OnnxSession:
+    """Open a graph of the target ``openvino``; see ``create_openvino_session``."""
+    return create_openvino_session(file, num_threads=how.num_threads, cache_dir=how.cache_dir)
 
 
 def create_openvino_session(

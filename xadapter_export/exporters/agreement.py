@@ -19,7 +19,6 @@ from xadapter_export.bundle.manifest import (
     Candidate,
     ExpertSetSpec,
     JudgedOn,
-    Precision,
     Task,
 )
 from xadapter_export.bundle.onnx_session import Array, OnnxSession
@@ -41,6 +40,7 @@ from xadapter_export.model.checkpoint import read_record
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.targets import Precision
 
 Feed = Mapping[str, Array]
 Runner = Callable[[Feed, Sequence[str]], Sequence[Array]]  # inputs, and names of outputs, to those outputs

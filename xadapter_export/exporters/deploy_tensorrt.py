@@ -8,7 +8,6 @@ GPU are here, the engine for that GPU is built too. (The package ``tensorrt`` of
 import importlib
 import json
 import shlex
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,38 +16,64 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.engine_session import find_gpu
 from xadapter_export.bundle.folder import Bundle
-from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Manifest, Variant
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import MissingExtraError, ProviderError, import_extra
-from xadapter_export.exporters import pack
 from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
-from xadapter_export.exporters.deploy import DeployOptions, Say
 from xadapter_export.exporters.engines import EngineJob, build_engine
+from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer, Say
+from xadapter_export.exporters.shelf import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance
 from xadapter_export.parity.engines import measure_graph
 from xadapter_export.parity.prove import read_reference, reference_feeds
 
-_TARGET: DeploymentTarget = "tensorrt"
 Shapes = Mapping[str, tuple[list[int], list[int], list[int]]]
 
 
-def deploy(
-    folder: Path, manifest: Manifest, variant: Variant, options: DeployOptions, say: Say
-) -> Deployment:
-    """Writes the files of a variant, and builds its engine where that can be done here.
+class TensorRtMaker(Packer):
+    """Writes the folder of a variant, and builds its engine where that can be done here."""
 
-    Raises:
-        MissingExtraError: If Polygraphy is not installed.
-        ConfigError: If a range goes beyond what the models read.
-        ParityError: If a lossy graph cannot compute the reference inputs.
-    """
-    start = time.monotonic()
-    stem = Path(variant.file).stem
-    say(f"{_TARGET}/{stem}.onnx")
-    spec = manifest.expert_sets[variant.expert_set]
-    axes = plan_axes(manifest, options.profile)
-    shapes = profile_shapes(spec.inputs, axes)
-    bundle = Bundle(folder, manifest)
+    def pack(self, job: PackageJob) -> Package:
+        """Write it.
+
+        Raises:
+            MissingExtraError: If Polygraphy is not installed.
+            ConfigError: If a range goes beyond what the models read.
+            ParityError: If a lossy graph cannot compute the reference inputs.
+        """
+        variant, stem = job.variant, Path(job.variant.file).stem
+        place = job.folder / self.target.name
+        job.say(f"{self.target.name}/{stem}.onnx")
+        spec = job.manifest.expert_sets[variant.expert_set]
+        axes = plan_axes(job.manifest, job.options.profile)
+        shapes = profile_shapes(spec.inputs, axes)
+        feeds, held = _cases(job, shapes)
+        place.mkdir(exist_ok=True)
+        # Weights of its own: those that the sets share have the bank in them, which not every set reads.
+        write_alone(ir.load(job.folder / variant.file), place / f"{stem}.onnx")
+        (place / f"{stem}.shapes.json").write_text(json.dumps(dict(shapes), indent=1) + "\n", "utf-8")
+        save_json = import_extra("polygraphy.json", "tensorrt").save_json
+        save_json(list(feeds.values()), str(place / f"{stem}.inputs.json"))
+        script = f"{stem}.parity.sh"
+        (place / script).write_text(_script(stem, shapes, held), encoding="utf-8")
+        names = [f"{stem}.onnx", f"{stem}.onnx_data", f"{stem}.shapes.json", f"{stem}.inputs.json", script]
+
+        facts = profile_facts(spec.inputs, axes) | {"cases": ", ".join(feeds)}
+        facts |= {f"tolerance {name}": f"{one.atol:.1e} + {one.rtol:.0e} |ref|" for name, one in held.items()}
+        built, reason = _build(place, stem, shapes, job.say)
+        if built:
+            facts |= built
+            names.append(f"{stem}.engine")
+        refused = (
+            [] if reason is None else [f"engine, {variant.name}, experts {variant.expert_set}: {reason}"]
+        )
+        files = tuple(f"{self.target.name}/{name}" for name in names)
+        return Package(files, facts, tuple(refused), f"sh {self.target.name}/{script}")
+
+
+def _cases(job: PackageJob, shapes: Shapes) -> tuple[dict[str, dict[str, Array]], dict[str, Tolerance]]:
+    """The inputs of the proof that an engine is planned for, and how far each output may be off."""
+    bundle, variant = Bundle(job.folder, job.manifest), job.variant
+    spec = job.manifest.expert_sets[variant.expert_set]
     reference = read_reference(bundle)
     feeds = {case: feed for case, feed in reference_feeds(reference, spec).items() if _within(feed, shapes)}
     assert feeds  # ``check_cases`` refused such a profile
@@ -57,49 +82,28 @@ def deploy(
     if variant.precision not in TOLERANCES:
         measured, _ = measure_graph(bundle, variant, feeds, reference)
         held = {name: measured[name] for name in held}
+    return feeds, held
 
-    place = folder / _TARGET
-    place.mkdir(exist_ok=True)
-    # Weights of its own: those that the sets share have the bank in them, also for sets that do not read it.
-    pack.write_alone(ir.load(bundle.file(variant.file)), place / f"{stem}.onnx")
-    (place / f"{stem}.shapes.json").write_text(json.dumps(dict(shapes), indent=1) + "\n", encoding="utf-8")
-    save_json = import_extra("polygraphy.json", "tensorrt").save_json
-    save_json(list(feeds.values()), str(place / f"{stem}.inputs.json"))
-    script = place / f"{stem}.parity.sh"
-    script.write_text(_script(stem, shapes, held), encoding="utf-8")
-    names = [f"{stem}.onnx", f"{stem}.onnx_data", f"{stem}.shapes.json", f"{stem}.inputs.json", script.name]
 
-    facts = profile_facts(spec.inputs, axes)
-    facts["cases"] = ", ".join(feeds)
-    facts |= {f"tolerance {name}": f"{one.atol:.1e} + {one.rtol:.0e} |ref|" for name, one in held.items()}
-    refused: list[str] = []
+def _build(place: Path, stem: str, shapes: Shapes, say: Say) -> tuple[dict[str, str], str | None]:
+    """Builds the engine for the GPU here, if there are one and the library.
+
+    Returns:
+        What is to be known of it, empty where there is none; and why it was refused, if it was.
+    """
     library = find_library()
-    if library is not None:
-        file = f"{stem}.engine"
-        job = EngineJob(library.__name__, place / f"{stem}.onnx", place / file, shapes, ())
-        try:
-            gpu = find_gpu()
-            built = build_engine(job, say)
-            reason = built.refused
-        except (ProviderError, MissingExtraError) as error:
-            reason = str(error)
-        if reason is None:
-            facts |= {"library": f"tensorrt {library.__version__}", f"engine {gpu}": f"{_TARGET}/{file}"}
-            names.append(file)
-        else:
-            refused.append(f"engine, {variant.name}, experts {variant.expert_set}: {reason}")
-    return Deployment(
-        target=_TARGET,
-        expert_set=variant.expert_set,
-        precision=variant.precision,
-        source=variant.name,
-        files=tuple(f"{_TARGET}/{name}" for name in names),
-        size_bytes=sum((place / name).stat().st_size for name in names),
-        seconds=time.monotonic() - start,
-        facts=facts,
-        refused=tuple(refused),
-        prove_with=f"sh {_TARGET}/{script.name}",
-    )
+    if library is None:
+        return {}, None
+    job = EngineJob(library.__name__, place / f"{stem}.onnx", place / f"{stem}.engine", shapes, ())
+    try:
+        gpu = find_gpu()
+        reason = build_engine(job, say).refused
+    except (ProviderError, MissingExtraError) as error:
+        reason = str(error)
+    if reason is not None:
+        return {}, reason
+    engine = f"{place.name}/{stem}.engine"
+    return {"library": f"tensorrt {library.__version__}", f"engine {gpu}": engine}, None
 
 
 def find_library() -> ModuleType | None:

@@ -1,31 +1,25 @@
-"""Every variant of an expert set, from its portable graph: their files, and how one is made."""
+"""The targets that onnxruntime runs: ``onnx``, ``cpu`` and ``cuda``, from the portable graph."""
 
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
+from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
-from xadapter_export.exporters.merge import MergedModel, Part
+from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
+from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.qdq import quantise_qdq
-from xadapter_export.exporters.quantise import Ranges, Recipe, Rounding, quantise
+from xadapter_export.exporters.quantise import RECIPES, Ranges, Recipe, Rounding, quantise
+from xadapter_export.targets import Precision
 
-# Suffixes that transformers.js and optimum know, and one for what they have no name for.
-_SUFFIXES: dict[tuple[Target, Precision], str] = {
-    ("onnx", "fp32"): "",
-    ("onnx", "fp16"): "_fp16",
-    ("onnx", "int8"): "_int8",
-    ("cuda", "fp32"): "_cuda",
-    ("cuda", "fp16"): "_cuda_fp16",
-    ("cpu", "fp32"): "_cpu",
-    ("cpu", "int8"): "_quantized",
-    ("cpu", "int4"): "_q4",
-}
 # Operators that stay fp32 in an fp16 graph: norms, attention's weights and masks, and the search of the bank.
 # Of these CUDA's kernels compute the first two in fp32 whatever they are given.
 _FP32_SEARCH = ("TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
@@ -34,76 +28,146 @@ _TO_FP16 = "_cast_to_fp16_node"  # how onnxruntime's converter names a cast of w
 _FP32_ISLANDS = ("LayerNormalization", "Softmax", *_FP32_SEARCH)
 
 
-def variant_file(
-    expert_set: ExpertSet, default: ExpertSet, target: Target, precision: Precision, part: Part = "whole"
-) -> str:
-    """Path of a variant's graph; the default set has the names that transformers.js and optimum look for."""
-    stem = "query" if part == "query" else "model"
-    stem = stem if expert_set == default else f"{stem}_{expert_set}"
-    if target == "openvino":
-        return f"openvino/{stem}_{precision}.xml"
-    return f"onnx/{stem}{_SUFFIXES[target, precision]}.onnx"
+@dataclass(frozen=True)
+class Source:
+    """What one graph of a variant is made from.
 
-
-def weights_file(target: Target, precision: Precision) -> str:
-    """Path of the weights that the sets of a variant share; fp32 graphs share theirs, and fp16 graphs."""
-    floats = {"fp32": "", "fp16": "_fp16"}
-    return f"onnx/model{floats.get(precision, _SUFFIXES[target, precision])}.onnx_data"
-
-
-def derive(
-    portable: ir.Model,
-    merged: MergedModel,
-    target: Target,
-    precision: Precision,
-    recipe: Recipe | None = None,
-    ranges: Ranges | None = None,
-    rounding: Rounding | None = None,
-) -> tuple[ir.Model, list[Optimisation]]:
-    """Makes a variant that onnxruntime runs.
-
-    Args:
+    Attributes:
         portable: The portable graph; it is not changed.
         merged: What it was traced from.
-        target: ``onnx``, ``cpu`` or ``cuda``.
         precision: One that the target takes.
-        recipe: How many bits the weights of a graph quantised for ``cpu`` get; None for another.
+        recipe: How many bits the weights get; None where there is no choice.
         ranges: What goes into the portable graph's products; below fp16.
         rounding: As ``quantise``.
+    """
 
-    Returns:
-        The graph, and what was done to it.
+    portable: ir.Model
+    merged: MergedModel
+    precision: Precision
+    recipe: Recipe | None = None
+    ranges: Ranges = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=Rounding)
+
+
+class _OnnxMaker(GraphMaker):
+    """Makes ONNX graphs, each recipe in turn.
+
+    Attributes:
+        suffixes: What the files of each precision end with: those that transformers.js and optimum know, and
+            one for what they have no name for.
+        weights: The same of files of weights; fp32 graphs share theirs, and fp16 graphs.
+    """
+
+    suffixes: ClassVar[Mapping[Precision, str]]
+    weights: ClassVar[Mapping[Precision, str]] = {"fp32": "", "fp16": "_fp16"}
+
+    def recipes(self, precision: Precision) -> Sequence[Recipe | None]:
+        """Return how many bits weights get, from the smallest to the most exact."""
+        del precision
+        return (None,)
+
+    def tries(self, job: GraphJob) -> Iterator[MadeGraph]:
+        """Yield a graph, or two, for each recipe."""
+        material, precision = job.material, job.precision
+        suffix = self.suffixes[precision]
+        for recipe in self.recipes(precision):
+            job.say(recipe.name if recipe else f"{self.target.name}-{precision}")
+            graphs: Graphs = {}
+            done: list[Optimisation] = []
+            for part, merged in material.merged.items():
+                ranges = material.ranges[part] if precision in RECIPES else {}
+                graph = material.graphs[part]
+                source = Source(graph, merged, precision, recipe, ranges, material.rounding)
+                graphs[part], steps = self.derive(source)
+                done += steps
+            weights = self.weights.get(precision, suffix)
+            yield MadeGraph(add_up(done), graphs, suffix, weights)
+
+    @abstractmethod
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+        """Make one graph.
+
+        Returns:
+            The graph, and what was done to it.
+
+        Raises:
+            ParityError: If a pass did not do what it must.
+        """
+
+
+class PortableMaker(_OnnxMaker):
+    """The portable graph itself, in fp16, and in int8 with Q/DQ."""
+
+    suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
+
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+        """See ``_OnnxMaker``."""
+        if source.precision == "int8":
+            quantised = quantise_qdq(source.portable, source.ranges, source.rounding)
+            return quantised, [_bytes_saved("int8_qdq", source, quantised)]
+        half = _to_half(source.portable, _FP32_ISLANDS)
+        return half, [_bytes_saved("fp16_weights", source, half)]
+
+
+class CpuMaker(_OnnxMaker):
+    """Fused for the CPU provider, and quantised by recipes."""
+
+    suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "_cpu", "int8": "_quantized", "int4": "_q4"}
+
+    def recipes(self, precision: Precision) -> Sequence[Recipe | None]:
+        """See ``_OnnxMaker``."""
+        return RECIPES.get(precision, (None,))
+
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+        """See ``_OnnxMaker``."""
+        model, done = _fuse(source)
+        recipe = source.recipe
+        if source.merged.searches:
+            search_bank(model, "fp32" if recipe is None else "int8")
+        if recipe is None:
+            done += _fuse_biases(model)
+        else:
+            quantise(model, recipe, source.ranges, source.rounding)
+            done.append(_bytes_saved(recipe.name, source, model))
+        return model, done
+
+
+class CudaMaker(_OnnxMaker):
+    """Fused for the CUDA provider."""
+
+    suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "_cuda", "fp16": "_cuda_fp16"}
+
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+        """See ``_OnnxMaker``."""
+        model, done = _fuse(source)
+        done += _fuse_biases(model)
+        if source.precision == "fp16":
+            model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
+            done.append(_bytes_saved("fp16_weights", source, model))
+        return model, done
+
+
+def _fuse(source: Source) -> tuple[ir.Model, list[Optimisation]]:
+    """Returns the portable graph with attention and GELU fused, and what was done.
 
     Raises:
-        ParityError: If a pass did not do what it must.
+        ParityError: If a pass did not find what it must.
     """
-    if target == "onnx":
-        if precision == "fp32":
-            return portable, []
-        if precision == "int8":
-            quantised = quantise_qdq(portable, ranges or {}, rounding or Rounding())
-            return quantised, [_bytes_saved("int8_qdq", portable, quantised, merged)]
-        half = _to_half(portable, _FP32_ISLANDS)
-        return half, [_bytes_saved("fp16_weights", portable, half, merged)]
-    model = portable.clone()
+    model, merged = source.portable.clone(), source.merged
     num_attentions, num_products = merged.projection_counts
-    done = [
+    steps = [
         run_pass("fused_attention", model, num_attentions + _num_fused_experts(merged)),
         run_pass("split_projections", model, num_attentions if num_products < 3 * num_attentions else 0),
         run_pass("fused_gelu", model, _count(model, "Erf")),
         run_pass("fused_quick_gelu", model, _count(model, "Sigmoid")),
     ]
-    if merged.searches and target == "cpu":
-        search_bank(model, "fp32" if recipe is None else "int8")
-    if recipe is None:
-        done.append(run_pass("fused_bias_gelu", model, _num_exact_gelus(model)))
-        if precision == "fp16":
-            model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
-            done.append(_bytes_saved("fp16_weights", portable, model, merged))
-    else:
-        quantise(model, recipe, ranges or {}, rounding or Rounding())
-        done.append(_bytes_saved(recipe.name, portable, model, merged))
-    return model, [step for step in done if step is not None]
+    return model, [step for step in steps if step is not None]
+
+
+def _fuse_biases(model: ir.Model) -> list[Optimisation]:
+    """Fuses the GELUs of a fused graph with the bias before them, and returns what was done."""
+    step = run_pass("fused_bias_gelu", model, _num_exact_gelus(model))
+    return [] if step is None else [step]
 
 
 def _to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = False) -> ir.Model:
@@ -170,11 +234,12 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _bytes_saved(name: str, before: ir.Model, after: ir.Model, merged: MergedModel) -> Optimisation:
-    saved = Optimisation(
-        name=name, lossless=False, unit="bytes", before=weight_bytes(before), after=weight_bytes(after)
-    )
-    if saved.after >= saved.before and merged.answers:  # a query graph has CLIP alone, which may stay fp32
+def _bytes_saved(name: str, source: Source, after: ir.Model) -> Optimisation:
+    before = weight_bytes(source.portable)
+    saved = Optimisation(name=name, lossless=False, unit="bytes", before=before, after=weight_bytes(after))
+    if (
+        saved.after >= saved.before and source.merged.answers
+    ):  # a query graph has CLIP alone, which may stay fp32
         raise ParityError(
             f"{name} saved nothing", expected=f"fewer than {saved.before} bytes", got=saved.after
         )

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from xadapter_export.bundle.engine_session import LIBRARIES, find_gpu
-from xadapter_export.bundle.manifest import DeploymentTarget, Precision
-from xadapter_export.errors import ConfigError, UnsupportedError, import_extra
-from xadapter_export.exporters.deploy import Say
+from xadapter_export.bundle.engine_session import find_gpu
+from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.exporters.makers.maker import Say
+from xadapter_export.targets import Precision
 
 _NO_FP32 = (
     "TensorRT-RTX has no fp32 matrix products for Turing (sm75); leave sm75 out, or choose --precision fp16"
@@ -66,15 +66,6 @@ class BuiltEngine:
     refused: str | None = None
 
 
-def import_library(target: DeploymentTarget) -> ModuleType:
-    """The library that builds the engines of a target.
-
-    Raises:
-        MissingExtraError: If it is not installed, or is the stub that PyPI has for ``tensorrt``.
-    """
-    return import_extra(LIBRARIES[target], "tensorrt")
-
-
 def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[str, ...]]:
     """The GPUs of each engine that was asked for: ``sm86+sm89`` is one engine for both.
 
@@ -108,15 +99,14 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
     return groups or [tuple(name for name in sorted(known, key=_number) if name != "sm75")]
 
 
-def check_capabilities(asked: Sequence[str], precisions: Sequence[Precision]) -> None:
+def check_capabilities(library: ModuleType, asked: Sequence[str], precisions: Sequence[Precision]) -> None:
     """Refuses compute capabilities that no engine can be built for, before there is a graph to build from.
 
     Raises:
-        MissingExtraError: If TensorRT-RTX is not installed.
         ConfigError: As ``split_capabilities``, or if every engine of a precision would be refused.
         ProviderError: If one is ``current`` and there is no GPU.
     """
-    groups = split_capabilities(asked, import_library("tensorrt-rtx"))
+    groups = split_capabilities(asked, library)
     if "fp32" in precisions and all("sm75" in group for group in groups):
         raise ConfigError(_NO_FP32, got=", ".join(asked))
 

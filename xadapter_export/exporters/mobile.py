@@ -6,7 +6,6 @@ Source:
 """
 
 import logging
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from xadapter_export.bundle.folder import REFERENCE_NAME
-from xadapter_export.bundle.manifest import Deployment, Manifest, Variant
+from xadapter_export.bundle.manifest import Variant
 from xadapter_export.bundle.onnx_session import Array, create_session
 from xadapter_export.errors import ParityError, UnsupportedError
-from xadapter_export.exporters.deploy import DeployOptions, Say
+from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
+from xadapter_export.targets import CPU_PROVIDER
 
-FOLDER = "mobile"
 # onnxruntime-android (Maven), onnxruntime-objc and onnxruntime-c (CocoaPods) are full builds: "all types and
 # operators, for ONNX format models" (Maven's description). They have the operators of these domains that the
 # CPU provider has; com.microsoft are onnxruntime's own. The reduced onnxruntime-mobile ended with 1.18.
@@ -32,48 +31,40 @@ FIRST_READER = "1.20"
 _DISABLED = ("ConstantFolding", "NchwcTransformer", "SkipLayerNormFusion")
 
 
-def deploy(
-    folder: Path, manifest: Manifest, variant: Variant, options: DeployOptions, say: Say
-) -> Deployment:
-    """Writes ``mobile/<graph>.ort`` and its ``.required_operators.config`` from a variant, and proves them.
+class MobileMaker(Packer):
+    """Writes and proves ``mobile/<graph>.ort``, with its ``.required_operators.config``."""
 
-    Raises:
-        UnsupportedError: If the graph needs operators that the stock packages do not have.
-        ParityError: If the file does not say what the graph says.
-    """
-    del manifest, options  # an ``.ort`` file takes any length
-    say(f"mobile, {variant.expert_set}, {variant.precision}")
-    start = time.monotonic()
-    source = folder / variant.file
-    target = folder / FOLDER / f"{source.stem}.ort"
-    operators_file = target.with_suffix(".required_operators.config")
-    target.parent.mkdir(exist_ok=True)
-    _convert(source, target)
-    operators = _write_operators(target, operators_file)
-    strangers = sorted(name for name in operators if name.rpartition(":")[0] not in STOCK_DOMAINS)
-    if strangers:
-        raise UnsupportedError(
-            f"experts {variant.expert_set}, {variant.name}: the stock mobile packages of onnxruntime do not "
-            f"have {', '.join(strangers)}; choose --precision fp32"
+    def pack(self, job: PackageJob) -> Package:
+        """Write them; an ``.ort`` file takes any length.
+
+        Raises:
+            UnsupportedError: If the graph needs operators that the stock packages do not have.
+            ParityError: If the file does not say what the graph says.
+        """
+        variant = job.variant
+        job.say(f"{self.target.name}, {variant.expert_set}, {variant.precision}")
+        source = job.folder / variant.file
+        file = job.folder / self.target.name / f"{source.stem}.ort"
+        operators_file = file.with_suffix(".required_operators.config")
+        file.parent.mkdir(exist_ok=True)
+        _convert(source, file)
+        operators = _write_operators(file, operators_file)
+        strangers = sorted(name for name in operators if name.rpartition(":")[0] not in STOCK_DOMAINS)
+        if strangers:
+            raise UnsupportedError(
+                f"experts {variant.expert_set}, {variant.name}: the stock mobile packages of onnxruntime do "
+                f"not have {', '.join(strangers)}; choose --precision fp32"
+            )
+        difference = _prove(job.folder, variant, file)
+        return Package(
+            files=tuple(path.relative_to(job.folder).as_posix() for path in (file, operators_file)),
+            facts={
+                "packages": "onnxruntime-android, onnxruntime-objc, onnxruntime-c",
+                "reads": f"onnxruntime {FIRST_READER} and later",
+                "operators": str(len(operators)),
+                "largest difference from the graph": f"{difference:.1e}",
+            },
         )
-    difference = _prove(folder, variant, target)
-    files = tuple(path.relative_to(folder).as_posix() for path in (target, operators_file))
-    return Deployment(
-        target="mobile",
-        expert_set=variant.expert_set,
-        precision=variant.precision,
-        source=variant.name,
-        files=files,
-        size_bytes=sum((folder / name).stat().st_size for name in files),
-        seconds=round(time.monotonic() - start, 2),
-        facts={
-            "packages": "onnxruntime-android, onnxruntime-objc, onnxruntime-c",
-            "reads": f"onnxruntime {FIRST_READER} and later",
-            "operators": str(len(operators)),
-            "largest difference from the graph": f"{difference:.1e}",
-        },
-        prove_with=None,
-    )
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -84,9 +75,7 @@ def _convert(source: Path, target: Path) -> None:
     options.log_severity_level = 3
     options.optimized_model_filepath = str(target)
     options.add_session_config_entry("session.save_model_format", "ORT")
-    ort.InferenceSession(
-        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_DISABLED)
-    )
+    ort.InferenceSession(str(source), options, providers=[CPU_PROVIDER], disabled_optimizers=list(_DISABLED))
 
 
 def _write_operators(model: Path, file: Path) -> set[str]:

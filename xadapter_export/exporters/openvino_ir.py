@@ -1,4 +1,4 @@
-"""The portable graph in OpenVINO's own form, as it is or with weights, and activations, of few bits."""
+"""The target ``openvino``: the portable graph in its own form, as it is or with weights of few bits."""
 
 import contextlib
 import io
@@ -11,16 +11,24 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.manifest import Precision
+from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters.quantise import KEPT, Recipe, Rounding, round_blocks
+from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, MadeGraph
+from xadapter_export.exporters.quantise import KEPT, RECIPES, Recipe, Rounding, round_blocks, round_products
 from xadapter_export.exporters.rounding import Curvatures, SmoothRows
+from xadapter_export.targets import Precision
 
 _log = logging.getLogger(__name__)
 
-_PRECISIONS: Final = ("fp32", "int8", "int4")
+_WEIGHTS_ONLY: Final = "int8_weights_only"
+# From the fastest to the most exact; the exporter takes the first that passes its gate.
+_RECIPES: Final[dict[Precision, tuple[str | Recipe, ...]]] = {
+    "fp32": ("openvino-fp32",),
+    "int8": ("int8_calibrated", _WEIGHTS_ONLY, *RECIPES["int8"][-2:]),
+    "int4": ("int4_weights",),
+}
 _BANK: Final = "bank"  # its weights stay as they are: what is retrieved must not depend on the precision
 _HEADS: Final = ("adapters.", "head.", "candidate_decoder.")  # small, and the answer hangs on each of them
 _CLIP: Final = "clip"
@@ -29,6 +37,34 @@ _DIVIDE: Final = ".divide"  # what divides the columns that go into a product ha
 _SMALL: Final = 4096  # elements; a weight below this stays fp32
 _LOWEST_MASK: Final = -1e30  # what is added to scores at padding lies below this
 _GROUP_SIZE: Final = 64  # weights that share a scale in int4
+
+
+class OpenVinoMaker(GraphMaker):
+    """Makes OpenVINO's own form of the portable graph, each recipe in turn."""
+
+    def tries(self, job: GraphJob) -> Iterator[MadeGraph]:
+        """Yield a graph for each recipe."""
+        material, precision = job.material, job.precision
+        if precision == "int8":
+            round_products(material.graphs["whole"], material.ranges["whole"], material.rounding)
+        feeds = material.calibrate() if precision == "int8" else []
+        portable = material.variant
+        for recipe in _RECIPES[precision]:
+            name = recipe.name if isinstance(recipe, Recipe) else recipe
+            job.say(name)
+            file = job.empty_scratch() / f"{job.stems['whole']}_{precision}.xml"
+            convert_to_ir(
+                material.folder / portable.file,
+                file,
+                precision,
+                feeds,
+                weights_only=name == _WEIGHTS_ONLY,
+                blocks=recipe if isinstance(recipe, Recipe) else None,
+                rounding=material.rounding,
+            )
+            size, before = sum(each.stat().st_size for each in file.parent.iterdir()), portable.size_bytes
+            step = Optimisation(name=name, lossless=False, unit="bytes", before=before, after=size)
+            yield MadeGraph([step] if precision != "fp32" else [], files={"whole": file})
 
 
 def convert_to_ir(
@@ -67,9 +103,9 @@ def convert_to_ir(
         ConfigError: If ``int8`` is asked for without calibration.
         UnsupportedError: If the precision is another one.
     """
-    if precision not in _PRECISIONS:
+    if precision not in _RECIPES:
         raise UnsupportedError(
-            "OpenVINO's target has no such precision", expected=" or ".join(_PRECISIONS), got=precision
+            "OpenVINO's target has no such precision", expected=" or ".join(_RECIPES), got=precision
         )
     is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:

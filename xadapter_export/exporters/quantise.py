@@ -28,7 +28,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from xadapter_export.bundle.manifest import Precision
 from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.fuse import CONTRIB
@@ -41,6 +40,7 @@ from xadapter_export.exporters.rounding import (
     round_weights,
     smooth_rows,
 )
+from xadapter_export.targets import Precision
 
 KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)

@@ -8,7 +8,6 @@ Source:
     model_config.proto of tritonclient; docs/user_guide/model_configuration.md of triton-inference-server.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from xadapter_export.bundle.folder import Bundle
-from xadapter_export.bundle.manifest import Deployment, ExpertSetSpec, Manifest, Variant
+from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.errors import ParityError, import_extra
-from xadapter_export.exporters.deploy import DeployOptions, Say
-from xadapter_export.exporters.pack import write_alone
+from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
+from xadapter_export.exporters.shelf import write_alone
 from xadapter_export.parity.prove import read_reference
 
 _MAX_BATCH_SIZE = 32
@@ -31,7 +30,7 @@ _WARMUP_CASE = "single_typical"
 _TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32"}
 _NUMPY_TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 # Where instances run: AUTO is the GPUs where there are some, and else the CPU.
-_KINDS = {"onnx-fp32": "KIND_AUTO", "onnx-fp16": "KIND_GPU", "cpu-int8": "KIND_CPU"}
+_KINDS = {"fp32": "KIND_AUTO", "fp16": "KIND_GPU", "int8": "KIND_CPU"}
 
 
 def model_name(variant: Variant) -> str:
@@ -39,55 +38,43 @@ def model_name(variant: Variant) -> str:
     return f"xadapter_{variant.expert_set}_{variant.precision}"
 
 
-def deploy(
-    folder: Path, manifest: Manifest, variant: Variant, options: DeployOptions, say: Say
-) -> Deployment:
-    """Writes ``triton/<name>/``: ``config.pbtxt``, ``1/model.onnx`` with its weights, and a warm-up request.
+class TritonMaker(Packer):
+    """Writes ``triton/<name>/``: ``config.pbtxt``, ``1/model.onnx``, its weights, and a warm-up request."""
 
-    Args:
-        folder: The bundle.
-        manifest: What it says so far.
-        variant: The graph to serve.
-        options: The upper end of the axis ``batch`` is the largest batch; 32 if it is not given.
-        say: Called with what is being written.
+    def pack(self, job: PackageJob) -> Package:
+        """Write it; the upper end of the axis ``batch`` is the largest batch, 32 if it is not given.
 
-    Raises:
-        MissingExtraError: If tritonclient, whose protobuf the configuration is, is not installed.
-        ParityError: If configuration and graph do not say the same.
-    """
-    started = time.monotonic()
-    proto = import_extra("tritonclient.grpc.model_config_pb2", "triton")
-    name = model_name(variant)
-    say(f"triton, {name}")
-    home = folder / "triton" / name
-    (home / "1").mkdir(parents=True)
-    (home / "warmup").mkdir()
-    graph = ir.load(folder / variant.file)
-    _type_outputs(graph, manifest.expert_sets[variant.expert_set])
-    write_alone(graph, home / "1" / "model.onnx")
-    warmup = _write_warmup(Bundle(folder, manifest), variant, home / "warmup")
-    largest = options.profile.get("batch", (1, _MAX_BATCH_SIZE))[1]
-    config = _configure(proto, manifest, variant, largest, warmup)
-    (home / "config.pbtxt").write_text(_to_text(config), encoding="utf-8")
-    check_repository(home)
-    written = [path for path in sorted(home.rglob("*")) if path.is_file()]
-    return Deployment(
-        target="triton",
-        expert_set=variant.expert_set,
-        precision=variant.precision,
-        source=variant.name,
-        files=tuple(path.relative_to(folder).as_posix() for path in written),
-        size_bytes=sum(path.stat().st_size for path in written),
-        seconds=time.monotonic() - started,
-        facts={
-            "model": name,
-            "max_batch_size": str(largest),
-            "instances": _KINDS[variant.name],
-            "checked": "config.pbtxt against tritonclient's protobuf and the ONNX file",
-        },
-        prove_with="tritonserver --model-repository BUNDLE/triton & "
-        f"python examples/triton_client.py BUNDLE --model {name} --prove",
-    )
+        Raises:
+            MissingExtraError: If tritonclient, whose protobuf the configuration is, is not installed.
+            ParityError: If configuration and graph do not say the same.
+        """
+        proto = import_extra("tritonclient.grpc.model_config_pb2", "triton")
+        folder, manifest, variant = job.folder, job.manifest, job.variant
+        name = model_name(variant)
+        job.say(f"{self.target.name}, {name}")
+        home = folder / self.target.name / name
+        (home / "1").mkdir(parents=True)
+        (home / "warmup").mkdir()
+        graph = ir.load(folder / variant.file)
+        _type_outputs(graph, manifest.expert_sets[variant.expert_set])
+        write_alone(graph, home / "1" / "model.onnx")
+        warmup = _write_warmup(Bundle(folder, manifest), variant, home / "warmup")
+        largest = job.options.profile.get("batch", (1, _MAX_BATCH_SIZE))[1]
+        config = _configure(proto, manifest, variant, largest, warmup)
+        (home / "config.pbtxt").write_text(_to_text(config), encoding="utf-8")
+        check_repository(home)
+        written = [path for path in sorted(home.rglob("*")) if path.is_file()]
+        return Package(
+            files=tuple(path.relative_to(folder).as_posix() for path in written),
+            facts={
+                "model": name,
+                "max_batch_size": str(largest),
+                "instances": _KINDS[variant.precision],
+                "checked": "config.pbtxt against tritonclient's protobuf and the ONNX file",
+            },
+            prove_with=f"tritonserver --model-repository BUNDLE/{self.target.name} & "
+            f"python examples/triton_client.py BUNDLE --model {name} --prove",
+        )
 
 
 def check_repository(home: Path) -> None:
@@ -159,7 +146,7 @@ def _configure(
             listed.add(name=tensor.name, data_type=proto.DataType.Value(kind), dims=dims)
     config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_DELAY_US
     kinds = proto.ModelInstanceGroup.Kind
-    config.instance_group.add(count=1, kind=kinds.Value(_KINDS[variant.name]))
+    config.instance_group.add(count=1, kind=kinds.Value(_KINDS[variant.precision]))
     setting = config.model_warmup.add(name=_WARMUP_CASE, batch_size=1)
     for name, dims in warmup.items():
         item = setting.inputs[name]

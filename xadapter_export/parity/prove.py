@@ -22,7 +22,6 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
@@ -34,8 +33,8 @@ from xadapter_export.parity.recorded import Check, opened_record
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.targets import CPU_PROVIDER, find_target
 
-CPU_PROVIDER = "CPUExecutionProvider"
 SCORES = "retrieved_scores"
 
 IntArray = NDArray[np.int64]
@@ -60,8 +59,8 @@ def prove_bundle(
         folder: The bundle.
         expert_sets: The sets to prove; all of them if None.
         variants: Names of the variants to prove, ``onnx-fp32``; every fp32 one if None.
-        providers: Execution providers in order of preference; the CPU if None. On any other only the portable
-            graph is proven, and with CUDA the one made for it: the others are made for the CPU.
+        providers: Execution providers in order of preference; the CPU if None. On any other the graphs of
+            targets that are made for it, or for any, are proven.
         num_threads: Threads inside one operator; the engine's choice if None.
         verify: Whether to check the files' hashes first.
 
@@ -185,24 +184,23 @@ def check_lossy(
 def _runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
     """Whether a variant is made for these providers."""
     names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
-    on_cpu = set(names) <= {CPU_PROVIDER}
-    return variant.target == "onnx" or on_cpu or (variant.target == "cuda" and CUDA_PROVIDER in names)
+    return find_target(variant.target).runs_with(names)
 
 
 def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[TapSpec, ...]:
     """Return the taps that can be read in a graph."""
-    if variant.target == "openvino":
-        return ()
-    if variant.target == "onnx":
-        return spec.taps
+    readable = find_target(variant.target).taps
+    if readable != "left":
+        return spec.taps if readable == "all" else ()
     # A node's output as protobuf writes it: NodeProto's field 2, length, name (onnx.proto, onnx 1.23).
     graph, tag = bundle.file(variant.file).read_bytes(), bytes([2 << 3 | 2])
     return tuple(tap for tap in spec.taps if tag + bytes([len(tap.name)]) + tap.name.encode() in graph)
 
 
 def _engine_versions(variants: Iterable[Variant]) -> dict[str, str]:
-    modules = dict.fromkeys("openvino" if v.target == "openvino" else "onnxruntime" for v in variants)
-    return {name: str(importlib.import_module(name).__version__) for name in modules}  # each has just run
+    runtimes = [find_target(variant.target).runtime for variant in variants]  # each has just run
+    modules = dict.fromkeys(runtime.module for runtime in runtimes if runtime is not None)
+    return {name: str(importlib.import_module(name).__version__) for name in modules}
 
 
 def _prove_values(

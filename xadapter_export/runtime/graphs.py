@@ -17,11 +17,12 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, op
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ConfigError, ParityError, XAdapterError
 from xadapter_export.parity.recorded import Check, files_of_record, opened_record
-from xadapter_export.runtime.choose import CPU_PROVIDER, PRECISIONS, Choice, choose, rank
+from xadapter_export.runtime.choose import Choice, choose, rank
 from xadapter_export.runtime.fastest import BUDGET_S, OPENING_S, key_of, recall, remember, time_in_turn
 from xadapter_export.runtime.load_check import CHECK_WHEN, CheckWhen, check_graph
 from xadapter_export.runtime.loaded import open_shared, open_shared_engine
 from xadapter_export.runtime.split import SplitPairs
+from xadapter_export.targets import CPU_PROVIDER, PRECISIONS
 
 FASTEST: Final = "fastest"
 
