@@ -33,9 +33,9 @@ from onnx_ir.tape import Tape
 from rich.table import Table
 
 from benchmarks.machine import cpu
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.errors import ConfigError, MissingExtraError
+from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.bank_search import BankPrecision

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 from benchmarks import field
 from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import ExpertSet, Task
-from xadapter_export.bundle.openvino_session import import_openvino
 from xadapter_export.errors import XAdapterError
+from xadapter_export.sessions.openvino_session import import_openvino
 from xadapter_export.targets import Precision
 
 if TYPE_CHECKING:

@@ -18,10 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.engine_session import EngineSession, find_gpu
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Deployment
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -40,7 +38,11 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
 from xadapter_export.parity.prove import read_reference
-from xadapter_export.runtime import loaded
+from xadapter_export.sessions import shared
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.tensorrt_session import EngineSession, find_gpu
 from xadapter_export.targets import TARGETS, VariantName
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
@@ -200,8 +202,8 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
             sizes.append(len(feed["input_ids"]))
             return self._graph.run(names, feed)
 
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
-    monkeypatch.setattr(loaded, "open_engine", Spy)
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(shared, "open_engine", Spy)
     session = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
     assert session.answered_by == "tensorrt-rtx-fp16"
     assert [file.name for file in opened] == ["model_fp16_sm86-sm89.engine"]
@@ -216,7 +218,7 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
         session.run(session._encoder_for(None).encode(TEXTS[:1]), outputs=["nonsense"])
     with pytest.raises(ConfigError, match="num_threads must be at least 1"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16", num_threads=0)
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm120")
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm120")
     with pytest.raises(ProviderError, match=r"no engine for this GPU \(sm120\).*one of sm75, sm86\+sm89"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
 
@@ -230,8 +232,8 @@ def test_an_engine_that_was_changed_is_never_opened(
         last = stream.read(1)
         stream.seek(-1, 2)
         stream.write(bytes([last[0] ^ 1]))
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
-    monkeypatch.setattr(loaded, "open_engine", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(shared, "open_engine", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(HashMismatchError, match=r"model_fp16_sm86-sm89\.engine"):
         XAdapterSession.load(folder, variant="tensorrt-rtx-fp16")
 

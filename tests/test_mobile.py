@@ -7,8 +7,8 @@ import pytest
 
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
+from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult

@@ -17,12 +17,6 @@ from tests.test_batch_mates import ask_in_company
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
-from xadapter_export.bundle.openvino_session import (
-    _OpenVinoSession,
-    create_openvino_session,
-    import_openvino,
-)
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.openvino_ir import convert_to_ir
 from xadapter_export.exporters.pipeline import ExportResult
@@ -31,6 +25,13 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.openvino_session import (
+    _OpenVinoSession,
+    create_openvino_session,
+    import_openvino,
+)
+from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.targets import Precision
 
 pytest.importorskip("nncf")

@@ -27,7 +27,6 @@ from tests.tiny_checkpoint import (
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
-from xadapter_export.bundle.onnx_session import Array, create_session
 from xadapter_export.cli.export import STEPS as CLI_STEPS
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.derive import CpuMaker, Source
@@ -39,6 +38,8 @@ from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.compare import TOLERANCES
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS
 
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t", "none")

@@ -20,7 +20,6 @@ from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Variant
 from xadapter_export.bundle.model_card import describe_agreement
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
@@ -33,6 +32,7 @@ from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
+from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.targets import Precision
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")

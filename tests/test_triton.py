@@ -22,11 +22,11 @@ from xadapter_export.bank import BankClip
 from xadapter_export.bank.swap import swap_bank
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import PackageOptions
 from xadapter_export.exporters.triton import check_repository
+from xadapter_export.sessions.onnx_session import create_session
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [triton]")
 client = pytest.importorskip("examples.triton_client", reason="needs the extra [triton]")

@@ -18,8 +18,8 @@ from xadapter_export.bundle.machine import Machine, read_machine
 from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
 from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, ParityError
-from xadapter_export.runtime import loaded
 from xadapter_export.runtime.choose import choices_by_kind, choose, kind_of
+from xadapter_export.sessions import shared
 from xadapter_export.targets import VARIANTS
 
 BANANA = "the color of a banana is [MASK]."
@@ -269,7 +269,7 @@ def test_a_session_refuses_what_is_not_there(several: Path) -> None:
 
 
 def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
-    before = len(loaded._loaded)
+    before = len(shared._loaded)
     first = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     again = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     assert again._graphs.session("t") is first._graphs.session("t")
@@ -277,10 +277,10 @@ def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
     other = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=2)
     assert len({id(s._graphs.session("t")) for s in (first, own, other)}) == 3
     assert own.fill_mask(BANANA) == first.fill_mask(BANANA)
-    assert len(loaded._loaded) == before + 2
+    assert len(shared._loaded) == before + 2
     del first, again, own, other
     gc.collect()
-    assert len(loaded._loaded) == before
+    assert len(shared._loaded) == before
 
 
 def test_a_bundle_written_anew_is_loaded_anew(tmp_path: Path) -> None:

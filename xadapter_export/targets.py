@@ -177,8 +177,8 @@ _TENSORRT: Final = Runtime("TensorRT", "tensorrt", ("tensorrt",), ("tensorrt",))
 _TENSORRT_RTX: Final = Runtime("TensorRT-RTX", "tensorrt_rtx", ("tensorrt",), ("tensorrt-rtx",))
 
 _MAKERS: Final = "xadapter_export.exporters"
-_OPEN_ONNX: Final = "xadapter_export.bundle.onnx_session:open_onnx"
-_OPEN_ENGINE: Final = "xadapter_export.bundle.engine_session:open_engine"
+_OPEN_ONNX: Final = "xadapter_export.sessions.onnx_session:open_onnx"
+_OPEN_ENGINE: Final = "xadapter_export.sessions.tensorrt_session:open_engine"
 
 _NO_INT8: Final = "no int8 variant suits this CPU"
 _SLOW_INT8: Final = "int8 gains nothing on this CPU"
@@ -262,7 +262,7 @@ _TABLE: Final = (
         says="OpenVINO on x86",
         maker=f"{_MAKERS}.openvino_ir:OpenVinoMaker",
         precisions=("fp32", "int8", "int4"),
-        opener="xadapter_export.bundle.openvino_session:open_openvino",
+        opener="xadapter_export.sessions.openvino_session:open_openvino",
         runtime=_OPENVINO,
         provider=CPU_PROVIDER,
         ranks={  # its engine for Arm has no int8 kernels of its own

@@ -32,15 +32,17 @@ from xadapter_export.bundle.folder import (
 )
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
-from xadapter_export.bundle.retrieval import open_retriever
-from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
 from xadapter_export.parity.recorded import record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.retrieval import open_retriever
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.split_session import SplitSession
 from xadapter_export.targets import find_target
 
 # Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.

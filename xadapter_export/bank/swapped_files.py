@@ -22,12 +22,12 @@ from xadapter_export.bundle.folder import (
 from xadapter_export.bundle.graph_file import GraphFile, Weight
 from xadapter_export.bundle.manifest import BankSpec, ExpertSet, Manifest, Variant
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import BundleError, UnsupportedError
 from xadapter_export.parity import proven_bank
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.parity.prove import read_reference
 from xadapter_export.runtime.choose import choices_of
+from xadapter_export.sessions.session import Array
 
 _ALIGNMENT = 64  # bytes, as the exporter aligns weights
 _COPY_BYTES = 2**24

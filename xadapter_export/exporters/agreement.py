@@ -21,7 +21,6 @@ from xadapter_export.bundle.manifest import (
     JudgedOn,
     Task,
 )
-from xadapter_export.bundle.onnx_session import Array, OnnxSession
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
 from xadapter_export.evaluation.labelled import GLUE_TASKS, read_labelled
@@ -40,6 +39,7 @@ from xadapter_export.model.checkpoint import read_record
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.targets import Precision
 
 Feed = Mapping[str, Array]

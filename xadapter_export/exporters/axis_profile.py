@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from xadapter_export.bundle.manifest import Manifest, Task, TensorSpec
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError
+from xadapter_export.sessions.session import Array
 
 AXES = ("batch", "seq", "masks", "clip_seq")
 

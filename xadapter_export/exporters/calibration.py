@@ -12,12 +12,12 @@ from typing import Any, Final, Self
 import numpy as np
 
 from xadapter_export.bundle.manifest import Task
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ConfigError, InputTextError
 from xadapter_export.evaluation.labelled import GLUE_TASKS
 from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning, check_texts
+from xadapter_export.sessions.session import Array
 
 MOST_MADE_WITH: Final = 300
 MOST_COMPARED_ON: Final = 1000  # 1 of them is the 0.1 % that fp16 may differ in

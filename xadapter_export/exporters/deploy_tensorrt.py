@@ -14,9 +14,7 @@ from types import ModuleType
 
 import onnx_ir as ir
 
-from xadapter_export.bundle.engine_session import find_gpu
 from xadapter_export.bundle.folder import Bundle
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import MissingExtraError, ProviderError, import_extra
 from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.engines import EngineJob, build_engine
@@ -25,6 +23,8 @@ from xadapter_export.exporters.shelf import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance
 from xadapter_export.parity.engines import measure_graph
 from xadapter_export.parity.prove import read_reference, reference_feeds
+from xadapter_export.sessions.session import Array
+from xadapter_export.sessions.tensorrt_session import find_gpu
 
 Shapes = Mapping[str, tuple[list[int], list[int], list[int]]]
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from xadapter_export.bundle.engine_session import find_gpu
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Say
+from xadapter_export.sessions.tensorrt_session import find_gpu
 from xadapter_export.targets import Precision
 
 _NO_FP32 = (

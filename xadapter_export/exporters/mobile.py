@@ -14,10 +14,11 @@ import numpy as np
 
 from xadapter_export.bundle.folder import REFERENCE_NAME
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.bundle.onnx_session import Array, create_session
 from xadapter_export.errors import ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
 from xadapter_export.targets import CPU_PROVIDER
 
 # onnxruntime-android (Maven), onnxruntime-objc and onnxruntime-c (CocoaPods) are full builds: "all types and

@@ -36,10 +36,7 @@ from xadapter_export.bundle.manifest import (
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_graph_of, open_variant
 from xadapter_export.bundle.opsets import check_opset
-from xadapter_export.bundle.retrieval import Retriever
-from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.axis_profile import check_cases, check_limits
@@ -79,6 +76,10 @@ from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.choose import choices_of
+from xadapter_export.sessions.open import open_graph, open_variant
+from xadapter_export.sessions.retrieval import Retriever
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.split_session import SplitSession
 from xadapter_export.targets import PORTABLE, TARGETS, VARIANTS, Precision, VariantName
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
@@ -387,7 +388,7 @@ class _Builder:
 
     def _open(self, expert_set: ExpertSet, target: str, files: Mapping[Part, Path]) -> OnnxSession:
         """Opens a graph, or two as one, while the bundle is being made."""
-        sessions = {part: open_graph_of(target, file) for part, file in files.items()}
+        sessions = {part: open_graph(target, file) for part, file in files.items()}
         if "whole" in sessions:
             return sessions["whole"]
         spec, retriever = self.specs[expert_set], None

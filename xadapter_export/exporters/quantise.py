@@ -28,7 +28,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.fuse import CONTRIB
 from xadapter_export.exporters.rounding import (
@@ -40,6 +39,7 @@ from xadapter_export.exporters.rounding import (
     round_weights,
     smooth_rows,
 )
+from xadapter_export.sessions.session import Array
 from xadapter_export.targets import Precision
 
 KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from xadapter_export.bundle.manifest import ExpertSet, Task
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
+from xadapter_export.sessions.session import Array
 
 _FILLER = "on a warm day the children saw one small animal near two old trees and a river"
 

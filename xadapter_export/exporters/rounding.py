@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xadapter_export.bundle.onnx_session import Array, create_session
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
 
 Float32Array = NDArray[np.float32]
 

@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.errors import ParityError, import_extra
 from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
 from xadapter_export.exporters.shelf import write_alone
 from xadapter_export.parity.prove import read_reference
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array, OnnxSession
 
 _MAX_BATCH_SIZE = 32
 _QUEUE_DELAY_US = 500  # how long a request waits for others

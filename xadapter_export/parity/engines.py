@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
 from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_variant
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Tolerance
 from xadapter_export.parity.prove import SCORES, compare_case, read_reference, reference_feeds
 from xadapter_export.parity.report import ParityReport
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.tensorrt_session import engine_file_for, find_gpu, open_engine
 
 LOSSY_FACTOR = 2.0
 

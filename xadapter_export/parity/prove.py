@@ -15,6 +15,7 @@ is of; see ``parity.proven_bank``. Whether the new one is in the graph is checke
 import importlib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
@@ -33,6 +33,8 @@ from xadapter_export.parity.recorded import Check, opened_record
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, find_target
 
 SCORES = "retrieved_scores"
@@ -82,16 +84,17 @@ def prove_bundle(
     for variant in chosen:
         spec = bundle.manifest.expert_sets[variant.expert_set]
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        open_graph = partial(open_variant, bundle, variant, providers=providers, num_threads=num_threads)
+        how, retriever = Opening(providers, num_threads), None
         bank = old_bank if "v" in variant.expert_set else None
         if bank is not None:
-            open_graph = partial(
-                open_graph, weights=bank.weights_of(bundle, variant), retriever=bank.retriever(bundle)
-            )
+            how = replace(how, weights=bank.weights_of(bundle, variant))
+            retriever = bank.retriever(bundle)
+        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
         compared, used = _prove_values(open_graph, variant, spec, reference, keys, bank)
         active |= dict.fromkeys(used)
         if taps := _find_taps(bundle, variant, spec):
-            open_graph = partial(open_graph, appended=extra_outputs(tap.name for tap in taps))
+            how = replace(how, appended=extra_outputs(tap.name for tap in taps))
+            open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
             keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
             compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
         if compared and variant.parity and len(compared) < variant.parity.num_cells:
@@ -175,7 +178,7 @@ def check_lossy(
     ]:
         if not _runs_on(variant, providers):
             continue
-        session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+        session = open_variant(bundle, variant, Opening(providers, num_threads))
         with opened_record(bundle) as record:
             checks += [record.check(session, variant, case) for case in record.cases]
     return tuple(checks)

@@ -19,8 +19,8 @@ from typing import Final
 from xadapter_export.bundle.folder import MANIFEST_NAME, Bundle, sha256_file
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import Provider
 from xadapter_export.errors import ConfigError
+from xadapter_export.sessions.session import Provider
 from xadapter_export.targets import TARGETS
 
 BUDGET_S: Final = 2.0  # for opening, checking and timing

@@ -13,7 +13,6 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.engine_session import largest_batch
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle
 from xadapter_export.bundle.manifest import (
     Candidate,
@@ -23,9 +22,7 @@ from xadapter_export.bundle.manifest import (
     Task,
     Variant,
 )
-from xadapter_export.bundle.onnx_session import Array, Provider
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.bundle.retrieval import PictureIndex
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -45,6 +42,9 @@ from xadapter_export.runtime.graphs import Graphs, HowToOpen
 from xadapter_export.runtime.load_check import CheckWhen
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
+from xadapter_export.sessions.retrieval import PictureIndex
+from xadapter_export.sessions.session import Array, Provider
+from xadapter_export.sessions.tensorrt_session import largest_batch
 from xadapter_export.targets import CPU_PROVIDER, find_target
 
 Float32Array = NDArray[np.float32]

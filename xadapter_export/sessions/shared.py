@@ -6,27 +6,20 @@ a third or more. One loaded graph may answer any number of threads, so that is w
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
-from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
 from xadapter_export.bundle.folder import Bundle, verify_files
 from xadapter_export.bundle.manifest import Deployment, Variant
-from xadapter_export.bundle.onnx_session import OnnxSession, Provider, open_variant
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import OnnxSession, Opening
+from xadapter_export.sessions.tensorrt_session import engine_file_for, find_gpu, open_engine
 
 _loaded: WeakValueDictionary[tuple[object, ...], OnnxSession] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def open_shared(
-    bundle: Bundle,
-    variant: Variant,
-    *,
-    providers: Sequence[Provider] | None = None,
-    num_threads: int | None = None,
-    cache_dir: Path | None = None,
-) -> OnnxSession:
+def open_shared(bundle: Bundle, variant: Variant, how: Opening) -> OnnxSession:
     """Open a variant as ``open_variant`` does, or return it if this process has it open already.
 
     It is the same one where the files, the providers and the number of threads are the same, and it goes when
@@ -38,17 +31,8 @@ def open_shared(
         As ``open_variant``.
     """
     files = identify(bundle, variant.file, *variant.weight_files)
-    key = (variant.target, files, repr(list(providers or [])), num_threads)
-    return _share(
-        key,
-        lambda: open_variant(
-            bundle,
-            variant,
-            providers=providers,
-            num_threads=num_threads,
-            cache_dir=cache_dir,
-        ),
-    )
+    key = (variant.target, files, repr(list(how.providers or [])), how.num_threads)
+    return _share(key, lambda: open_variant(bundle, variant, how))
 
 
 def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> OnnxSession:

@@ -1,176 +1,35 @@
-"""The one place where a graph is opened: the engine of its target, providers, threads and clear errors."""
+"""Graphs in onnxruntime: providers, threads and clear errors."""
 
-import hashlib
 import importlib.metadata
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from xadapter_export.bundle.cuda import (
+from xadapter_export.bundle.graph_file import with_weights
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    MissingExtraError,
+    ProviderError,
+    import_extra,
+)
+from xadapter_export.sessions.cuda import (
     BoundSession,
     exact_options,
     find_missing,
     preload,
     silenced,
 )
-from xadapter_export.bundle.folder import Bundle
-from xadapter_export.bundle.graph_file import with_weights
-from xadapter_export.bundle.manifest import Variant
-from xadapter_export.errors import (
-    BundleError,
-    ConfigError,
-    MissingExtraError,
-    ProviderError,
-    UnsupportedError,
-    import_extra,
-)
-from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME, find_target, load_named
-
-if TYPE_CHECKING:
-    from xadapter_export.bundle.retrieval import Retriever
-
-Array = NDArray[np.int64] | NDArray[np.float32]
-Provider = str | tuple[str, dict[str, str]]
+from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
-
-
-@dataclass(frozen=True)
-class Opening:
-    """How a graph is opened; an opener leaves aside what its library has nothing for.
-
-    Attributes:
-        providers: Execution providers of onnxruntime in order of preference; the CPU if None.
-        num_threads: Threads inside one operator; the library's choice if None.
-        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
-        weights: Arrays to put in the place of weights of these names, whatever their shape.
-        cache_dir: A folder for what the library compiled from this graph; None for nowhere.
-    """
-
-    providers: Sequence[Provider] | None = None
-    num_threads: int | None = None
-    appended: bytes = b""
-    weights: Mapping[str, Array] | None = None
-    cache_dir: Path | None = None
-
-
-class Value(Protocol):
-    """An input or output of a graph."""
-
-    name: str
-    shape: list[int | str | None]
-    type: str
-
-
-_AS_IT_IS = Opening()
-
-
-class OnnxSession(Protocol):
-    """The part of ``onnxruntime.InferenceSession`` that is used here."""
-
-    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
-        """Compute the named outputs."""
-        ...
-
-    def get_providers(self) -> list[str]:
-        """Return the active execution providers."""
-        ...
-
-    def get_inputs(self) -> Sequence[Value]:
-        """Return the graph's inputs."""
-        ...
-
-    def get_outputs(self) -> Sequence[Value]:
-        """Return the graph's outputs."""
-        ...
-
-
-def open_variant(
-    bundle: Bundle,
-    variant: Variant,
-    *,
-    providers: Sequence[Provider] | None = None,
-    num_threads: int | None = None,
-    appended: bytes = b"",
-    weights: Mapping[str, Array] | None = None,
-    cache_dir: Path | None = None,
-    retriever: "Retriever | None" = None,
-) -> OnnxSession:
-    """Open a variant of a bundle with the engine of its target; of two graphs, both, as one.
-
-    Args:
-        bundle: The bundle.
-        variant: One of its variants.
-        providers: See ``Opening``, as for what follows.
-        num_threads: Threads inside one operator; the engine's choice if None.
-        appended: For the answer graph.
-        weights: For whichever graph has them.
-        cache_dir: Where compiled graphs are kept, each in a folder that is named by the hash of its files;
-            None for nowhere.
-        retriever: What searches the bank where no graph does; the bundle's own features if None.
-
-    Raises:
-        MissingExtraError: If the engine is not installed.
-        ProviderError: As ``create_session``.
-        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
-        BundleError: If a file is missing, or the engine cannot load the graph.
-    """
-    if variant.query_file is not None:
-        from xadapter_export.bundle.retrieval import open_retriever
-        from xadapter_export.bundle.split_session import open_split
-
-        def open_graph(graph: Variant) -> OnnxSession:
-            more = appended if graph.file == variant.file else b""
-            return open_variant(
-                bundle,
-                graph,
-                providers=providers,
-                num_threads=num_threads,
-                appended=more,
-                weights=weights,
-                cache_dir=cache_dir,
-            )
-
-        spec = bundle.manifest.expert_sets[variant.expert_set]
-        if spec.searches_outside and retriever is None:
-            retriever = open_retriever(bundle, None)
-        return open_split(variant, spec, open_graph, retriever=retriever)
-    if cache_dir is not None:
-        hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
-        cache_dir = cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16]
-    how = Opening(providers, num_threads, appended, weights, cache_dir)
-    return open_graph_of(variant.target, bundle.file(variant.file), how)
-
-
-def open_graph_of(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession:
-    """Open one graph with the opener of its target.
-
-    Args:
-        target: Name of a target that a session runs.
-        file: The graph; its weights are beside it.
-        how: How to open it.
-
-    Raises:
-        UnsupportedError: If this installation does not know the target, or nothing here runs it.
-        MissingExtraError: If what runs it is not installed.
-        As the opener.
-    """
-    found = find_target(target)
-    if found.opener is None or found.is_package:
-        raise UnsupportedError("no session runs graphs of this target", where=target)
-    session: OnnxSession = load_named(found.opener)(file, how)
-    return session
 
 
 def open_onnx(file: Path, how: Opening) -> OnnxSession:

@@ -5,15 +5,14 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Opening
 from xadapter_export.errors import BundleError, ConfigError, import_extra
+from xadapter_export.sessions.session import Array, KnownValue, OnnxSession, Opening
 
 _TELEMETRY: Final = "openvino_telemetry"
 _DTYPES: Final = {"i64": "tensor(int64)", "f32": "tensor(float)"}
@@ -53,15 +52,6 @@ def _without_telemetry() -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-@dataclass
-class _Value:
-    """Name, shape and type of an input or output, as onnxruntime writes them; None is an axis that varies."""
-
-    name: str
-    shape: list[int | str | None]
-    type: str
-
-
 class _OpenVinoSession:
     """A compiled model, for several threads: each call takes a request that no other call is using."""
 
@@ -88,10 +78,10 @@ class _OpenVinoSession:
     def get_providers(self) -> list[str]:
         return ["OpenVINO"]
 
-    def get_inputs(self) -> Sequence[_Value]:
+    def get_inputs(self) -> Sequence[KnownValue]:
         return [_describe(port) for port in self._compiled.inputs]
 
-    def get_outputs(self) -> Sequence[_Value]:
+    def get_outputs(self) -> Sequence[KnownValue]:
         return [_describe(port) for port in self._compiled.outputs]
 
 
@@ -154,8 +144,8 @@ def _make_writable(cache_dir: Path) -> None:
         ) from error
 
 
-def _describe(port: Any) -> _Value:
+def _describe(port: Any) -> KnownValue:
     shape: list[int | str | None] = [
         dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()
     ]
-    return _Value(port.get_any_name(), shape, _DTYPES[port.get_element_type().get_type_name()])
+    return KnownValue(port.get_any_name(), shape, _DTYPES[port.get_element_type().get_type_name()])

@@ -14,8 +14,8 @@ from typing import cast
 import numpy as np
 
 from xadapter_export.bundle.manifest import ExpertSetSpec, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Value
-from xadapter_export.bundle.retrieval import Retriever
+from xadapter_export.sessions.retrieval import Retriever
+from xadapter_export.sessions.session import Array, OnnxSession, Value
 
 Memory = Mapping[str, Array]  # of one text: the answer graph's inputs and what was retrieved, no batch axis
 

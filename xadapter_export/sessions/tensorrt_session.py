@@ -3,7 +3,6 @@
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -11,20 +10,11 @@ from typing import Any, Final
 import numpy as np
 
 from xadapter_export.bundle.manifest import Deployment
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import BundleError, ProviderError, import_extra
+from xadapter_export.sessions.session import Array, KnownValue
 from xadapter_export.targets import find_target
 
 _TYPES: Final = {"INT64": "tensor(int64)", "FLOAT": "tensor(float)"}
-
-
-@dataclass
-class _Value:
-    """Name, shape and type of an input or output, as onnxruntime writes them; None is an axis that varies."""
-
-    name: str
-    shape: list[int | str | None]
-    type: str
 
 
 def import_library(target: str) -> ModuleType:
@@ -179,17 +169,17 @@ class EngineSession:
         """Return the library's name and version."""
         return [f"{self._library.__name__} {self._library.__version__}"]
 
-    def get_inputs(self) -> Sequence[_Value]:
+    def get_inputs(self) -> Sequence[KnownValue]:
         """Return the engine's inputs."""
         return [self._describe(name) for name in self._inputs]
 
-    def get_outputs(self) -> Sequence[_Value]:
+    def get_outputs(self) -> Sequence[KnownValue]:
         """Return the engine's outputs."""
         return [self._describe(name) for name in self._outputs]
 
-    def _describe(self, name: str) -> _Value:
+    def _describe(self, name: str) -> KnownValue:
         shape = [None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name)]
-        return _Value(name, list(shape), _TYPES[self._engine.get_tensor_dtype(name).name])
+        return KnownValue(name, list(shape), _TYPES[self._engine.get_tensor_dtype(name).name])
 
 
 def open_engine(file: Path, target: str) -> EngineSession:
