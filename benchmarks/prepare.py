@@ -343,7 +343,7 @@ def _export(
 ) -> None:
     from benchmarks.cases import write_calibration
     from xadapter_export import export
-    from xadapter_export.exporters.engines import CURRENT
+    from xadapter_export.exporters.makers.engines import CURRENT
     from xadapter_export.exporters.makers.maker import PackageOptions
 
     is_lossy = any(precision != "fp32" for precision in precisions)

@@ -29,11 +29,11 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
-from xadapter_export.exporters import engines
-from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
-from xadapter_export.exporters.deploy_tensorrt_rtx import TensorRtRtxMaker
-from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.exporters.makers import engines
+from xadapter_export.exporters.makers.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
+from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
 from xadapter_export.exporters.makers.maker import PackageJob, PackageOptions, check_packages
+from xadapter_export.exporters.makers.tensorrt_engines import TensorRtRtxMaker
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine

@@ -55,7 +55,7 @@ def test_manifest_names_the_files_and_what_they_need(phone: "ExportResult") -> N
 
 
 def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: Path) -> None:
-    from xadapter_export.exporters import mobile
+    from xadapter_export.exporters.makers import mobile
 
     folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
     other = folder / phone.manifest.deployments[1].files[0]
@@ -68,7 +68,8 @@ def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_a
 ) -> None:
     from tests.tiny_checkpoint import make_model
     from xadapter_export import export
-    from xadapter_export.exporters import mobile, pipeline
+    from xadapter_export.exporters import pipeline
+    from xadapter_export.exporters.makers import mobile
 
     def build(self: pipeline._Builder, *_: object) -> object:
         shutil.copytree(

@@ -25,7 +25,7 @@ from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import PackageOptions
-from xadapter_export.exporters.triton import check_repository
+from xadapter_export.exporters.makers.triton import check_repository
 from xadapter_export.sessions.onnx_session import create_session
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [triton]")

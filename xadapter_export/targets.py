@@ -176,7 +176,7 @@ _OPENVINO: Final = Runtime("OpenVINO", "openvino", ("openvino",), ("openvino",))
 _TENSORRT: Final = Runtime("TensorRT", "tensorrt", ("tensorrt",), ("tensorrt",))
 _TENSORRT_RTX: Final = Runtime("TensorRT-RTX", "tensorrt_rtx", ("tensorrt",), ("tensorrt-rtx",))
 
-_MAKERS: Final = "xadapter_export.exporters"
+_MAKERS: Final = "xadapter_export.exporters.makers"
 _OPEN_ONNX: Final = "xadapter_export.sessions.onnx_session:open_onnx"
 _OPEN_ENGINE: Final = "xadapter_export.sessions.tensorrt_session:open_engine"
 
@@ -195,7 +195,7 @@ _TABLE: Final = (
     Target(
         name="onnx",
         says="any runtime",
-        maker=f"{_MAKERS}.derive:PortableMaker",
+        maker=f"{_MAKERS}.onnx_graphs:PortableMaker",
         precisions=("fp32", "fp16", "int8"),
         opener=_OPEN_ONNX,
         runtime=ONNXRUNTIME,
@@ -219,7 +219,7 @@ _TABLE: Final = (
     Target(
         name="cpu",
         says="onnxruntime's CPU provider",
-        maker=f"{_MAKERS}.derive:CpuMaker",
+        maker=f"{_MAKERS}.onnx_graphs:CpuMaker",
         precisions=("fp32", "int8", "int4"),
         opener=_OPEN_ONNX,
         runtime=ONNXRUNTIME,
@@ -249,7 +249,7 @@ _TABLE: Final = (
     Target(
         name="cuda",
         says="onnxruntime's CUDA provider",
-        maker=f"{_MAKERS}.derive:CudaMaker",
+        maker=f"{_MAKERS}.onnx_graphs:CudaMaker",
         precisions=("fp32", "fp16"),
         opener=_OPEN_ONNX,
         runtime=ONNXRUNTIME,
@@ -282,7 +282,7 @@ _TABLE: Final = (
     Target(
         name="tensorrt-rtx",
         says="engines for NVIDIA GPUs, built without one",
-        maker=f"{_MAKERS}.deploy_tensorrt_rtx:TensorRtRtxMaker",
+        maker=f"{_MAKERS}.tensorrt_engines:TensorRtRtxMaker",
         precisions=tuple(_ENGINES),
         opener=_OPEN_ENGINE,
         runtime=_TENSORRT_RTX,
@@ -295,7 +295,7 @@ _TABLE: Final = (
     Target(
         name="tensorrt",
         says="a folder to build NVIDIA engines from",
-        maker=f"{_MAKERS}.deploy_tensorrt:TensorRtMaker",
+        maker=f"{_MAKERS}.tensorrt_folder:TensorRtMaker",
         precisions=tuple(_ENGINES),
         opener=_OPEN_ENGINE,
         runtime=_TENSORRT,

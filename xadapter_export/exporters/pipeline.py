@@ -39,9 +39,9 @@ from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import agreement, pack
-from xadapter_export.exporters.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.calibration import calibration_feeds
 from xadapter_export.exporters.check import check_graph
+from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
     GraphJob,
     GraphMaker,

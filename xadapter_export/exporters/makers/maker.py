@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimisation, Variant
 from xadapter_export.errors import ConfigError, import_extra
-from xadapter_export.exporters.axis_profile import check_axes, parse_profile
+from xadapter_export.exporters.makers.axis_profile import check_axes, parse_profile
 from xadapter_export.exporters.merge import MergedModel, Part
 from xadapter_export.exporters.quantise import Ranges, Rounding
 from xadapter_export.sessions.session import Array

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.errors import MissingExtraError, ProviderError, import_extra
-from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
-from xadapter_export.exporters.engines import EngineJob, build_engine
+from xadapter_export.exporters.makers.axis_profile import plan_axes, profile_facts, profile_shapes
+from xadapter_export.exporters.makers.engines import EngineJob, build_engine
 from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer, Say
 from xadapter_export.exporters.shelf import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance

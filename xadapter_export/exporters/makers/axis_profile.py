@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from xadapter_export.bundle.manifest import Manifest, Task, TensorSpec
 from xadapter_export.errors import ConfigError
 from xadapter_export.sessions.session import Array
-
-AXES = ("batch", "seq", "masks", "clip_seq")
+from xadapter_export.targets import AXES
 
 # Most texts in a batch: of a masked text the head answers with a whole vocabulary for every mask.
 _MOST_TEXTS: dict[Task, int] = {"fill-mask": 8, "text-classification": 32, "feature-extraction": 32}

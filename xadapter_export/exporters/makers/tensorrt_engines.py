@@ -5,8 +5,13 @@ from pathlib import Path
 
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import UnsupportedError
-from xadapter_export.exporters.axis_profile import plan_axes, profile_facts, profile_shapes
-from xadapter_export.exporters.engines import EngineJob, build_engine, check_capabilities, split_capabilities
+from xadapter_export.exporters.makers.axis_profile import plan_axes, profile_facts, profile_shapes
+from xadapter_export.exporters.makers.engines import (
+    EngineJob,
+    build_engine,
+    check_capabilities,
+    split_capabilities,
+)
 from xadapter_export.exporters.makers.maker import Package, PackageJob, PackageOptions, Packer
 from xadapter_export.sessions.tensorrt_session import import_library
 from xadapter_export.targets import Precision
