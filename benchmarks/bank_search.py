@@ -38,7 +38,7 @@ from xadapter_export.errors import ConfigError, MissingExtraError
 from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
-    from xadapter_export.exporters.bank_search import BankPrecision
+    from xadapter_export.exporters.passes.bank_search import BankPrecision
 
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
@@ -136,7 +136,9 @@ def search_graph(rows: Float32Array, k: int = _K) -> ir.Model:
 
 def write_search(folder: Path, rows: Float32Array, precision: str) -> tuple[Path, int]:
     """Writes a graph that searches; returns its file, and the bytes of weights that it refers to."""
-    from xadapter_export.exporters.bank_search import search_bank  # PyTorch, which the child does without
+    from xadapter_export.exporters.passes.bank_search import (
+        search_bank,  # PyTorch, which the child does without
+    )
     from xadapter_export.exporters.shelf import SharedWeights, write_graph
 
     model = search_graph(rows)

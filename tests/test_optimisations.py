@@ -29,9 +29,9 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
 from xadapter_export.cli.export import STEPS as CLI_STEPS
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.fuse import CPU_PASSES
 from xadapter_export.exporters.makers.onnx_graphs import CpuMaker, Source
 from xadapter_export.exporters.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.passes.fuse import CPU_PASSES
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.exporters.savings import count_savings
 from xadapter_export.model.config import XAdapterConfig

@@ -25,9 +25,9 @@ from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import agreement, pipeline
-from xadapter_export.exporters.makers import onnx_graphs as derive
+from xadapter_export.exporters.passes import half as half_pass
+from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
@@ -243,7 +243,7 @@ def test_numbers_that_were_integers_are_still_cast_before_an_operator_that_stays
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     opset = [onnx.helper.make_opsetid("", 17)]
     whole = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]), opset_imports=opset)
-    half = derive._to_half(ir.from_proto(whole), derive._FP32_ISLANDS)
+    half = half_pass.to_half(ir.from_proto(whole), half_pass.FP32_ISLANDS)
     proto = ir.to_proto(half)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -278,7 +278,7 @@ def test_casts_that_onnxruntime_writes_twice_stand_once(
             half.graph.node.append(node)
         return half
 
-    monkeypatch.setattr(derive, "convert_float_to_float16", convert)
+    monkeypatch.setattr(half_pass, "convert_float_to_float16", convert)
     twice = export(model, tmp_path / "bundle", "t", precisions=["fp16"], **ANY)
     onnx.checker.check_model(twice.folder / "onnx/model_fp16.onnx")
 

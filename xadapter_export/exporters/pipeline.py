@@ -55,8 +55,8 @@ from xadapter_export.exporters.makers.maker import (
     load_maker,
 )
 from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
 from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import Ranges, Rounding, measure_products
 from xadapter_export.exporters.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.request import (
     Request,

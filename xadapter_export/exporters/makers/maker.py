@@ -18,7 +18,7 @@ from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimisation, V
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.makers.axis_profile import check_axes, parse_profile
 from xadapter_export.exporters.merge import MergedModel, Part
-from xadapter_export.exporters.quantise import Ranges, Rounding
+from xadapter_export.exporters.passes.quantise import Ranges, Rounding
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS, Precision, Target, VariantName, load_named
 

@@ -5,27 +5,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.bank_search import search_bank
-from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
 from xadapter_export.exporters.merge import MergedModel
-from xadapter_export.exporters.qdq import quantise_qdq
-from xadapter_export.exporters.quantise import RECIPES, Ranges, Recipe, Rounding, quantise
+from xadapter_export.exporters.passes.bank_search import search_bank
+from xadapter_export.exporters.passes.fuse import run_pass
+from xadapter_export.exporters.passes.half import FP32_ISLANDS, FP32_SEARCH, to_half
+from xadapter_export.exporters.passes.qdq import quantise_qdq
+from xadapter_export.exporters.passes.quantise import RECIPES, Ranges, Recipe, Rounding, quantise
 from xadapter_export.targets import Precision
-
-# Operators that stay fp32 in an fp16 graph: norms, attention's weights and masks, and the search of the bank.
-# Of these CUDA's kernels compute the first two in fp32 whatever they are given.
-_FP32_SEARCH = ("TopK", "ReduceSum", "Sqrt", "Div", "Range", "Where")
-_SCORES = "bank_scores"
-_TO_FP16 = "_cast_to_fp16_node"  # how onnxruntime's converter names a cast of what stays fp32
-_FP32_ISLANDS = ("LayerNormalization", "Softmax", *_FP32_SEARCH)
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ class PortableMaker(_OnnxMaker):
         if source.precision == "int8":
             quantised = quantise_qdq(source.portable, source.ranges, source.rounding)
             return quantised, [_bytes_saved("int8_qdq", source, quantised)]
-        half = _to_half(source.portable, _FP32_ISLANDS)
+        half = to_half(source.portable, FP32_ISLANDS)
         return half, [_bytes_saved("fp16_weights", source, half)]
 
 
@@ -142,7 +133,7 @@ class CudaMaker(_OnnxMaker):
         model, done = _fuse(source)
         done += _fuse_biases(model)
         if source.precision == "fp16":
-            model = _to_half(model, _FP32_SEARCH, fp32_scores=True)
+            model = to_half(model, FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", source, model))
         return model, done
 
@@ -168,54 +159,6 @@ def _fuse_biases(model: ir.Model) -> list[Optimisation]:
     """Fuses the GELUs of a fused graph with the bias before them, and returns what was done."""
     step = run_pass("fused_bias_gelu", model, _num_exact_gelus(model))
     return [] if step is None else [step]
-
-
-def _to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = False) -> ir.Model:
-    """A copy in fp16, but for operators of these names and, if ``fp32_scores``, the product with the bank.
-
-    The bank's rows are fp16 in either case; scores that are rounded to it too swap more neighbours. In the
-    portable graph they are, because TensorRT has no fp32 products for Turing.
-    """
-    copy = ir.external_data.load_to_model(model.clone())
-    for node in copy.graph if fp32_scores else ():
-        scores = node.inputs[0].producer() if node.op_type == "TopK" and node.inputs[0] is not None else None
-        if scores is not None:
-            scores.name = _SCORES
-    half = convert_float_to_float16(
-        ir.to_proto(copy), keep_io_types=True, op_block_list=list(islands), node_block_list=[_SCORES]
-    )
-    _drop_repeated_casts(half.graph)
-    converted: ir.Model = ir.from_proto(half)
-    _drop_round_trips(converted)
-    converted.graph.sort()
-    return converted
-
-
-def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
-    """Keeps one of the casts that give a value: onnxruntime below 1.32 writes one for every reader.
-
-    1.31 is the newest onnxruntime-gpu.
-    """
-    written: set[str] = set()
-    nodes = list(graph.node)
-    del graph.node[:]
-    for node in nodes:
-        if node.op_type != "Cast" or written.isdisjoint(node.output):
-            graph.node.append(node)
-            written.update(node.output)
-
-
-def _drop_round_trips(model: ir.Model) -> None:
-    """Takes out casts from fp32 to fp16 and back, between two operators that stay fp32."""
-    for node in model.graph:
-        there = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] is not None else None
-        if there is None or not str(there.name).endswith(_TO_FP16) or there.inputs[0] is None:
-            continue
-        if node.outputs[0].is_graph_output():  # its name is the output's
-            node.replace_input_with(0, there.inputs[0])
-        elif node.attributes.get_int("to") == ir.DataType.FLOAT:
-            ir.convenience.replace_all_uses_with(node.outputs[0], there.inputs[0])
-    RemoveUnusedNodesPass()(model)
 
 
 def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:

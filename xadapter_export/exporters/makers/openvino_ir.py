@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, MadeGraph
-from xadapter_export.exporters.quantise import KEPT, RECIPES, Recipe, Rounding, round_blocks, round_products
-from xadapter_export.exporters.rounding import Curvatures, SmoothRows
+from xadapter_export.exporters.passes.quantise import (
+    KEPT,
+    RECIPES,
+    Recipe,
+    Rounding,
+    round_blocks,
+    round_products,
+)
+from xadapter_export.exporters.passes.rounding import Curvatures, SmoothRows
 from xadapter_export.sessions.openvino_session import import_openvino
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import Precision

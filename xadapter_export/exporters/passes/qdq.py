@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.quantise import (
+from xadapter_export.exporters.passes.quantise import (
     Product,
     Ranges,
     Rounding,
@@ -20,7 +20,7 @@ from xadapter_export.exporters.quantise import (
     replace_node,
     round_product,
 )
-from xadapter_export.exporters.rounding import Range
+from xadapter_export.exporters.passes.rounding import Range
 
 
 def quantise_qdq(portable: ir.Model, ranges: Ranges, rounding: Rounding) -> ir.Model:

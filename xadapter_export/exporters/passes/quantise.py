@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.fuse import CONTRIB
-from xadapter_export.exporters.rounding import (
+from xadapter_export.exporters.passes.fuse import CONTRIB
+from xadapter_export.exporters.passes.rounding import (
     Curvatures,
     Range,
     SmoothRows,
