@@ -26,8 +26,8 @@ from xadapter_export.errors import (
     UnsupportedError,
 )
 from xadapter_export.exporters import pack, pipeline, shelf
-from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.parity import prove_bundle
 

@@ -30,10 +30,10 @@ from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
 from xadapter_export.cli.export import STEPS as CLI_STEPS
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.makers.onnx_graphs import CpuMaker, Source
-from xadapter_export.exporters.merge import STEPS, MergedModel, Step
 from xadapter_export.exporters.passes.fuse import CPU_PASSES
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.savings import count_savings
+from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.portable.savings import count_savings
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel

@@ -28,7 +28,7 @@ from xadapter_export.exporters import agreement, pipeline
 from xadapter_export.exporters.passes import half as half_pass
 from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.trace import trace
+from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel

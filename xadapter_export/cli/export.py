@@ -30,8 +30,8 @@ from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, VARIANTS
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
-    from xadapter_export.exporters.merge import Retrieval, Step
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
+    from xadapter_export.exporters.portable.merge import Retrieval, Step
 
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")

@@ -27,8 +27,8 @@ from xadapter_export.bundle.manifest import (
     TensorSpec,
     Variant,
 )
-from xadapter_export.exporters.check import component_parameters
-from xadapter_export.exporters.merge import MergedModel, Part, tap_name
+from xadapter_export.exporters.portable.check import component_parameters
+from xadapter_export.exporters.portable.merge import MergedModel, Part, tap_name
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 

@@ -40,7 +40,6 @@ from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.calibration import calibration_feeds
-from xadapter_export.exporters.check import check_graph
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
     GraphJob,
@@ -54,10 +53,13 @@ from xadapter_export.exporters.makers.maker import (
     check_packages,
     load_maker,
 )
-from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
 from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
-from xadapter_export.exporters.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.portable.check import check_graph
+from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.portable.savings import count_savings
+from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.exporters.request import (
     Request,
     check_gate_options,
@@ -66,9 +68,7 @@ from xadapter_export.exporters.request import (
     made_from,
     make_request,
 )
-from xadapter_export.exporters.savings import count_savings
 from xadapter_export.exporters.shelf import Shelf, hide_taps
-from xadapter_export.exporters.trace import trace
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle

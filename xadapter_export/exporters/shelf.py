@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.exporters.makers.maker import GraphJob, MadeGraph
-from xadapter_export.exporters.merge import MergedModel, Part
+from xadapter_export.exporters.portable.merge import MergedModel, Part
 
 _PARTS: Final[tuple[Part, ...]] = ("whole", "query", "answer")
 _ONNX_FOLDER: Final = "onnx"

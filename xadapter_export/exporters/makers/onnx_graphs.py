@@ -10,12 +10,12 @@ import onnx_ir as ir
 from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
-from xadapter_export.exporters.merge import MergedModel
 from xadapter_export.exporters.passes.bank_search import search_bank
 from xadapter_export.exporters.passes.fuse import run_pass
 from xadapter_export.exporters.passes.half import FP32_ISLANDS, FP32_SEARCH, to_half
 from xadapter_export.exporters.passes.qdq import quantise_qdq
 from xadapter_export.exporters.passes.quantise import RECIPES, Ranges, Recipe, Rounding, quantise
+from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.targets import Precision
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import Component
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.merge import MergedModel, tap_name
+from xadapter_export.exporters.portable.merge import MergedModel, tap_name
 
 _CONSTANT_LIMIT = 4096  # elements; a constant larger than this is a weight whose name was lost
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xadapter_export.bundle.manifest import ExpertSet, Task
-from xadapter_export.exporters.merge import MergedModel
+from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.model.x_adapter_model import XAdapterModel, mean_pool
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
 from xadapter_export.sessions.session import Array

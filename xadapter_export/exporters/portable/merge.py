@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
-from xadapter_export.exporters.layers import ClipLayers, PackedAttention, PlmLayer, attend
+from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import additive_mask
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import UnsupportedError
-from xadapter_export.exporters.merge import MergedModel, tap_name
+from xadapter_export.exporters.portable.merge import MergedModel, tap_name
 
 _LOWEST_TRACED = 18  # torch.onnx writes from here on; 17 is converted from it
 
