@@ -543,7 +543,7 @@ def _limit_ms(row: Row, timed: Measured, machine: limits.Limits) -> float:
 
 def _below_gate(variant: Variant) -> str:
     """What a lossy variant loses beyond the default gate of its precision; empty where it is within."""
-    from xadapter_export.exporters.agreement import GATES, points_lost
+    from xadapter_export.exporters.judge.agreement import GATES, points_lost
 
     agreement = variant.agreement
     if agreement is None:

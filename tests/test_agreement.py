@@ -16,7 +16,7 @@ from tests.tiny_checkpoint import make_model
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, ExpertSetSpec, Task, TensorSpec
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
-from xadapter_export.exporters.agreement import (
+from xadapter_export.exporters.judge.agreement import (
     GATES,
     Answers,
     Probe,
@@ -33,7 +33,7 @@ from xadapter_export.exporters.agreement import (
     share_of_same_rows,
     wilson_interval,
 )
-from xadapter_export.exporters.calibration import (
+from xadapter_export.exporters.judge.calibration import (
     SENTENCES_FILE,
     Calibration,
     CalibrationTexts,

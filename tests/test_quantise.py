@@ -24,7 +24,8 @@ from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
-from xadapter_export.exporters import agreement, pipeline
+from xadapter_export.exporters import pipeline
+from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.passes import half as half_pass
 from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult

@@ -38,8 +38,9 @@ from xadapter_export.bundle.manifest import (
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ParityError, XAdapterError
-from xadapter_export.exporters import agreement, pack
-from xadapter_export.exporters.calibration import calibration_feeds
+from xadapter_export.exporters import pack
+from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge.calibration import calibration_feeds
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
     GraphJob,

@@ -27,7 +27,7 @@ from xadapter_export.evaluation.labelled import GLUE_TASKS, read_labelled
 from xadapter_export.evaluation.objects import read_colors
 from xadapter_export.evaluation.prompts import VALM, ask
 from xadapter_export.evaluation.tables import read_lines, read_table
-from xadapter_export.exporters.calibration import (
+from xadapter_export.exporters.judge.calibration import (
     CalibrationTexts,
     calibration_feeds,
     find_text_columns,
