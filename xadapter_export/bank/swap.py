@@ -28,10 +28,10 @@ from xadapter_export.bundle.folder import (
     Bundle,
     list_files,
     read_bundle,
-    staged_folder,
 )
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds

@@ -22,7 +22,6 @@ from xadapter_export.bundle.folder import (
     REFERENCE_NAME,
     Bundle,
     list_files,
-    staged_folder,
 )
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
@@ -37,6 +36,7 @@ from xadapter_export.bundle.manifest import (
 )
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.opsets import check_opset
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
