@@ -18,7 +18,6 @@ from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip, FeatureBank
 from xadapter_export.bank.convert import convert_bank
-from xadapter_export.bank.swap import SwapResult, swap_bank
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialise
 from xadapter_export.bundle.manifest import ExpertSet
@@ -39,6 +38,7 @@ from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, Opening
+from xadapter_export.swap.swap import SwapResult, swap_bank
 
 D = 24
 VARIANTS = ("onnx-fp32", "cpu-fp32", "cuda-fp32", "cpu-int8", "onnx-fp16", "cuda-fp16")

@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip
-from xadapter_export.bank.swap import swap_bank
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
@@ -27,6 +26,7 @@ from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import PackageOptions
 from xadapter_export.exporters.makers.triton import check_repository
 from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.swap.swap import swap_bank
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [triton]")
 client = pytest.importorskip("examples.triton_client", reason="needs the extra [triton]")

@@ -7,7 +7,6 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from xadapter_export.bank.bank_weights import AnyArray, BankWeights
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import (
@@ -28,6 +27,7 @@ from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.parity.prove import read_reference
 from xadapter_export.runtime.choose import choices_of
 from xadapter_export.sessions.session import Array
+from xadapter_export.swap.weights import AnyArray, BankWeights
 
 _ALIGNMENT = 64  # bytes, as the exporter aligns weights
 _COPY_BYTES = 2**24

@@ -15,10 +15,8 @@ from typing import cast
 
 import numpy as np
 
-from xadapter_export.bank.bank_weights import BankWeights
 from xadapter_export.bank.feature_bank import FeatureBank
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bank.swapped_files import SwappedFiles
 from xadapter_export.bundle.bank_rows import BankRows, Float32, Int64
 from xadapter_export.bundle.folder import (
     FEATURES_NAME,
@@ -43,6 +41,8 @@ from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.retrieval import open_retriever
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.swap.files import SwappedFiles
+from xadapter_export.swap.weights import BankWeights
 from xadapter_export.targets import find_target
 
 # Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.
