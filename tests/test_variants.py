@@ -20,7 +20,7 @@ from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.runtime.choose import choices_by_kind, choose, kind_of
 from xadapter_export.sessions import shared
-from xadapter_export.targets import VARIANTS
+from xadapter_export.targets import all_variants
 
 BANANA = "the color of a banana is [MASK]."
 ALL = ("onnx-fp32", "onnx-fp16", "cpu-fp32", "cpu-int8", "cpu-int4", "openvino-fp32", "openvino-int8")
@@ -32,7 +32,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def make_variant(name: str) -> Variant:
-    target, precision = VARIANTS[name]
+    target, precision = all_variants()[name]
     return Variant(
         expert_set="t",
         precision=precision,

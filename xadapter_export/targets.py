@@ -7,16 +7,20 @@ its name is compared nowhere else (``tests/test_house.py`` counts).
 There are two sorts. A *variant* is a graph of the bundle, made from the portable graph of its expert set,
 and measured or proven against PyTorch. A *package* is files for another runtime, made from a proven variant.
 
-Nothing is imported here but the standard library: makers and openers are named, and imported when needed.
+Another package adds a target as an entry point of the group ``xadapter_export.targets``, which names a row.
+Makers and openers are named, and imported when they are needed.
 """
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.registry import Registry
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
@@ -325,27 +329,25 @@ _TABLE: Final = (
         largest_axes=("batch",),
     ),
 )
-TARGETS: Final[Mapping[str, Target]] = {target.name: target for target in _TABLE}
-VARIANTS: Final[Mapping[str, VariantName]] = {
-    str(name): name for target in _TABLE for name in target.variants
-}
+TARGETS: Final[Registry[Target]] = Registry("xadapter_export.targets", "target", *_TABLE)
 
 
-def find_target(name: str) -> Target:
-    """Return a target of the table.
+@cache
+def all_targets() -> tuple[Target, ...]:
+    """Return every target, ours first; one of another package that cannot be loaded is a warning."""
+    found: list[Target] = []
+    for name in TARGETS:
+        try:
+            found.append(TARGETS[name])
+        except UnsupportedError as error:
+            warnings.warn(str(error), UserWarning, stacklevel=2)
+    return tuple(found)
 
-    Raises:
-        UnsupportedError: If there is none of this name.
-    """
-    try:
-        return TARGETS[name]
-    except KeyError as error:
-        raise UnsupportedError(
-            "this installation does not know the target",
-            where=name,
-            expected=f"one of {', '.join(TARGETS)}",
-            mend="install the package that adds it, or the version of xadapter-export that made the bundle",
-        ) from error
+
+@cache
+def all_variants() -> Mapping[str, VariantName]:
+    """Return every variant and package that can be asked for, by the name that it is asked for by."""
+    return {str(name): name for target in all_targets() for name in target.variants}
 
 
 def load_named(place: str) -> Any:

@@ -9,7 +9,7 @@ from functools import cache
 from archspec import cpu
 from archspec.cpu import detect
 
-from xadapter_export.targets import TARGETS
+from xadapter_export.targets import all_targets
 
 INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "asimddp")
 _KNOWN_FEATURES = (*INT8_DOT_PRODUCTS, "avx2", "i8mm", "sme")
@@ -42,7 +42,7 @@ class Machine:
 def read_machine() -> Machine:
     """Return what this machine is."""
     name = platform.machine().lower()
-    optional = {t.runtime for t in TARGETS.values() if t.runtime is not None and t.runtime.is_optional}
+    optional = {t.runtime for t in all_targets() if t.runtime is not None and t.runtime.is_optional}
     architecture = {"amd64": "x86-64", "x86_64": "x86-64", "aarch64": "arm64"}.get(name, name)
     cpu_name, features = _read_cpu(architecture)
     return Machine(

@@ -276,8 +276,8 @@ class Variant(_Strict):
     @property
     def is_for_gpu(self) -> bool:
         """Whether no CPU runs it as fast as fp32."""
-        target = TARGETS.get(self.target)
-        return self.precision == "fp16" if target is None else target.is_for_gpu(self.precision)
+        is_known = self.target in TARGETS
+        return TARGETS[self.target].is_for_gpu(self.precision) if is_known else self.precision == "fp16"
 
     @property
     def is_onnx(self) -> bool:

@@ -26,7 +26,7 @@ from xadapter_export.exporters.request import (
     default_target,
     make_request,
 )
-from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, VARIANTS, Precision
+from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, Precision, all_targets, all_variants
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
@@ -149,7 +149,7 @@ def _default_targets() -> str:
 @click.option(
     "--variant",
     "variants",
-    type=click.Choice(tuple(VARIANTS)),
+    type=click.Choice(tuple(all_variants())),
     multiple=True,
     metavar="TARGET-PRECISION",
     help="Exactly this variant, such as cpu-int8 or tensorrt-rtx-fp16; may be repeated. Variants from "
@@ -169,7 +169,7 @@ def _default_targets() -> str:
     "targets",
     type=click.Choice(tuple(TARGETS)),
     multiple=True,
-    help=f"Who runs it; may be repeated. {'; '.join(f'{t.name}: {t.says}' for t in TARGETS.values())}. "
+    help=f"Who runs it; may be repeated. {'; '.join(f'{t.name}: {t.says}' for t in all_targets())}. "
     f"[default: {_default_targets()}]",
 )
 @click.option(

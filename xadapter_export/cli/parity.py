@@ -18,7 +18,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import ParityError
-from xadapter_export.targets import TARGETS
+from xadapter_export.targets import all_targets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +68,7 @@ class _Findings:
 )
 @click.option(
     "--engine",
-    type=click.Choice([target.name for target in TARGETS.values() if target.is_engine]),
+    type=click.Choice([target.name for target in all_targets() if target.is_engine]),
     help="Prove the engines of this runtime instead of the graphs, on the GPU here; --variant then "
     "names the graphs that they were built from, lossy ones too.",
 )

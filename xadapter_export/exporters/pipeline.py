@@ -81,7 +81,7 @@ from xadapter_export.sessions.open import open_graph, open_variant
 from xadapter_export.sessions.retrieval import Retriever
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.split_session import SplitSession
-from xadapter_export.targets import PORTABLE, TARGETS, VARIANTS, Precision, VariantName
+from xadapter_export.targets import PORTABLE, TARGETS, Precision, VariantName, all_variants
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
@@ -267,7 +267,7 @@ class _Builder:
             for expert_set in plan.expert_sets:
                 material = self._write_portable(expert_set, cases, gates, shelf)
                 for variant in wanted:
-                    if variant != VARIANTS[PORTABLE]:
+                    if variant != all_variants()[PORTABLE]:
                         self._write_variant(variant, material, gates, shelf)
         finally:
             shelf.close()
@@ -298,7 +298,7 @@ class _Builder:
             else v
             for v in self.variants
         ]
-        kept = tuple(variant for variant in proven if VARIANTS[variant.name] in wanted)
+        kept = tuple(variant for variant in proven if all_variants()[variant.name] in wanted)
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
@@ -330,7 +330,7 @@ class _Builder:
             check_graph(graphs[part], merged, self.opset)
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
-        variant = self._add(expert_set, VARIANTS[PORTABLE], MadeGraph(saved, graphs), None, shelf)
+        variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
         self._answer_in_fp32(expert_set, variant, gates)
         return Material(
             expert_set,

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from xadapter_export.errors import ConfigError
-from xadapter_export.targets import PRECISIONS, TARGETS, VARIANTS, Int8, Precision, Target, VariantName
+from xadapter_export.targets import (
+    PRECISIONS,
+    TARGETS,
+    Int8,
+    Precision,
+    Target,
+    VariantName,
+    all_targets,
+    all_variants,
+)
 
 _INT8: Final[tuple[Int8, ...]] = get_args(Int8)  # who comes first, to who comes last
 
@@ -51,20 +60,20 @@ def make_request(
     fp32; without anything ``onnx-fp32``.
 
     Args:
-        variants: Whole names, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; some of ``VARIANTS``.
+        variants: Whole names, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; some of ``all_variants``.
         precisions: Precisions, with ``targets``.
         targets: Targets, with ``precisions``.
 
     Raises:
         ConfigError: If a name is not known, or a precision, or a target, is left without the other.
     """
-    check_names("variant", variants, tuple(VARIANTS))
+    check_names("variant", variants, tuple(all_variants()))
     check_names("precision", precisions, PRECISIONS)
     check_names("target", targets, tuple(TARGETS))
     names = list(variants)
     if precisions or targets or not variants:
         names = [*_read_shorthand(precisions or ("fp32",), targets), *names]
-    asked = dict.fromkeys(VARIANTS[name] for name in names)
+    asked = dict.fromkeys(all_variants()[name] for name in names)
     deployments = [name for name in asked if TARGETS[name.target].is_package]
     graphs = [name for name in asked if name not in deployments] + [made_from(name) for name in deployments]
     return Request(tuple(dict.fromkeys(graphs)), tuple(deployments))
@@ -110,7 +119,7 @@ def check_request(request: Request, *, split: bool, judging: Mapping[str, object
             got=", ".join(map(str, request.deployments)),
             mend="export twice: once for them, and once with split graphs",
         )
-    can = [name for name in VARIANTS.values() if name.precision in TARGETS[name.target].splits]
+    can = [name for name in all_variants().values() if name.precision in TARGETS[name.target].splits]
     whole = [name for name in request.graphs if name not in can]
     if split and whole:
         raise ConfigError(
@@ -123,16 +132,16 @@ def check_request(request: Request, *, split: bool, judging: Mapping[str, object
 
 def default_target(precision: Precision) -> str:
     """Return the target that a precision is made for where none is named."""
-    return next(target.name for target in TARGETS.values() if precision in target.default_for)
+    return next(target.name for target in all_targets() if precision in target.default_for)
 
 
 def _read_shorthand(precisions: Sequence[Precision], targets: Sequence[str]) -> list[str]:
     if not targets:
         return [f"{default_target(precision)}-{precision}" for precision in precisions]
-    named = [target for name, target in TARGETS.items() if name in targets]
+    named = [target for target in all_targets() if target.name in targets]
     for precision in precisions:
         if not any(precision in target.precisions for target in named):
-            takers = [target.name for target in TARGETS.values() if precision in target.precisions]
+            takers = [target.name for target in all_targets() if precision in target.precisions]
             raise ConfigError(
                 f"precision {precision} is not written for target {', '.join(t.name for t in named)}",
                 expected=f"one of {', '.join(takers)}",

@@ -35,7 +35,7 @@ from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
-from xadapter_export.targets import CPU_PROVIDER, find_target
+from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
 SCORES = "retrieved_scores"
 
@@ -187,12 +187,12 @@ def check_lossy(
 def _runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
     """Whether a variant is made for these providers."""
     names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
-    return find_target(variant.target).runs_with(names)
+    return TARGETS[variant.target].runs_with(names)
 
 
 def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[TapSpec, ...]:
     """Return the taps that can be read in a graph."""
-    readable = find_target(variant.target).taps
+    readable = TARGETS[variant.target].taps
     if readable != "left":
         return spec.taps if readable == "all" else ()
     # A node's output as protobuf writes it: NodeProto's field 2, length, name (onnx.proto, onnx 1.23).
@@ -201,7 +201,7 @@ def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[T
 
 
 def _engine_versions(variants: Iterable[Variant]) -> dict[str, str]:
-    runtimes = [find_target(variant.target).runtime for variant in variants]  # each has just run
+    runtimes = [TARGETS[variant.target].runtime for variant in variants]  # each has just run
     modules = dict.fromkeys(runtime.module for runtime in runtimes if runtime is not None)
     return {name: str(importlib.import_module(name).__version__) for name in modules}
 

@@ -14,9 +14,10 @@ from xadapter_export.targets import (
     PORTABLE,
     PRECISIONS,
     TARGETS,
-    VARIANTS,
     Kind,
     Target,
+    all_targets,
+    all_variants,
 )
 
 
@@ -55,7 +56,7 @@ def order_of(kind: Kind) -> tuple[tuple[str, str], ...]:
     """Return what ``auto`` takes on a kind of CPU, the best first, each with the reason."""
     ranked = [
         (ranks[kind], f"{target.name}-{precision}")
-        for target in TARGETS.values()
+        for target in all_targets()
         for precision, ranks in target.ranks.items()
         if kind in ranks
     ]
@@ -81,7 +82,7 @@ def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
         if without:
             found[kind] = without[0]
         if names and names[:1] != without[:1]:
-            runtime = TARGETS[VARIANTS[names[0]].target].runtime
+            runtime = TARGETS[all_variants()[names[0]].target].runtime
             assert runtime is not None  # what has a rank is run
             found[f"{kind}, {runtime.name} installed"] = names[0]
     same = len(set(found.values())) == 1 and set(found) == set(KINDS)
@@ -215,13 +216,13 @@ def runs_on_cpu(name: str) -> bool:
 
 def _parse(name: str) -> tuple[Target | None, str]:
     """Return the target that a name is of, if any, and the precision, or the name itself if it has none."""
-    known = VARIANTS.get(name)
+    known = all_variants().get(name)
     return (None, name) if known is None else (TARGETS[known.target], known.precision)
 
 
 def _optional_module(name: str) -> str | None:
     """Return what runs a variant and may not be installed; None where it is what every machine has."""
-    runtime = TARGETS[VARIANTS[name].target].runtime
+    runtime = TARGETS[all_variants()[name].target].runtime
     return runtime.module if runtime is not None and runtime.is_optional else None
 
 
@@ -244,13 +245,13 @@ def _gpu_targets(providers: Sequence[str]) -> list[str]:
     """Return the targets for the first GPU provider, the fastest first: made for it, then for any."""
     first = next((name for name in providers if name in GPU_PROVIDERS), None)
     wanted = (first, None) if first is not None else (None,)
-    graphs = [target for target in TARGETS.values() if not target.is_package]
+    graphs = [target for target in all_targets() if not target.is_package]
     return [target.name for provider in wanted for target in graphs if target.provider == provider]
 
 
 def _cpu_targets(precision: str, machine: Machine) -> list[str]:
     """Return the targets for the CPU, the fastest first; one that is not installed says so when opened."""
     known = "fp32" if precision in ("fp32", "fp16") else "int8"
-    names = [name for name, _ in order_of(kind_of(machine)) if VARIANTS[name].precision == known]
+    names = [name for name, _ in order_of(kind_of(machine)) if all_variants()[name].precision == known]
     names.sort(key=lambda name: _optional_module(name) not in (None, *machine.runtimes))
-    return [VARIANTS[name].target for name in names]
+    return [all_variants()[name].target for name in names]

@@ -45,7 +45,7 @@ from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
 from xadapter_export.sessions.retrieval import PictureIndex
 from xadapter_export.sessions.session import Array, Provider
 from xadapter_export.sessions.tensorrt_session import largest_batch
-from xadapter_export.targets import CPU_PROVIDER, find_target
+from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
 Float32Array = NDArray[np.float32]
 TextList = list[str] | tuple[str, ...]
@@ -451,7 +451,7 @@ class XAdapterSession:
             choice = self._graphs.choice(experts or self.experts)
             if choice.engine is not None:
                 raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
-            runtime = find_target(choice.variant.target).runtime
+            runtime = TARGETS[choice.variant.target].runtime
             assert runtime is not None  # it was opened
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{runtime.name} cannot compute the graph", where=file, got=error) from error

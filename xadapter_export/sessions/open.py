@@ -11,7 +11,7 @@ from xadapter_export.errors import UnsupportedError
 from xadapter_export.sessions.retrieval import Retriever, open_retriever
 from xadapter_export.sessions.session import OnnxSession, Opening
 from xadapter_export.sessions.split_session import open_split
-from xadapter_export.targets import find_target, load_named
+from xadapter_export.targets import TARGETS, load_named
 
 _AS_IT_IS: Final = Opening()
 
@@ -64,7 +64,7 @@ def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession
         MissingExtraError: If what runs it is not installed.
         As the opener.
     """
-    found = find_target(target)
+    found = TARGETS[target]
     if found.opener is None or found.is_package:
         raise UnsupportedError("no session runs graphs of this target", where=target)
     session: OnnxSession = load_named(found.opener)(file, how)

@@ -12,7 +12,7 @@ import numpy as np
 from xadapter_export.bundle.manifest import Deployment
 from xadapter_export.errors import BundleError, ProviderError, import_extra
 from xadapter_export.sessions.session import Array, KnownValue
-from xadapter_export.targets import find_target
+from xadapter_export.targets import TARGETS
 
 _TYPES: Final = {"INT64": "tensor(int64)", "FLOAT": "tensor(float)"}
 
@@ -23,7 +23,7 @@ def import_library(target: str) -> ModuleType:
     Raises:
         MissingExtraError: If it is not installed, or is the stub that PyPI has for ``tensorrt``.
     """
-    runtime = find_target(target).runtime
+    runtime = TARGETS[target].runtime
     assert runtime is not None  # a session runs it
     return import_extra(runtime.module, *runtime.extras)
 

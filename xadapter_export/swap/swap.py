@@ -43,7 +43,7 @@ from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.split_session import SplitSession
 from xadapter_export.swap.files import SwappedFiles
 from xadapter_export.swap.weights import BankWeights
-from xadapter_export.targets import find_target
+from xadapter_export.targets import TARGETS
 
 # Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.
 _LOSSY_SCORES = 5e-3
@@ -194,7 +194,7 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             mend="train with the new bank, or export again",
         )
     for variant in kept.variants:
-        why = find_target(variant.target).swap_refused.get(variant.precision)
+        why = TARGETS[variant.target].swap_refused.get(variant.precision)
         why = why if variant.is_onnx else "is no ONNX file"
         if "v" in variant.expert_set and why is not None:
             raise UnsupportedError(

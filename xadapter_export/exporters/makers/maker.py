@@ -20,7 +20,7 @@ from xadapter_export.exporters.makers.axis_profile import check_axes, parse_prof
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
 from xadapter_export.sessions.session import Array
-from xadapter_export.targets import TARGETS, Precision, Target, VariantName, load_named
+from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets, load_named
 
 __all__ = [
     "GraphJob",
@@ -247,7 +247,7 @@ def check_packages(names: Sequence[VariantName], options: PackageOptions) -> Non
             import_extra(*target.needs)
     _check_profile(targets, options)
     if options.compute_capabilities and not any(_CAPABILITY in target.reads for target in targets):
-        readers = [target.name for target in TARGETS.values() if _CAPABILITY in target.reads]
+        readers = [target.name for target in all_targets() if _CAPABILITY in target.reads]
         raise ConfigError(
             f"compute capabilities are for the target {', '.join(readers)}",
             got=", ".join(options.compute_capabilities),
@@ -264,7 +264,7 @@ def _check_profile(targets: Sequence[Target], options: PackageOptions) -> None:
     for axis, (least, largest) in options.profile.items():
         readers = [target for target in targets if axis in (*target.axes, *target.largest_axes)]
         if not readers:
-            known = [t.name for t in TARGETS.values() if axis in (*t.axes, *t.largest_axes)]
+            known = [t.name for t in all_targets() if axis in (*t.axes, *t.largest_axes)]
             raise ConfigError(
                 "no target that was asked for is planned for lengths of this axis",
                 where=f"profile {axis}",
