@@ -37,7 +37,6 @@ from xadapter_export.targets import (
     PRECISIONS,
     TARGETS,
     Precision,
-    Rank,
     Target,
     VariantName,
     all_targets,
@@ -103,7 +102,7 @@ WHOLE = Target(
     opener="tests.test_targets:open_whole",
     runtime=ONNXRUNTIME,
     provider=CPU_PROVIDER,
-    ranks={"fp32": {kind: Rank(1, "it comes first") for kind in KINDS}},
+    places={"fp32": (1,) * len(KINDS)},
 )
 NO_MAKER = Target("nomaker", "nothing", "tests.test_targets:open_whole", ("fp32",))
 
@@ -112,8 +111,15 @@ def install(monkeypatch: pytest.MonkeyPatch, **places: str) -> None:
     """Let entry points name these places, or take them away."""
     points = [EntryPoint(name, place, GROUP) for name, place in places.items()]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == GROUP else [])
+    forget()
+
+
+def forget() -> None:
+    """Forget what entry points gave."""
     for cached in (all_targets, all_variants):
         cached.cache_clear()
+    for name in OURS:
+        TARGETS._loaded.pop(name, None)
 
 
 OURS = {"listed": "tests.test_targets:LISTED", "whole": "tests.test_targets:WHOLE"}
@@ -124,25 +130,24 @@ def from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     install(monkeypatch, **OURS)
     yield
     monkeypatch.undo()
-    for cached in (all_targets, all_variants):
-        cached.cache_clear()
-    for name in OURS:
-        TARGETS._loaded.pop(name, None)
+    forget()
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportResult]:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     folder = tmp_path_factory.mktemp("outside")
     (folder / "texts.txt").write_text("\n".join(SENTENCES))
     with pytest.MonkeyPatch.context() as patch:
         install(patch, **OURS)
-        yield export(
+        result = export(
             make_model(folder),
             folder / "bundle",
             "t",
             variants=("onnx-fp32", "whole-fp32", "whole-int8", "listed-fp32"),
             calibration=folder / "texts.txt",
         )
+    forget()
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ the tests
@@ -154,7 +159,7 @@ def test_the_table_is_whole() -> None:
     for target in all_targets():
         load_maker(target)
         assert set(target.precisions) <= set(PRECISIONS)
-        assert set(target.splits) | set(target.swap_refused) | set(target.ranks) <= set(target.precisions)
+        assert set(target.splits) | set(target.swap_refused) | set(target.places) <= set(target.precisions)
         assert (target.opener is None) == (target.runtime is None)
         if target.is_package:
             assert set(target.made_from) == set(target.precisions)
@@ -168,7 +173,7 @@ def test_the_table_is_whole() -> None:
     for precision in PRECISIONS:
         assert [precision in target.default_for for target in all_targets()].count(True) == 1
     for kind in KINDS:
-        places = [ranks[kind].place for t in all_targets() for ranks in t.ranks.values() if kind in ranks]
+        places = [of_kind[KINDS.index(kind)] for t in all_targets() for of_kind in t.places.values()]
         assert len(set(places)) == len(places)
 
 
@@ -195,7 +200,7 @@ def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> Non
 
 def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_outside: None) -> None:
     session = XAdapterSession.load(bundle.folder, num_threads=1)
-    assert (session.answered_by, session.variant_reason) == ("whole-fp32", "it comes first")
+    assert session.answered_by == "whole-fp32"
     portable = XAdapterSession.load(bundle.folder, variant="onnx-fp32", num_threads=1)
     assert session.fill_mask(TEXTS[0])[0].token == portable.fill_mask(TEXTS[0])[0].token
     assert set(choices_of(bundle.manifest).values()) == {"whole-fp32"}
@@ -210,7 +215,6 @@ def test_a_bundle_is_read_where_the_package_is_not_installed(
 ) -> None:
     install(monkeypatch)
     assert XAdapterSession.load(bundle.folder, num_threads=1).answered_by == "cpu-fp32"
-    TARGETS._loaded.pop("whole", None)
     with pytest.raises(UnsupportedError, match=r"no such target .*got whole"):
         XAdapterSession.load(bundle.folder, variant="whole-fp32")
 

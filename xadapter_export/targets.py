@@ -61,13 +61,6 @@ class VariantName(NamedTuple):
 PORTABLE: Final = "onnx-fp32"  # the master: standard operators, and all else is made from it
 
 
-class Rank(NamedTuple):
-    """When ``auto`` takes a variant on a kind of CPU: the lowest place that is in the bundle; and why."""
-
-    place: int
-    why: str
-
-
 @dataclass(frozen=True)
 class Runtime:
     """The library that runs a target.
@@ -116,7 +109,9 @@ class Target:
         axes: Axes of a profile that it is planned for.
         largest_axes: Those of which it reads only the largest length.
         reads: Other options for packages that it reads, as the command names them.
-        ranks: For ``auto``: by precision, the rank on each kind of CPU. What has none is never taken.
+        places: Where each precision stands in the order of ``auto``, by the kinds of CPU in the order of
+            ``KINDS``: the lowest place that is in a bundle is taken. A precision without places never is.
+        why: Why its int8 is taken on a kind of CPU.
     """
 
     name: str
@@ -136,7 +131,8 @@ class Target:
     axes: tuple[str, ...] = ()
     largest_axes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    ranks: Mapping[Precision, Mapping[Kind, Rank]] = field(default_factory=dict)
+    places: Mapping[Precision, tuple[int, ...]] = field(default_factory=dict)
+    why: Mapping[Kind, str] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
@@ -168,11 +164,6 @@ class Target:
         return precision == "fp16" or not self.runs_on_cpu
 
 
-def _by_kind(*ranks: tuple[int, str]) -> dict[Kind, Rank]:
-    """Return ranks by kind of CPU, given in the order of ``KINDS``."""
-    return {kind: Rank(*rank) for kind, rank in zip(KINDS, ranks, strict=True)}
-
-
 ONNXRUNTIME: Final = Runtime(
     "onnxruntime", "onnxruntime", ("cpu", "gpu"), ("onnxruntime", "onnxruntime-gpu"), is_optional=False
 )
@@ -183,11 +174,6 @@ _TENSORRT_RTX: Final = Runtime("TensorRT-RTX", "tensorrt_rtx", ("tensorrt",), ("
 _MAKERS: Final = "xadapter_export.exporters.makers"
 _OPEN_ONNX: Final = "xadapter_export.sessions.onnx_session:open_onnx"
 _OPEN_ENGINE: Final = "xadapter_export.sessions.tensorrt_session:open_engine"
-
-_NO_INT8: Final = "no int8 variant suits this CPU"
-_SLOW_INT8: Final = "int8 gains nothing on this CPU"
-_UNKNOWN: Final = "whether int8 is fast on this CPU is unknown"
-_LAST: Final = "nothing else is there"
 
 _ENGINES: Final[dict[Precision, VariantName]] = {
     "fp32": VariantName("onnx", "fp32"),
@@ -208,17 +194,7 @@ _TABLE: Final = (
         splits=("fp32", "fp16"),
         taps="all",
         swap_refused={"int8": "was calibrated with the old bank"},
-        ranks={
-            "fp32": _by_kind(
-                (50, _NO_INT8),
-                (50, _NO_INT8),
-                (30, _SLOW_INT8),
-                (30, _NO_INT8),
-                (20, _SLOW_INT8),
-                (20, _UNKNOWN),
-            ),
-            "int8": _by_kind((60, _LAST), (60, _LAST), (60, _LAST), (40, _LAST), (40, _LAST), (40, _LAST)),
-        },
+        places={"fp32": (50, 50, 30, 30, 20, 20), "int8": (60, 60, 60, 40, 40, 40)},
     ),
     Target(
         name="cpu",
@@ -231,23 +207,11 @@ _TABLE: Final = (
         default_for=("int8", "int4"),
         splits=("fp32", "int8", "int4"),
         taps="left",
-        ranks={
-            "fp32": _by_kind(
-                (40, _NO_INT8),
-                (40, _NO_INT8),
-                (20, _SLOW_INT8),
-                (20, _NO_INT8),
-                (10, _SLOW_INT8),
-                (10, _UNKNOWN),
-            ),
-            "int8": _by_kind(
-                (20, "int8 products are fast with VNNI"),
-                (10, "onnxruntime's int8 is the fastest with AVX2 alone"),
-                (40, _LAST),
-                (10, "int8 products are fast with Arm's dot products"),
-                (30, _LAST),
-                (30, _LAST),
-            ),
+        places={"fp32": (40, 40, 20, 20, 10, 10), "int8": (20, 10, 40, 10, 30, 30)},
+        why={
+            "x86-64 with VNNI": "int8 products are fast with VNNI",
+            "x86-64 with AVX2": "onnxruntime's int8 is the fastest with AVX2 alone",
+            "Arm with int8 dot products": "int8 products are fast with Arm's dot products",
         },
     ),
     Target(
@@ -269,18 +233,11 @@ _TABLE: Final = (
         opener="xadapter_export.sessions.openvino_session:open_openvino",
         runtime=_OPENVINO,
         provider=CPU_PROVIDER,
-        ranks={  # its engine for Arm has no int8 kernels of its own
-            "fp32": _by_kind(
-                (30, _NO_INT8), (30, _NO_INT8), (10, _SLOW_INT8), (50, _LAST), (50, _LAST), (50, _LAST)
-            ),
-            "int8": _by_kind(
-                (10, "OpenVINO's int8 is the fastest with VNNI"),
-                (20, "OpenVINO's int8 is faster than fp32 for small models with AVX2"),
-                (50, _LAST),
-                (60, _LAST),
-                (60, _LAST),
-                (60, _LAST),
-            ),
+        # Its engine for Arm has no int8 kernels of its own.
+        places={"fp32": (30, 30, 10, 50, 50, 50), "int8": (10, 20, 50, 60, 60, 60)},
+        why={
+            "x86-64 with VNNI": "OpenVINO's int8 is the fastest with VNNI",
+            "x86-64 with AVX2": "OpenVINO's int8 is faster than fp32 for small models with AVX2",
         },
     ),
     Target(

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from xadapter_export.bundle.machine import INT8_DOT_PRODUCTS, Machine
 from xadapter_export.bundle.manifest import Deployment, Manifest, Variant
@@ -19,6 +20,13 @@ from xadapter_export.targets import (
     all_targets,
     all_variants,
 )
+
+# Why fp32 is taken where int8 is not the best.
+_NO_BETTER: Final[dict[Kind, str]] = {
+    "x86-64 without AVX2": "int8 gains nothing on this CPU",
+    "Arm without int8 dot products": "int8 gains nothing on this CPU",
+    "any other CPU": "whether int8 is fast on this CPU is unknown",
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,18 @@ def kind_of(machine: Machine) -> Kind:
 def order_of(kind: Kind) -> tuple[tuple[str, str], ...]:
     """Return what ``auto`` takes on a kind of CPU, the best first, each with the reason."""
     ranked = [
-        (ranks[kind], f"{target.name}-{precision}")
+        (places[KINDS.index(kind)], f"{target.name}-{precision}", _reason(target, precision, kind))
         for target in all_targets()
-        for precision, ranks in target.ranks.items()
-        if kind in ranks
+        for precision, places in target.places.items()
     ]
-    return tuple((name, rank.why) for rank, name in sorted(ranked))
+    return tuple((name, reason) for _, name, reason in sorted(ranked))
+
+
+def _reason(target: Target, precision: str, kind: Kind) -> str:
+    """Return why a variant is taken: those before it in the order are not there."""
+    if precision == "int8":
+        return target.why.get(kind, "nothing else is there")
+    return _NO_BETTER.get(kind, "no int8 variant suits this CPU")
 
 
 def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def key_of(
     num_threads: int | None,
 ) -> str:
     """Return what a measurement depends on, in short."""
-    runtimes = [target.runtime for target in all_targets() if target.ranks and target.runtime]
+    runtimes = [target.runtime for target in all_targets() if target.places and target.runtime]
     versions = {name: _version(name) for runtime in runtimes for name in runtime.distributions}
     facts = (
         sha256_file(bundle.folder / MANIFEST_NAME),
