@@ -33,12 +33,12 @@ from onnx_ir.tape import Tape
 from rich.table import Table
 
 from benchmarks.machine import cpu
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.errors import ConfigError, MissingExtraError
+from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
-    from xadapter_export.exporters.bank_search import BankPrecision
+    from xadapter_export.exporters.passes.bank_search import BankPrecision
 
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
@@ -136,8 +136,10 @@ def search_graph(rows: Float32Array, k: int = _K) -> ir.Model:
 
 def write_search(folder: Path, rows: Float32Array, precision: str) -> tuple[Path, int]:
     """Writes a graph that searches; returns its file, and the bytes of weights that it refers to."""
-    from xadapter_export.exporters.bank_search import search_bank  # PyTorch, which the child does without
-    from xadapter_export.exporters.pack import SharedWeights, write_graph
+    from xadapter_export.exporters.passes.bank_search import (
+        search_bank,  # PyTorch, which the child does without
+    )
+    from xadapter_export.exporters.shelf import SharedWeights, write_graph
 
     model = search_graph(rows)
     if precision != "traced":

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from benchmarks.feeds import Feed
 from benchmarks.field import PTE, TFLITE
 from benchmarks.prepare import APART, MODEL
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
-from xadapter_export.bundle.openvino_session import import_openvino
-from xadapter_export.runtime.choose import CPU_PROVIDER
+from xadapter_export.sessions.openvino_session import import_openvino
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
 
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]
@@ -166,7 +165,7 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
 def _load_onnxruntime(place: Place) -> Run:
     import onnxruntime as ort
 
-    from xadapter_export.bundle.onnx_session import create_session
+    from xadapter_export.sessions.onnx_session import create_session
 
     assert place.folder is not None
     options = ort.SessionOptions()

@@ -43,11 +43,11 @@ from benchmarks.rounds import DISTURBED, Rounds, Turn
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
-from xadapter_export.bundle.cuda import CUDA_PROVIDER, find_missing
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import EXPERT_SETS, Deployment, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
-from xadapter_export.runtime.choose import CPU_PROVIDER
+from xadapter_export.sessions.cuda import find_missing
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
 
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
 HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
@@ -543,7 +543,7 @@ def _limit_ms(row: Row, timed: Measured, machine: limits.Limits) -> float:
 
 def _below_gate(variant: Variant) -> str:
     """What a lossy variant loses beyond the default gate of its precision; empty where it is within."""
-    from xadapter_export.exporters.agreement import GATES, points_lost
+    from xadapter_export.exporters.judge.agreement import GATES, points_lost
 
     agreement = variant.agreement
     if agreement is None:

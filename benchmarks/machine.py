@@ -9,7 +9,8 @@ from typing import Final, Self
 from benchmarks import masked_cpu
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.runtime.choose import CPU_PROVIDER, choose
+from xadapter_export.runtime.choose import choose
+from xadapter_export.targets import CPU_PROVIDER
 
 _TICKS = 3  # resolution of the times, in ticks of each CPU, that a share must stand out of
 
@@ -89,13 +90,13 @@ class Pick:
 def picks_of(variants: Sequence[Variant]) -> Iterator[Pick]:
     """Yield what ``auto`` takes of the variants of one expert set on this CPU, without and with OpenVINO."""
     machine = read_machine()
-    for has_openvino in (False, True)[: 1 + machine.has_openvino]:
-        among = [each for each in variants if has_openvino or not each.name.startswith("openvino")]
+    for runtimes in [frozenset[str](), *([machine.runtimes] if machine.runtimes else [])]:
+        among = [each for each in variants if runtimes or not each.name.startswith("openvino")]
         if not among:
             continue
-        here = replace(machine, has_openvino=has_openvino)
+        here = replace(machine, runtimes=runtimes)
         choice = choose(among, "auto", providers=[CPU_PROVIDER], machine=here)
-        title = "with OpenVINO" if has_openvino else "without OpenVINO"
+        title = "with OpenVINO" if runtimes else "without OpenVINO"
         yield Pick(title, choice.name, tuple(each.name for each in among))
 
 

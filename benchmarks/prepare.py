@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks import field
 from benchmarks.feeds import CANDIDATES
-from xadapter_export.bundle.manifest import DeploymentTarget, ExpertSet, Precision, Target, Task
-from xadapter_export.bundle.openvino_session import import_openvino
+from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.errors import XAdapterError
+from xadapter_export.sessions.openvino_session import import_openvino
+from xadapter_export.targets import Precision
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -339,12 +340,12 @@ def _export(
     model: "XAdapterModel",
     folder: Path,
     precisions: Sequence[Precision],
-    targets: Sequence[Target | DeploymentTarget],
+    targets: Sequence[str],
 ) -> None:
     from benchmarks.cases import write_calibration
     from xadapter_export import export
-    from xadapter_export.exporters.deploy import DeployOptions
-    from xadapter_export.exporters.engines import CURRENT
+    from xadapter_export.exporters.makers.engines import CURRENT
+    from xadapter_export.exporters.makers.maker import PackageOptions
 
     is_lossy = any(precision != "fp32" for precision in precisions)
     is_random = preparation.case != "builtin"  # its weights, so that no text is better than another
@@ -359,7 +360,7 @@ def _export(
         # With the gates open, so that what is below one is timed too; its row and verdict say so.
         min_agreement=0.0 if is_lossy else None,
         max_points_lost=100.0 if is_lossy else None,
-        deploy_options=DeployOptions(_PROFILE, (CURRENT,)) if "tensorrt-rtx" in targets else None,
+        deploy_options=PackageOptions(_PROFILE, (CURRENT,)) if "tensorrt-rtx" in targets else None,
     )
 
 

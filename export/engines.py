@@ -15,8 +15,9 @@ from benchmarks.cases import make_model
 from xadapter_export import export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.cli.command import XadCommand
-from xadapter_export.exporters.axis_profile import parse_profile, plan_axes, profile_shapes
-from xadapter_export.exporters.engines import EngineJob, build_engine, import_library, split_capabilities
+from xadapter_export.exporters.makers.axis_profile import parse_profile, plan_axes, profile_shapes
+from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.sessions.tensorrt_session import import_library
 
 _GPUS = ("sm75", "sm80", "sm86+sm89", "sm120")
 

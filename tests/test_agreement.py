@@ -15,9 +15,8 @@ from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoint import make_model
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, ExpertSetSpec, Task, TensorSpec
-from xadapter_export.bundle.onnx_session import Array, create_session
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
-from xadapter_export.exporters.agreement import (
+from xadapter_export.exporters.judge.agreement import (
     GATES,
     Answers,
     Probe,
@@ -34,7 +33,7 @@ from xadapter_export.exporters.agreement import (
     share_of_same_rows,
     wilson_interval,
 )
-from xadapter_export.exporters.calibration import (
+from xadapter_export.exporters.judge.calibration import (
     SENTENCES_FILE,
     Calibration,
     CalibrationTexts,
@@ -46,6 +45,8 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
 
 ROOT = Path(__file__).parents[1]
 COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from benchmarks import bank_search as benchmark
 from benchmarks.bank_search import search_graph, unit, write_search
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.onnx_session import Array, create_session
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters import ExportResult
-from xadapter_export.exporters.bank_search import BankPrecision, search_bank
+from xadapter_export.exporters.passes.bank_search import BankPrecision, search_bank
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
 
 Arrays = dict[str, Array]
 PRECISIONS: tuple[BankPrecision, ...] = ("fp32", "fp16", "int8")

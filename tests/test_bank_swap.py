@@ -19,11 +19,9 @@ from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip, FeatureBank
 from xadapter_export.bank.convert import convert_bank
-from xadapter_export.bank.swap import SwapResult, swap_bank
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialise
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import Array, open_variant
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.cli.bank import bank as bank_command
 from xadapter_export.cli.inspect import inspect as inspect_command
@@ -40,6 +38,9 @@ from xadapter_export.model.config import RetrievalConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, Opening
+from xadapter_export.swap.swap import SwapResult, swap_bank
 
 D = 24
 VARIANTS = ("onnx-fp32", "cpu-fp32", "cuda-fp32", "cpu-int8", "onnx-fp16", "cuda-fp16")
@@ -115,7 +116,7 @@ def answers(folder: Path, expert_set: ExpertSet, name: str, inputs: Mapping[str,
     bundle = read_bundle(folder)
     spec = bundle.manifest.expert_sets[expert_set]
     names = [tensor.name for tensor in spec.outputs]
-    session = open_variant(bundle, bundle.manifest.variant(expert_set, name), num_threads=1)
+    session = open_variant(bundle, bundle.manifest.variant(expert_set, name), Opening(num_threads=1))
     values = session.run(names, {tensor.name: inputs[tensor.name] for tensor in spec.inputs})
     return dict(zip(names, values, strict=True))
 

@@ -330,12 +330,12 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     made |= {"files": files, "size_bytes": 3 << 20, "seconds": 1.0, "facts": {}, "refused": refused}
     rewrite_manifest(broken, deployments=[{**made, "prove_with": prove}])
     shown = call("inspect", broken).stdout
-    assert re.search(rf"v +│ tensorrt-rtx │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
-    assert re.search(rf"tensorrt-rtx │ {refused[0]}", shown)
+    assert re.search(rf"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
+    assert re.search(rf"tensorrt-rtx-fp32 │ {refused[0]}", shown)
     card = model_card(read_bundle(broken).manifest, "b", {"a CPU": "onnx-fp32"})
     assert "| a CPU | onnx-fp32 |" in card
-    assert f"| tensorrt-rtx | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
-    assert f"- tensorrt-rtx: {refused[0]}" in card
+    assert f"| tensorrt-rtx-fp32 | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
+    assert f"- tensorrt-rtx-fp32: {refused[0]}" in card
     assert 'pip install "xadapter-export[cpu]"' in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)
     assert ignored.exit_code == 2

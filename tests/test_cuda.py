@@ -9,11 +9,12 @@ import pytest
 
 from tests.test_cli import call
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.cuda import CUDA_PROVIDER, BoundSession, exact_options, find_missing
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.onnx_session import open_variant
 from xadapter_export.errors import ProviderError
 from xadapter_export.parity.prove import read_reference, reference_feeds
+from xadapter_export.sessions.cuda import BoundSession, exact_options, find_missing
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.targets import CUDA_PROVIDER
 
 without_cuda = pytest.mark.skipif(
     CUDA_PROVIDER in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"

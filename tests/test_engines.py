@@ -18,10 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.engine_session import EngineSession, find_gpu
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, Precision
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
+from xadapter_export.bundle.manifest import Deployment
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -31,15 +29,21 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
-from xadapter_export.exporters import deploy_tensorrt_rtx, engines
-from xadapter_export.exporters.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
-from xadapter_export.exporters.deploy import DeployOptions, check_options
-from xadapter_export.exporters.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.exporters.makers import engines
+from xadapter_export.exporters.makers.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
+from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.exporters.makers.maker import PackageJob, PackageOptions, check_packages
+from xadapter_export.exporters.makers.tensorrt_engines import TensorRtRtxMaker
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
 from xadapter_export.parity.prove import read_reference
-from xadapter_export.runtime import loaded
+from xadapter_export.sessions import shared
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.tensorrt_session import EngineSession, find_gpu
+from xadapter_export.targets import TARGETS, VariantName
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
 pytest.importorskip("polygraphy", reason="the extra tensorrt is not installed")
@@ -55,7 +59,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
         precisions=("fp32", "fp16"),
         targets=("tensorrt-rtx", "tensorrt"),
         min_agreement=0.0,
-        deploy_options=DeployOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
+        deploy_options=PackageOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
     )
 
 
@@ -198,8 +202,8 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
             sizes.append(len(feed["input_ids"]))
             return self._graph.run(names, feed)
 
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
-    monkeypatch.setattr(loaded, "open_engine", Spy)
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(shared, "open_engine", Spy)
     session = XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
     assert session.answered_by == "tensorrt-rtx-fp16"
     assert [file.name for file in opened] == ["model_fp16_sm86-sm89.engine"]
@@ -214,7 +218,7 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
         session.run(session._encoder_for(None).encode(TEXTS[:1]), outputs=["nonsense"])
     with pytest.raises(ConfigError, match="num_threads must be at least 1"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16", num_threads=0)
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm120")
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm120")
     with pytest.raises(ProviderError, match=r"no engine for this GPU \(sm120\).*one of sm75, sm86\+sm89"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16")
 
@@ -228,17 +232,18 @@ def test_an_engine_that_was_changed_is_never_opened(
         last = stream.read(1)
         stream.seek(-1, 2)
         stream.write(bytes([last[0] ^ 1]))
-    monkeypatch.setattr(loaded, "find_gpu", lambda: "sm89")
-    monkeypatch.setattr(loaded, "open_engine", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr(shared, "find_gpu", lambda: "sm89")
+    monkeypatch.setattr(shared, "open_engine", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(HashMismatchError, match=r"model_fp16_sm86-sm89\.engine"):
         XAdapterSession.load(folder, variant="tensorrt-rtx-fp16")
 
 
 def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:
     variant = result.manifest.variant("vt")
-    options = DeployOptions(compute_capabilities=("sm75",))
+    options = PackageOptions(compute_capabilities=("sm75",))
+    job = PackageJob(result.folder, result.manifest, variant, "fp32", options, lambda _: None)
     with pytest.raises(UnsupportedError, match=r"refuses every engine \(got sm75, onnx-fp32, experts vt"):
-        deploy_tensorrt_rtx.deploy(result.folder, result.manifest, variant, options, lambda _: None)
+        TensorRtRtxMaker(TARGETS["tensorrt-rtx"]).pack(job)
     assert not (result.folder / "tensorrt-rtx" / "model_fp32_sm75.engine").exists()
 
 
@@ -423,22 +428,22 @@ def test_compute_capabilities_are_those_that_the_library_knows(monkeypatch: pyte
         with pytest.raises(ConfigError, match=said):
             split_capabilities(asked, trt)
     with pytest.raises(ConfigError, match="no fp32 matrix products"):
-        check_options(
-            [("tensorrt-rtx", "fp16"), ("tensorrt-rtx", "fp32")],
-            DeployOptions(compute_capabilities=("sm75",)),
+        check_packages(
+            [VariantName("tensorrt-rtx", "fp16"), VariantName("tensorrt-rtx", "fp32")],
+            PackageOptions(compute_capabilities=("sm75",)),
         )
-    check_options([("tensorrt-rtx", "fp16")], DeployOptions(compute_capabilities=("sm75",)))
+    check_packages([VariantName("tensorrt-rtx", "fp16")], PackageOptions(compute_capabilities=("sm75",)))
 
 
 def test_options_that_a_target_does_not_read_are_refused() -> None:
+    triton, tensorrt = VariantName("triton", "fp32"), VariantName("tensorrt", "fp32")
     with pytest.raises(ConfigError, match="are for the target tensorrt-rtx"):
-        check_options([("tensorrt", "fp32")], DeployOptions(compute_capabilities=("sm89",)))
+        check_packages([tensorrt], PackageOptions(compute_capabilities=("sm89",)))
     with pytest.raises(ConfigError, match=r"no target .* lengths of this axis: profile seq"):
-        check_options([("triton", "fp32"), ("mobile", "fp32")], DeployOptions({"seq": (1, 8)}))
-    with pytest.raises(ConfigError, match="triton takes batches from 1 on"):
-        check_options([("triton", "fp32")], DeployOptions({"batch": (4, 8)}))
-    both: list[tuple[DeploymentTarget, Precision]] = [("triton", "fp32"), ("tensorrt", "fp32")]
-    check_options(both, DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
+        check_packages([triton, VariantName("mobile", "fp32")], PackageOptions({"seq": (1, 8)}))
+    with pytest.raises(ConfigError, match="triton takes any length of this axis from 1 on"):
+        check_packages([triton], PackageOptions({"batch": (4, 8)}))
+    check_packages([triton, tensorrt], PackageOptions({"batch": (4, 8), "seq": (1, 8)}))
 
 
 def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp_path: Path) -> None:
@@ -454,7 +459,7 @@ def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp
                 tmp_path / "bundle",
                 "none",
                 targets=("tensorrt",),
-                deploy_options=DeployOptions(dict(profile)),
+                deploy_options=PackageOptions(dict(profile)),
                 on_stage=lambda stage, _: stages.append(stage),
             )
     assert stages == []

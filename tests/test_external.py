@@ -25,7 +25,6 @@ from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.bundle.pictures import PictureFile, read_pictures
-from xadapter_export.bundle.split_session import MemoryCache, SplitSession
 from xadapter_export.cli.bank import bank as bank_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import (
@@ -41,6 +40,7 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.picture_index import KINDS, LanceIndex, open_index
+from xadapter_export.sessions.split_session import MemoryCache, SplitSession
 
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t")
 Float32 = NDArray[np.float32]

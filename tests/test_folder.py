@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export.bundle import folder as folder_module
-from xadapter_export.bundle import read_bundle, staged_folder
+from xadapter_export.bundle import read_bundle, staged_folder, staging
 from xadapter_export.bundle.pictures import read_pictures
 from xadapter_export.errors import (
     BundleError,
@@ -94,7 +94,7 @@ def test_the_old_folder_comes_back_if_the_swap_fails(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt("in between")
         return rename(path, target)
 
-    monkeypatch.setattr(folder_module, "_exchange", lambda *_: False)  # as outside of Linux
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)  # as outside of Linux
     monkeypatch.setattr(Path, "rename", fail_on_the_new_one)
     with pytest.raises(KeyboardInterrupt, match="in between"):
         write(tmp_path / "out", "new")

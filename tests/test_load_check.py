@@ -19,12 +19,14 @@ from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
 from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, ParityError
 from xadapter_export.parity import check_lossy
 from xadapter_export.parity.recorded import Check, Record, noise, opened_record
-from xadapter_export.runtime import graphs, loaded
+from xadapter_export.runtime import graphs
+from xadapter_export.sessions import shared
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array, OnnxSession
 
 BANANA = "the color of a banana is [MASK]."
 VARIANTS = ("onnx-fp32", "cpu-fp32", "cpu-int8")
@@ -46,7 +48,7 @@ def int8_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from xadapter_export.runtime import choose
 
     order = (("cpu-int8", "first"), ("cpu-fp32", "second"), ("onnx-fp32", "third"))
-    monkeypatch.setattr(choose, "ORDERS", dict.fromkeys(choose.ORDERS, order))
+    monkeypatch.setattr(choose, "order_of", lambda _kind: order)
 
 
 def file_of(folder: Path, name: str, experts: ExpertSet = "vt") -> Path:
@@ -198,10 +200,10 @@ def _mix(array: Array) -> Any:
 def test_a_wrong_kernel_is_refused_and_another_variant_is_right(
     several: Path, change: Callable[[Array], Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = loaded.open_shared
+    opened = shared.open_shared
 
-    def open_one(bundle: Any, variant: Variant, **how: Any) -> Any:
-        session = opened(bundle, variant, **how)
+    def open_one(bundle: Any, variant: Variant, how: Any) -> Any:
+        session = opened(bundle, variant, how)
         return WrongKernel(session, change) if variant.name == "cpu-int8" else session
 
     monkeypatch.setattr(graphs, "open_shared", open_one)

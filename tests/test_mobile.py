@@ -7,8 +7,8 @@ import pytest
 
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
+from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
@@ -55,7 +55,7 @@ def test_manifest_names_the_files_and_what_they_need(phone: "ExportResult") -> N
 
 
 def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: Path) -> None:
-    from xadapter_export.exporters import mobile
+    from xadapter_export.exporters.makers import mobile
 
     folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
     other = folder / phone.manifest.deployments[1].files[0]
@@ -68,7 +68,8 @@ def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_a
 ) -> None:
     from tests.tiny_checkpoint import make_model
     from xadapter_export import export
-    from xadapter_export.exporters import mobile, pipeline
+    from xadapter_export.exporters import pipeline
+    from xadapter_export.exporters.makers import mobile
 
     def build(self: pipeline._Builder, *_: object) -> object:
         shutil.copytree(
@@ -99,7 +100,7 @@ def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"precisions": ("fp32", "fp16")}, "precision fp16 is not written for target mobile"),
-        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt, or triton"),
+        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt or triton"),
         ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
         ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "lengths of this axis: profile seq"),
         ({"targets": ("mobil",)}, "unknown target: mobil "),
@@ -111,9 +112,9 @@ def test_what_no_target_takes_is_refused_before_the_model_loads(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     from xadapter_export import export
-    from xadapter_export.exporters.deploy import DeployOptions
+    from xadapter_export.exporters.makers.maker import PackageOptions
 
     asked = {"experts": "t", "targets": ("mobile",), **options}
-    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
+    fits = PackageOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
     with pytest.raises(ConfigError, match=said):
         export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)

@@ -16,21 +16,23 @@ import pytest
 from tests.test_batch_mates import ask_in_company
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import ExpertSet, Precision
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session
-from xadapter_export.bundle.openvino_session import (
-    _OpenVinoSession,
-    create_openvino_session,
-    import_openvino,
-)
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
-from xadapter_export.exporters.openvino_ir import convert_to_ir
+from xadapter_export.exporters.makers.openvino_ir import convert_to_ir
+from xadapter_export.exporters.passes.quantise import RECIPES, Rounding, measure_products, round_products
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.quantise import RECIPES, Rounding, measure_products, round_products
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.openvino_session import (
+    _OpenVinoSession,
+    create_openvino_session,
+    import_openvino,
+)
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.targets import Precision
 
 pytest.importorskip("nncf")
 
@@ -377,7 +379,7 @@ from pathlib import Path
 import numpy as np
 connected = []
 sys.addaudithook(lambda event, args: connected.append(args) if event == "socket.connect" else None)
-from xadapter_export.exporters.openvino_ir import convert_to_ir
+from xadapter_export.exporters.makers.openvino_ir import convert_to_ir
 feeds = [dict(np.load(sys.argv[2]))]
 convert_to_ir(Path(sys.argv[1]), Path(sys.argv[3]), "int8", feeds)
 assert not connected, connected

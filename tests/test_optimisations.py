@@ -26,19 +26,21 @@ from tests.tiny_checkpoint import (
 )
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Target, Task
-from xadapter_export.bundle.onnx_session import Array, create_session
+from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
 from xadapter_export.cli.export import STEPS as CLI_STEPS
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.derive import derive
-from xadapter_export.exporters.fuse import CPU_PASSES
-from xadapter_export.exporters.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.makers.onnx_graphs import CpuMaker, Source
+from xadapter_export.exporters.passes.fuse import CPU_PASSES
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.savings import count_savings
+from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.portable.savings import count_savings
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.compare import TOLERANCES
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.session import Array
+from xadapter_export.targets import TARGETS
 
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t", "none")
 T, P, H, F, HEADS = 32, 1, 32, 48, 4  # of the counts: tokens, masks, and the tiny PLM's sizes
@@ -51,7 +53,8 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-BOTH: tuple[Target, ...] = ("onnx", "cpu")
+BOTH = ("onnx", "cpu")
+CPU = CpuMaker(TARGETS["cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -406,8 +409,9 @@ def test_a_pass_that_misses_a_pattern_is_an_error(bert: XAdapterModel, bert_bund
         break_one(model, name)
         message = rf"pass {name} \(expected {count} patterns, got {count - 1}\)"
         with pytest.raises(ParityError, match=message):
-            derive(model, merged, "cpu", "fp32")
-    graph, done = derive(portable_graph(bert_bundle, "vt"), merged, "cpu", "fp32")  # unbroken, it is derived
+            CPU.derive(Source(model, merged, "fp32"))
+    unbroken = Source(portable_graph(bert_bundle, "vt"), merged, "fp32")
+    graph, done = CPU.derive(unbroken)
     assert {step.name for step in done} == set(expected)
     assert ops(graph)["MultiHeadAttention"] == 9
 

@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
-from xadapter_export.bundle import onnx_session
 from xadapter_export.bundle.manifest import Task
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -28,6 +26,9 @@ from xadapter_export.errors import (
 from xadapter_export.parity import ParityReport, prove, prove_bundle
 from xadapter_export.parity.table import parity_table
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.sessions import onnx_session
+from xadapter_export.sessions import open as door
+from xadapter_export.sessions.onnx_session import create_session
 
 
 def scale_weight(path: Path, name: str, factor: float) -> None:
@@ -260,7 +261,7 @@ def test_one_graph_is_open_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch
 
     def open_one(*arguments: Any, **options: Any) -> Any:
         assert not [session for session in opened if session() is not None]
-        session = onnx_session.open_variant(*arguments, **options)
+        session = door.open_variant(*arguments, **options)
         opened.append(weakref.ref(session))
         return session
 

@@ -18,21 +18,24 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.machine import read_machine
-from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Precision, Variant
+from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Variant
 from xadapter_export.bundle.model_card import describe_agreement
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
-from xadapter_export.exporters import agreement, derive, pipeline
+from xadapter_export.exporters import pipeline
+from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.passes import half as half_pass
+from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
-from xadapter_export.exporters.trace import trace
+from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.targets import Precision
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -241,7 +244,7 @@ def test_numbers_that_were_integers_are_still_cast_before_an_operator_that_stays
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     opset = [onnx.helper.make_opsetid("", 17)]
     whole = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]), opset_imports=opset)
-    half = derive._to_half(ir.from_proto(whole), derive._FP32_ISLANDS)
+    half = half_pass.to_half(ir.from_proto(whole), half_pass.FP32_ISLANDS)
     proto = ir.to_proto(half)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -276,7 +279,7 @@ def test_casts_that_onnxruntime_writes_twice_stand_once(
             half.graph.node.append(node)
         return half
 
-    monkeypatch.setattr(derive, "convert_float_to_float16", convert)
+    monkeypatch.setattr(half_pass, "convert_float_to_float16", convert)
     twice = export(model, tmp_path / "bundle", "t", precisions=["fp16"], **ANY)
     onnx.checker.check_model(twice.folder / "onnx/model_fp16.onnx")
 

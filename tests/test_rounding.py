@@ -3,7 +3,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.tape import Tape
 
-from xadapter_export.exporters.rounding import (
+from xadapter_export.exporters.passes.rounding import (
     Curvatures,
     Range,
     measure_inputs,

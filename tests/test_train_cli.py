@@ -17,7 +17,7 @@ from tests.tiny_checkpoint import make_plm, write_parts
 from xadapter_export import XAdapterModel
 from xadapter_export.cli.main import xad
 from xadapter_export.cli.train import train
-from xadapter_export.exporters.calibration import read_calibration
+from xadapter_export.exporters.judge.calibration import read_calibration
 from xadapter_export.training.config import TrainConfig
 
 TEXTS = "the color of a banana is green.\na fruit is very very green.\nthe banana is a fruit.\n"

@@ -19,14 +19,14 @@ from click.testing import CliRunner
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip
-from xadapter_export.bank.swap import swap_bank
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import create_session
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters.deploy import DeployOptions
-from xadapter_export.exporters.triton import check_repository
+from xadapter_export.exporters.makers.maker import PackageOptions
+from xadapter_export.exporters.makers.triton import check_repository
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.swap.swap import swap_bank
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [triton]")
 client = pytest.importorskip("examples.triton_client", reason="needs the extra [triton]")
@@ -52,7 +52,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration=folder / "texts.txt",
         min_agreement=0,
         max_points_lost=100,
-        deploy_options=DeployOptions(profile={"batch": (1, 8)}),
+        deploy_options=PackageOptions(profile={"batch": (1, 8)}),
     ).folder
 
 

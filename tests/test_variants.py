@@ -15,25 +15,24 @@ from tests.tiny_bundle import rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle import machine
 from xadapter_export.bundle.machine import Machine, read_machine
-from xadapter_export.bundle.manifest import Deployment, ExpertSet, Precision, Target, Variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
 from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, ParityError
-from xadapter_export.runtime import loaded
 from xadapter_export.runtime.choose import choices_by_kind, choose, kind_of
+from xadapter_export.sessions import shared
+from xadapter_export.targets import all_variants
 
 BANANA = "the color of a banana is [MASK]."
 ALL = ("onnx-fp32", "onnx-fp16", "cpu-fp32", "cpu-int8", "cpu-int4", "openvino-fp32", "openvino-int8")
-VNNI = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=False)
-OPENVINO = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), has_openvino=True)
-AVX2 = Machine("x86-64", frozenset({"avx2"}), has_openvino=True)
-OLD = Machine("x86-64", frozenset(), has_openvino=False)
+VNNI = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), runtimes=frozenset())
+OPENVINO = Machine("x86-64", frozenset({"avx2", "avx512_vnni"}), runtimes=frozenset({"openvino"}))
+AVX2 = Machine("x86-64", frozenset({"avx2"}), runtimes=frozenset({"openvino"}))
+OLD = Machine("x86-64", frozenset(), runtimes=frozenset())
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def make_variant(name: str) -> Variant:
-    target: Target
-    precision: Precision
-    target, precision = name.split("-")  # type: ignore[assignment]  # names below are such pairs
+    target, precision = all_variants()[name]
     return Variant(
         expert_set="t",
         precision=precision,
@@ -54,16 +53,20 @@ def chosen(names: tuple[str, ...], name: str, machine: Machine, *providers: str)
     ("machine", "names", "expected"),
     [
         (OPENVINO, ALL, "openvino-int8"),
-        (Machine("arm64", frozenset({"asimddp"}), has_openvino=True), ALL, "cpu-int8"),
+        (Machine("arm64", frozenset({"asimddp"}), runtimes=frozenset({"openvino"})), ALL, "cpu-int8"),
         (VNNI, ALL, "cpu-int8"),
-        (Machine("x86-64", frozenset({"avx_vnni"}), has_openvino=False), ALL, "cpu-int8"),
-        (Machine("x86-64", frozenset({"avx2"}), has_openvino=False), ALL, "cpu-int8"),
+        (Machine("x86-64", frozenset({"avx_vnni"}), runtimes=frozenset()), ALL, "cpu-int8"),
+        (Machine("x86-64", frozenset({"avx2"}), runtimes=frozenset()), ALL, "cpu-int8"),
         (AVX2, ALL, "cpu-int8"),
         (OLD, ALL, "cpu-fp32"),
         (OLD, ("onnx-int8",), "onnx-int8"),
         (OPENVINO, ("onnx-fp32", "cpu-int8"), "cpu-int8"),
         (OPENVINO, ("onnx-fp32", "openvino-fp32"), "openvino-fp32"),
-        (Machine("arm64", frozenset(), has_openvino=True), ("onnx-fp32", "openvino-fp32"), "onnx-fp32"),
+        (
+            Machine("arm64", frozenset(), runtimes=frozenset({"openvino"})),
+            ("onnx-fp32", "openvino-fp32"),
+            "onnx-fp32",
+        ),
         (OPENVINO, ("onnx-fp16", "openvino-fp32"), "openvino-fp32"),
         (VNNI, ("onnx-fp32", "onnx-fp16", "cpu-int4", "openvino-int8"), "onnx-fp32"),
     ],
@@ -194,7 +197,7 @@ def test_a_cpu_that_runs_no_code_of_ours_is_read_another_way(monkeypatch: pytest
     ],
 )
 def test_kinds_of_cpu(architecture: str, features: set[str], kind: str) -> None:
-    assert kind_of(Machine(architecture, frozenset(features), has_openvino=False)) == kind
+    assert kind_of(Machine(architecture, frozenset(features), runtimes=frozenset())) == kind
 
 
 def test_what_auto_takes_on_each_kind_of_cpu_is_what_it_says() -> None:
@@ -207,7 +210,7 @@ def test_what_auto_takes_on_each_kind_of_cpu_is_what_it_says() -> None:
     for here in (VNNI, OLD, OPENVINO, AVX2):
         kind = kind_of(here)
         with_it = f"{kind}, OpenVINO installed"
-        expected = said[with_it] if here.has_openvino and with_it in said else said[kind]
+        expected = said[with_it] if here.runtimes and with_it in said else said[kind]
         assert chosen(ALL, "auto", here) == expected
     assert choices_by_kind([make_variant("onnx-fp16")]) == {}
     assert choices_by_kind([make_variant("onnx-fp32")]) == {"every CPU": "onnx-fp32"}
@@ -266,7 +269,7 @@ def test_a_session_refuses_what_is_not_there(several: Path) -> None:
 
 
 def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
-    before = len(loaded._loaded)
+    before = len(shared._loaded)
     first = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     again = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=1)
     assert again._graphs.session("t") is first._graphs.session("t")
@@ -274,10 +277,10 @@ def test_sessions_that_ask_alike_share_one_loaded_graph(several: Path) -> None:
     other = XAdapterSession.load(several, experts="t", variant="cpu-fp32", num_threads=2)
     assert len({id(s._graphs.session("t")) for s in (first, own, other)}) == 3
     assert own.fill_mask(BANANA) == first.fill_mask(BANANA)
-    assert len(loaded._loaded) == before + 2
+    assert len(shared._loaded) == before + 2
     del first, again, own, other
     gc.collect()
-    assert len(loaded._loaded) == before
+    assert len(shared._loaded) == before
 
 
 def test_a_bundle_written_anew_is_loaded_anew(tmp_path: Path) -> None:

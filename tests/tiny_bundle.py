@@ -375,8 +375,8 @@ def write_bundle(
 def _record_lossy(folder: Path, manifest: Manifest, arrays: Arrays) -> None:
     """Add to the reference what the lossy variants say."""
     from xadapter_export.bundle.folder import Bundle
-    from xadapter_export.bundle.onnx_session import open_variant
     from xadapter_export.parity.recorded import noise, record
+    from xadapter_export.sessions.open import open_variant
 
     said: Arrays = {}
     for variant in [variant for variant in manifest.variants if variant.agreement]:

@@ -72,7 +72,7 @@ def make_bundle(case: str, cache: Path = CACHE) -> Path:
 def read_texts(case: str, count: int) -> list[str]:
     """Return texts of the kind that the gates are measured on, spread over all of them."""
     from export.parity import CASES as MODELS
-    from xadapter_export.exporters.calibration import read_calibration
+    from xadapter_export.exporters.judge.calibration import read_calibration
 
     model = MODELS[case]()
     texts = read_calibration(model, None, model.config.task).compared_on.texts

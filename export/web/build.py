@@ -10,15 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from export.web.pictures import BUILTIN_CREDIT, bank_pictures, builtin_pictures, write_sheets
-from xadapter_export.bundle.folder import (
-    BANK_NAME,
-    MANIFEST_NAME,
-    PARITY_NAME,
-    REFERENCE_NAME,
-    read_bundle,
-    staged_folder,
-)
+from xadapter_export.bundle.folder import BANK_NAME, MANIFEST_NAME, PARITY_NAME, REFERENCE_NAME, read_bundle
 from xadapter_export.bundle.pictures import read_pictures
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ConfigError, MissingExtraError, UnsupportedError
 
 HERE = Path(__file__).parent

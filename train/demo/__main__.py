@@ -26,8 +26,8 @@ from train.demo import clip, pictures, plm, plugin, results, shipping, text  # n
 from train.demo.stages import Stages  # noqa: E402
 from train.tables import print_grid, write_results  # noqa: E402
 from xadapter_export.bank import FeatureBank  # noqa: E402
-from xadapter_export.bundle.folder import staged_folder  # noqa: E402
 from xadapter_export.bundle.pictures import Picture  # noqa: E402
+from xadapter_export.bundle.staging import staged_folder  # noqa: E402
 from xadapter_export.model.checkpoint import RECORD_NAME  # noqa: E402
 from xadapter_export.model.config import RetrievalConfig, XAdapterConfig  # noqa: E402
 from xadapter_export.model.x_adapter_model import XAdapterModel  # noqa: E402

@@ -15,9 +15,9 @@ from xadapter_export.bank.nearest import Nearest, recall
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import FEATURES_NAME, package_versions
 from xadapter_export.bundle.bank_rows import BankRows, Float32, unit_rows
-from xadapter_export.bundle.folder import list_files, staged_folder
+from xadapter_export.bundle.folder import list_files
 from xadapter_export.bundle.manifest import BankSpec
-from xadapter_export.bundle.retrieval import Retriever
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.runtime.picture_index import (
     BANK_KEY,
@@ -33,6 +33,7 @@ from xadapter_export.runtime.picture_index import (
     open_index,
     read_index_record,
 )
+from xadapter_export.sessions.retrieval import Retriever
 
 Say = Callable[[str], None]
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xadapter_export.bank.record import CHECKPOINT_RECORD_NAME, RECORD_NAME
-from xadapter_export.bundle.folder import StagedFolder, staged_folder
+from xadapter_export.bundle.staging import StagedFolder, staged_folder
 from xadapter_export.errors import OutputExistsError
 
 

@@ -19,8 +19,9 @@ from xadapter_export.bank.record import SKIPPED_NAME
 from xadapter_export.bank.rows import Float32
 from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bank_builder.sources import Source, SourceRow
-from xadapter_export.bundle.folder import BANK_NAME, staged_folder
+from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ConfigError, OutputExistsError, OutputWriteError
 
 _PLAN_NAME = "build.json"

@@ -1,29 +1,20 @@
-"""Folders that are complete or not there: staged writing, and reading that verifies every file.
+"""A bundle on disk, read so that every file is verified.
 
-A folder is written beside its final place, synced, and renamed. Reading trusts no path in the manifest: a
-file must lie inside the folder, symbolic links included, and be the one that was recorded.
+Reading trusts no path in the manifest: a file must lie inside the folder, symbolic links included, and be the
+one that was recorded. Writing is in ``staging``.
 """
 
-import ctypes
-import errno
 import hashlib
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import FileEntry, Manifest
 from xadapter_export.errors import (
     BundleError,
-    ConfigError,
     HashMismatchError,
-    OutputExistsError,
-    OutputWriteError,
-    XAdapterError,
 )
 
 MANIFEST_NAME = "manifest.json"
@@ -36,15 +27,6 @@ REFERENCE_NAME = "reference.npz"
 PROVEN_BANK_NAME = "reference_bank.npz"
 SWAPPED_NAME = "reference_swapped.npz"
 PARITY_NAME = "parity.json"
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current folder; linux/fs.h
-
-# What an error raised inside the block must be to be about the output; see ``_concerns`` too.
-_UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.ENAMETOOLONG),
-}
 
 
 def sha256_file(path: Path) -> str:
@@ -62,208 +44,6 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
         )
         for path in paths
     }
-
-
-class StagedFolder:
-    """A folder being written, at ``path``, that will be moved to ``final``."""
-
-    def __init__(self, path: Path, final: Path, marker: str) -> None:
-        self.path = path
-        self.final = final
-        self.rejected: Path | None = None
-        self._marker = marker
-
-    def __truediv__(self, relative: str) -> Path:
-        """Return a path inside the folder."""
-        return self.path / relative
-
-    def keep_as_rejected(self) -> Path:
-        """Move what was written to ``<name>.rejected`` for a look at it, and return that path.
-
-        An earlier rejected one there is replaced.
-
-        Raises:
-            OutputExistsError: If something of another kind is there.
-            OutputWriteError: If it cannot be moved there.
-        """
-        rejected = self.final.with_name(f"{self.final.name}.rejected")
-        with _blame_the_output(rejected):
-            check_replaceable(rejected, self._marker, force=True)
-            _move_into_place(self.path, rejected)
-        self.rejected = rejected
-        return rejected
-
-
-@contextmanager
-def staged_folder(
-    final: Path | str, *, force: bool = False, marker: str = MANIFEST_NAME
-) -> Iterator[StagedFolder]:
-    """Write a folder beside its final place, and move it there when the block ends well.
-
-    Whatever ends the block early, Ctrl-C included, removes the temporary folder and leaves the old one alone.
-
-    Args:
-        final: Where the folder goes. Missing parents are made.
-        force: Whether what is there may be replaced, if it is a folder with ``marker`` in it or an empty one.
-            It is replaced only after the new one is complete.
-        marker: The file by which a folder is known to be of the same kind.
-
-    Raises:
-        OutputExistsError: If something is at ``final``, or, with ``force``, something of another kind.
-        OutputWriteError: If the disk is full or the place cannot be written.
-        ConfigError: If ``final`` is a root, which has no name.
-    """
-    final = _resolve(Path(final))
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    staged = StagedFolder(temporary, final, marker)
-    made: list[Path] = []
-    try:
-        with _blame_the_output(final):
-            check_replaceable(final, marker, force=force)
-            made = [parent for parent in final.parents if not parent.exists()]
-            temporary.mkdir(parents=True)
-        try:
-            yield staged
-        except OSError as error:
-            if isinstance(error, XAdapterError) or not _concerns(error, staged):
-                raise
-            raise _unwritable(error, final) from error
-        if staged.rejected is None:
-            with _blame_the_output(final):
-                _sync(temporary)
-                check_replaceable(final, marker, force=force)
-                _move_into_place(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:  # innermost first
-            with suppress(OSError):  # it was never made, or is no longer empty
-                parent.rmdir()
-
-
-def _resolve(final: Path) -> Path:
-    try:
-        resolved = final.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: a NUL
-        raise _unwritable(error, final) from error
-    if not resolved.name:
-        raise ConfigError(
-            "the output path is a root, not a folder of its own",
-            where=resolved,
-            mend="add the name of the folder to make",
-        )
-    return resolved
-
-
-@contextmanager
-def _blame_the_output(final: Path) -> Iterator[None]:
-    """Make of any error of the operating system one about the output; for our own calls only."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, XAdapterError):
-            raise
-        raise _unwritable(error, final) from error
-
-
-def _unwritable(error: Exception, final: Path) -> OutputWriteError:
-    return OutputWriteError(
-        "the output cannot be written",
-        where=final,
-        got=getattr(error, "strerror", None) or error,
-        mend="free some space, or choose a place that you may write to",
-    )
-
-
-def _concerns(error: OSError, staged: StagedFolder) -> bool:
-    """Whether an error is about writing the folder, and not about some other file that was being read."""
-    if error.errno not in _UNWRITABLE:
-        return False
-    if not isinstance(error.filename, str | bytes):
-        return True
-    path = Path(os.fsdecode(error.filename)).absolute()
-    return path.is_relative_to(staged.path) or staged.final.is_relative_to(path)
-
-
-def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
-    """Refuse a place that ``staged_folder`` would refuse, before any work is done for it.
-
-    Raises:
-        OutputExistsError: As ``staged_folder``.
-    """
-    if not final.exists():
-        return
-    if not force:
-        raise OutputExistsError(
-            "something is already at the output path",
-            where=final,
-            mend="choose another path, or replace it with --force (force=True)",
-        )
-    if not final.is_dir() or (any(final.iterdir()) and not (final / marker).is_file()):
-        raise OutputExistsError(
-            "what is at the output path is not ours to replace",
-            where=final,
-            expected=f"a folder with {marker}",
-            mend="choose another path, or remove it yourself",
-        )
-
-
-def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename ``temporary`` to ``final``; what was there goes only once the new folder is in its place.
-
-    Where the system cannot exchange two folders, nothing is at ``final`` between two renames.
-    """
-    if final.exists() and _exchange(temporary, final):
-        _sync_folder(final.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        return
-    old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
-    try:
-        if final.exists():
-            final.rename(old)
-        temporary.rename(final)
-    except BaseException as error:
-        if old.exists() and not final.exists():
-            try:
-                old.rename(final)
-            except OSError:
-                raise OutputWriteError(
-                    "the output cannot be moved to its place, nor what was there moved back",
-                    where=final,
-                    got=error,
-                    mend=f"rename {old} to {final.name}",
-                ) from error
-        raise
-    _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where that cannot be, as outside of Linux."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
-        return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
-
-
-def _sync(folder: Path) -> None:
-    """Flush every file and folder below, and the folder itself, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and needs no flush
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What the CPU of this machine is and can do, as archspec finds out."""
 
-import importlib.util
 import platform
 import warnings
 from contextlib import suppress
@@ -9,6 +8,8 @@ from functools import cache
 
 from archspec import cpu
 from archspec.cpu import detect
+
+from xadapter_export.targets import all_targets
 
 INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "asimddp")
 _KNOWN_FEATURES = (*INT8_DOT_PRODUCTS, "avx2", "i8mm", "sme")
@@ -22,13 +23,13 @@ class Machine:
         architecture: ``x86-64``, ``arm64``, or whatever else Python calls it.
         features: Which of AVX2, the int8 dot products, Arm's int8 matrix products and SME the CPU has, by
             Linux's names; none where that cannot be found out.
-        has_openvino: Whether OpenVINO is installed.
+        runtimes: Modules of the optional runtimes of ``targets`` that are installed, as ``openvino``.
         cpu: The CPU's name.
     """
 
     architecture: str
     features: frozenset[str]
-    has_openvino: bool
+    runtimes: frozenset[str]
     cpu: str = "unknown CPU"
 
     def __str__(self) -> str:
@@ -41,12 +42,13 @@ class Machine:
 def read_machine() -> Machine:
     """Return what this machine is."""
     name = platform.machine().lower()
+    optional = {t.runtime for t in all_targets() if t.runtime is not None and t.runtime.is_optional}
     architecture = {"amd64": "x86-64", "x86_64": "x86-64", "aarch64": "arm64"}.get(name, name)
     cpu_name, features = _read_cpu(architecture)
     return Machine(
         architecture,
         frozenset(_KNOWN_FEATURES) & features,
-        importlib.util.find_spec("openvino") is not None,
+        frozenset(each.module for each in optional if each.is_installed),
         cpu_name,
     )
 

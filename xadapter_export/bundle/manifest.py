@@ -12,14 +12,12 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xadapter_export.errors import BundleError
+from xadapter_export.targets import PORTABLE, TARGETS, Precision
 from xadapter_export.tasks import TASKS
 
 ExpertSet = Literal["none", "v", "t", "vt"]
 Expert = Literal["v", "t"]
 Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
-Precision = Literal["fp32", "fp16", "int8", "int4"]
-Target = Literal["onnx", "cpu", "cuda", "openvino"]
-DeploymentTarget = Literal["tensorrt-rtx", "tensorrt", "mobile", "triton"]
 
 FORMAT_VERSION = 1
 EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
@@ -40,6 +38,7 @@ def _known_task(name: str) -> str:
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
 Task = Annotated[str, AfterValidator(_known_task)]
+TargetName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]  # known here, or somewhere else
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -254,8 +253,7 @@ class Variant(_Strict):
     """One graph file, or two where the set is split.
 
     Attributes:
-        target: Who runs it: ``onnx`` any runtime (standard operators only), ``cpu`` and ``cuda`` these
-            providers of onnxruntime, ``openvino`` OpenVINO.
+        target: Who runs it; see ``targets``.
         file: The graph; of a set that is split, the answer graph.
         query_file: The query graph of a set that is split.
         weight_files: Files with the weights that the graph refers to; shared between variants.
@@ -267,7 +265,7 @@ class Variant(_Strict):
 
     expert_set: ExpertSet
     precision: Precision
-    target: Target
+    target: TargetName
     file: InnerPath
     query_file: InnerPath | None = None
     weight_files: tuple[InnerPath, ...]
@@ -284,7 +282,13 @@ class Variant(_Strict):
     @property
     def is_for_gpu(self) -> bool:
         """Whether no CPU runs it as fast as fp32."""
-        return self.target == "cuda" or self.precision == "fp16"
+        is_known = self.target in TARGETS
+        return TARGETS[self.target].is_for_gpu(self.precision) if is_known else self.precision == "fp16"
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether its files are ONNX."""
+        return self.file.endswith(".onnx")
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -311,7 +315,7 @@ class Deployment(_Strict):
         prove_with: The command that proves it on a machine that has the runtime; None where it was proven.
     """
 
-    target: DeploymentTarget
+    target: TargetName
     expert_set: ExpertSet
     precision: Precision
     source: str
@@ -330,8 +334,8 @@ class Deployment(_Strict):
 
     @property
     def name(self) -> str:
-        """``tensorrt-rtx-fp16`` where a session can be asked for it, else the runtime."""
-        return f"{self.target}-{self.precision}" if self.engines else self.target
+        """Name that it is asked for by: ``tensorrt-rtx-fp16``, ``mobile-int8``."""
+        return f"{self.target}-{self.precision}"
 
 
 class FileEntry(_Strict):
@@ -430,7 +434,7 @@ class Manifest(_Strict):
             mend="choose one of those, or export the checkpoint again with this set",
         )
 
-    def variant(self, expert_set: ExpertSet, name: str = "onnx-fp32") -> Variant:
+    def variant(self, expert_set: ExpertSet, name: str = PORTABLE) -> Variant:
         """Return one variant of an expert set, by its name; the portable one by default.
 
         Raises:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.manifest import Agreement, Manifest
+from xadapter_export.targets import CUDA_PROVIDER, ONNXRUNTIME, TARGETS
 from xadapter_export.tasks import TASKS
 
 
@@ -16,19 +16,21 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         choices: The variant that answers by kind of CPU; see ``runtime.choose.choices_by_kind``.
     """
     sets = " | ".join(manifest.expert_sets)
-    targets = {variant.target for variant in manifest.variants}
-    extra, provider = ("gpu", f" --provider {CUDA_PROVIDER}") if manifest.is_for_gpu else ("cpu", "")
-    graphs = f"ONNX graphs{' of standard operators' if 'onnx' in targets else ''}, opset {manifest.opset}"
-    engine = "onnxruntime"
-    if targets == {"openvino"}:
-        extra, graphs, engine = "openvino", "graphs of OpenVINO", "OpenVINO"
+    targets = [TARGETS[variant.target] for variant in manifest.variants]
+    runtimes = {target.runtime for target in targets if target.runtime is not None}
+    runtime = ONNXRUNTIME if ONNXRUNTIME in runtimes else next(iter(runtimes))
+    extra, provider = runtime.extras[0], ""
+    if manifest.is_for_gpu:
+        extra, provider = runtime.extras[-1], f" --provider {CUDA_PROVIDER}"
+    is_portable = any(target.provider is None for target in targets)
     lines = [
         f"# {name}",
         "",
         f"An X-adapter bundle for {manifest.task} ({TASKS[manifest.task].says}): "
         f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
-        f"through a trained plug-in, as {graphs}. "
-        f"Expert sets: {sets}. It runs with {engine}; PyTorch is not needed.",
+        f"through a trained plug-in, as {'ONNX ' if runtime == ONNXRUNTIME else ''}graphs"
+        f"{' of standard operators' if is_portable else ''}, opset {manifest.opset}. Expert sets: {sets}. "
+        f"It runs with {runtime.name}; PyTorch is not needed.",
         "",
         "## Run",
         "",
@@ -75,7 +77,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         size = f"{made.size_bytes / 1e6:.1f}"
         row = (made.name, made.expert_set, made.source, str(len(made.files)), size, shown)
         lines.append(f"| {' | '.join(row)} |")
-    refused = [f"- {made.target}: {line}" for made in manifest.deployments for line in made.refused]
+    refused = [f"- {made.name}: {line}" for made in manifest.deployments for line in made.refused]
     if refused:
         lines += ["", "Refused:", "", *refused]
     if manifest.bank is not None and manifest.bank.features is not None:

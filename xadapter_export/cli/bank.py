@@ -502,7 +502,7 @@ def swap(
     and what each graph retrieves is compared with a search of the bank. A bundle that cannot take the bank
     stays as it is; the old bank, swapped in again, gives the old bundle.
     """
-    from xadapter_export.bank.swap import swap_bank
+    from xadapter_export.swap.swap import swap_bank
 
     result = swap_bank(
         bundle, _resolve(folder), output, leave_out=leave_out, assume_clip=assume_clip, force=force

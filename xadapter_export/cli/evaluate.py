@@ -502,7 +502,7 @@ def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
     if options.output is None:
         yield None
         return
-    from xadapter_export.bundle.folder import staged_folder
+    from xadapter_export.bundle.staging import staged_folder
     from xadapter_export.evaluation.results import RESULTS_NAME
 
     if draws:

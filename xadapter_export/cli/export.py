@@ -21,27 +21,18 @@ from xadapter_export.cli.command import (
 )
 from xadapter_export.errors import UnsupportedError, import_extra
 from xadapter_export.exporters.request import (
-    DEPLOYMENTS,
-    PRECISIONS,
-    TARGETS,
-    VARIANTS,
     check_gate_options,
     check_request,
+    default_target,
     make_request,
 )
+from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, Precision, all_targets, all_variants
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import (
-        DeploymentTarget,
-        ExpertSet,
-        Precision,
-        Target,
-        Task,
-        Variant,
-    )
-    from xadapter_export.exporters.merge import Retrieval, Step
+    from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
     from xadapter_export.exporters.pipeline import ExportResult, OnStage
+    from xadapter_export.exporters.portable.merge import Retrieval, Step
 
 STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
 RETRIEVALS = ("in-graph", "external")
@@ -101,6 +92,14 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     }
 
 
+def _default_targets() -> str:
+    """Returns who gets what where no target is named, ``onnx for fp32 and fp16, cpu for int8 and int4``."""
+    given: dict[str, list[str]] = {}
+    for precision in PRECISIONS:
+        given.setdefault(default_target(precision), []).append(precision)
+    return ", ".join(f"{target} for {' and '.join(takes)}" for target, takes in given.items())
+
+
 @click.command(
     cls=XadCommand,
     epilog=example(
@@ -152,7 +151,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 @click.option(
     "--variant",
     "variants",
-    type=click.Choice(VARIANTS),
+    type=click.Choice(tuple(all_variants())),
     multiple=True,
     metavar="TARGET-PRECISION",
     help="Exactly this variant, such as cpu-int8 or tensorrt-rtx-fp16; may be repeated. Variants from "
@@ -170,11 +169,10 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 @click.option(
     "--target",
     "targets",
-    type=click.Choice((*TARGETS, *DEPLOYMENTS)),
+    type=click.Choice(tuple(TARGETS)),
     multiple=True,
-    help="Who runs it; may be repeated: onnx any runtime, cpu and cuda these providers of onnxruntime, "
-    "openvino OpenVINO on x86, tensorrt-rtx and tensorrt NVIDIA GPUs, mobile onnxruntime on phones (.ort), "
-    "triton a model repository for Triton Inference Server. [default: onnx, and cpu for int8 and int4]",
+    help=f"Who runs it; may be repeated. {'; '.join(f'{t.name}: {t.says}' for t in all_targets())}. "
+    f"[default: {_default_targets()}]",
 )
 @click.option(
     "--profile",
@@ -255,8 +253,8 @@ def export(
     candidates: list[str] | None,
     max_seq: int | None,
     variants: tuple[str, ...],
-    precisions: "tuple[Precision, ...]",
-    targets: "tuple[Target | DeploymentTarget, ...]",
+    precisions: tuple[Precision, ...],
+    targets: tuple[str, ...],
     profile: tuple[str, ...],
     compute_capabilities: tuple[str, ...],
     calibration: Path | None,
@@ -289,7 +287,7 @@ def export(
     with _progress(quiet=quiet) as on_stage:
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")
-        options = import_extra("xadapter_export.exporters.deploy", "export")
+        makers = import_extra("xadapter_export.exporters.makers.maker", "export")
         result: ExportResult = module.export(
             checkpoint,
             output,
@@ -309,7 +307,7 @@ def export(
             without=without,
             retrieval=retrieval,
             split=split,
-            deploy_options=options.DeployOptions(options.parse_profile(profile), compute_capabilities),
+            deploy_options=makers.PackageOptions(makers.parse_profile(profile), compute_capabilities),
             force=force,
             on_stage=on_stage,
         )
@@ -333,7 +331,7 @@ def _report(result: "ExportResult") -> None:
         )
     for made in manifest.deployments:
         console.print(
-            f"experts {made.expert_set}, {made.target} from {made.source}: {len(made.files)} files, "
+            f"experts {made.expert_set}, {made.name} from {made.source}: {len(made.files)} files, "
             f"{made.size_bytes / 1e6:.1f} MB in {made.seconds:.1f} s"
             + (f"; to prove, run there: {made.prove_with}" if made.prove_with else "")
         )
@@ -342,7 +340,7 @@ def _report(result: "ExportResult") -> None:
     for name, kinds in _by_variant(choices_of(manifest)).items():
         console.print(f"answers unless another is named: {name} on {'; '.join(kinds)}")
     console.print(f"bundle: {result.folder}")
-    provider = " --provider CUDAExecutionProvider" if manifest.is_for_gpu else ""
+    provider = f" --provider {CUDA_PROVIDER}" if manifest.is_for_gpu else ""
     console.print(f'try: {as_typed("xad-run")} {result.folder} "{manifest.example}"{provider}')
 
 

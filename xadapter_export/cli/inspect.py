@@ -121,7 +121,7 @@ def _refused(manifest: "Manifest") -> "Table":
     table = _table("deployment", "refused")
     for made in manifest.deployments:
         for line in made.refused:
-            table.add_row(made.target, line)
+            table.add_row(made.name, line)
     return table
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +18,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import ParityError
+from xadapter_export.targets import all_targets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +68,7 @@ class _Findings:
 )
 @click.option(
     "--engine",
-    type=click.Choice(("tensorrt-rtx", "tensorrt")),
+    type=click.Choice([target.name for target in all_targets() if target.is_engine]),
     help="Prove the engines of this runtime instead of the graphs, on the GPU here; --variant then "
     "names the graphs that they were built from, lossy ones too.",
 )
@@ -78,7 +79,7 @@ def parity(
     bundles: tuple[Path, ...],
     experts: "tuple[ExpertSet, ...]",
     variants: tuple[str, ...],
-    engine: "Literal['tensorrt-rtx', 'tensorrt'] | None",
+    engine: str | None,
     every_cell: bool,
     providers: tuple[str, ...],
     threads: int | None,

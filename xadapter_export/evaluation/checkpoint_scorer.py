@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.evaluation.scorer import Scorer
 from xadapter_export.model.x_adapter_model import XAdapterModel, experts_of
 from xadapter_export.runtime.text import Int64Array
+from xadapter_export.sessions.session import Array
 
 
 class CheckpointScorer(Scorer):

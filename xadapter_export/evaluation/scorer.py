@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import ConfigError, InputTextError, UnsupportedError
 from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import Int64Array, TextEncoder, TruncationWarning, check_texts
+from xadapter_export.sessions.session import Array
 from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
 Float32Array = NDArray[np.float32]

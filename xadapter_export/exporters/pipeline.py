@@ -1,16 +1,16 @@
 """The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -22,54 +22,54 @@ from xadapter_export.bundle.folder import (
     REFERENCE_NAME,
     Bundle,
     list_files,
-    staged_folder,
 )
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
     EXPERT_SETS,
     Agreement,
-    DeploymentTarget,
+    Deployment,
     ExpertSet,
     ExpertSetSpec,
     Manifest,
-    Optimisation,
-    Precision,
-    Target,
     Task,
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_session, open_variant
 from xadapter_export.bundle.opsets import check_opset
-from xadapter_export.bundle.retrieval import Retriever
-from xadapter_export.bundle.split_session import SplitSession
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
-from xadapter_export.exporters import agreement, pack
-from xadapter_export.exporters.axis_profile import check_cases, check_limits
-from xadapter_export.exporters.calibration import calibration_feeds
-from xadapter_export.exporters.check import check_graph
-from xadapter_export.exporters.deploy import DeployOptions, check_options, deploy
-from xadapter_export.exporters.derive import add_up, derive, variant_file, weights_file
-from xadapter_export.exporters.merge import STEPS, MergedModel, Part, Retrieval, Step
-from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
-from xadapter_export.exporters.quantise import (
-    RECIPES,
-    Ranges,
-    Recipe,
-    Rounding,
-    measure_products,
-    round_products,
+from xadapter_export.exporters import pack
+from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge.calibration import calibration_feeds
+from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
+from xadapter_export.exporters.makers.maker import (
+    GraphJob,
+    GraphMaker,
+    Graphs,
+    MadeGraph,
+    Material,
+    PackageJob,
+    PackageOptions,
+    Packer,
+    check_packages,
+    load_maker,
 )
-from xadapter_export.exporters.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
+from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
+from xadapter_export.exporters.portable.check import check_graph
+from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.portable.savings import count_savings
+from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.exporters.request import (
     Request,
     check_gate_options,
     check_names,
     check_request,
+    made_from,
     make_request,
 )
-from xadapter_export.exporters.savings import count_savings
-from xadapter_export.exporters.trace import trace
+from xadapter_export.exporters.shelf import Shelf, hide_taps
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
@@ -77,17 +77,15 @@ from xadapter_export.parity.recorded import noise, record
 from xadapter_export.parity.reference import sample_reference
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.runtime.choose import choices_of
+from xadapter_export.sessions.open import open_graph, open_variant
+from xadapter_export.sessions.retrieval import Retriever
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.targets import PORTABLE, TARGETS, Precision, VariantName, all_variants
 from xadapter_export.tasks import TASKS
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
-Graphs = dict[Part, ir.Model]
-
-# From the fastest to the most exact; the exporter takes the first that passes its gate.
-OPENVINO_RECIPES: dict[Precision, tuple[str | Recipe, ...]] = {
-    "int8": ("int8_calibrated", "int8_weights_only", *RECIPES["int8"][-2:]),
-    "int4": ("int4_weights",),
-}
 
 
 def _say_nothing(stage: Stage, detail: str) -> None:
@@ -122,14 +120,14 @@ def export(
     max_seq: int | None = None,
     variants: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
-    targets: Sequence[Target | DeploymentTarget] = (),
+    targets: Sequence[str] = (),
     calibration: str | Path | None = None,
     evaluate: str | Path | None = None,
     min_agreement: float | None = None,
     max_points_lost: float | None = None,
     skip_failed: bool = False,
     without: Collection[Step] = (),
-    deploy_options: DeployOptions | None = None,
+    deploy_options: PackageOptions | None = None,
     retrieval: Retrieval = "in-graph",
     split: bool = False,
     force: bool = False,
@@ -188,8 +186,8 @@ def export(
     }
     judging |= {"min_agreement": min_agreement, "max_points_lost": max_points_lost}
     check_request(request, split=split, judging=judging)
-    deploy_options = deploy_options or DeployOptions()
-    check_options(request.deployments, deploy_options)
+    deploy_options = deploy_options or PackageOptions()
+    check_packages(request.deployments, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -222,7 +220,7 @@ def export(
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
             say = partial(on_stage, "deploy")
-            made = deploy(staged.path, manifest, request, deploy_options, say)
+            made = _pack_all(staged.path, manifest, request, deploy_options, say)
         except OSError:  # one about the output, which keeps nothing
             raise
         except XAdapterError as error:
@@ -251,33 +249,30 @@ class _Builder:
     specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     reference: dict[str, Array] = field(default_factory=dict)
-    weights: dict[str, pack.SharedWeights] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=Rounding)
     answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def build(
         self,
-        wanted: Sequence[tuple[Target, Precision]],
+        wanted: Sequence[VariantName],
         gates: Gates,
         cases: dict[str, dict[str, Array]],
         name: str,
     ) -> tuple[Manifest, ParityReport]:
         """Writes and proves every variant of every expert set."""
         plan, folder = self.plan, self.folder
-        (folder / "onnx").mkdir()
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
+        shelf = Shelf(folder, plan.expert_sets[0])
         try:
             for expert_set in plan.expert_sets:
-                self._write_set(expert_set, wanted, cases, gates)
+                material = self._write_portable(expert_set, cases, gates, shelf)
+                for variant in wanted:
+                    if variant != all_variants()[PORTABLE]:
+                        self._write_variant(variant, material, gates, shelf)
         finally:
-            for weights in self.weights.values():
-                weights.close()
-        for expert_set in plan.expert_sets:
-            for target, precision in wanted:
-                if target == "openvino":
-                    self._write_ir(expert_set, precision, gates)
+            shelf.close()
         self._check_remaining(wanted)
 
         components = {component for spec in self.specs.values() for component in spec.component_parameters}
@@ -305,21 +300,17 @@ class _Builder:
             else v
             for v in self.variants
         ]
-        kept = tuple(variant for variant in proven if (variant.target, variant.precision) in wanted)
+        kept = tuple(variant for variant in proven if all_variants()[variant.name] in wanted)
         manifest = manifest.model_copy(update={"variants": kept})
         _remove_unnamed(folder, self.variants, kept)
         _write_reference(folder, sample_reference(self.reference))
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
         return _write_manifest(folder, manifest, name), report
 
-    def _write_set(
-        self,
-        expert_set: ExpertSet,
-        wanted: Sequence[tuple[Target, Precision]],
-        cases: dict[str, dict[str, Array]],
-        gates: Gates,
-    ) -> None:
-        """Writes the portable graph of a set, wanted or not, and what is derived from it for onnxruntime."""
+    def _write_portable(
+        self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], gates: Gates, shelf: Shelf
+    ) -> Material:
+        """Writes the portable graph of a set, wanted or not, from which its other variants are made."""
         model, plan = self.model, self.plan
         self.on_stage("merge", expert_set)
         merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, self.without)
@@ -333,68 +324,54 @@ class _Builder:
         if plan.split and reads_clip(model, expert_set):
             parts = {part: merge(part, plan.retrieval).eval() for part in ("query", "answer")}
         del whole
-        portable: Graphs = {}
+        graphs: Graphs = {}
         for part, merged in parts.items():
             self.on_stage("trace", expert_set if part == "whole" else f"{expert_set}, {part}")
-            portable[part] = trace(merged, _example(model), self.opset, plan.max_seq)
+            graphs[part] = trace(merged, _example(model), self.opset, plan.max_seq)
             self.on_stage("check", expert_set)
-            check_graph(portable[part], merged, self.opset)
-            pack.hide_taps(portable[part], merged)
-        self.specs[expert_set] = pack.expert_set_spec(portable, parts, input_names)
-        self._write_graphs(expert_set, "onnx", "fp32", portable, saved)
-        self._answer_in_fp32(expert_set, gates)
-        ranges: dict[Part, Ranges] = {}
-        if any(precision in RECIPES for _, precision in wanted):
-            ranges = self._measure(expert_set, portable, gates)
-        if ("openvino", "int8") in wanted:
-            round_products(portable["whole"], ranges["whole"], self.rounding)
-        for target, precision in wanted:
-            if target == "openvino" or (target, precision) == ("onnx", "fp32"):
-                continue
-            for recipe in RECIPES.get(precision, (None,)) if target == "cpu" else (None,):
-                self.on_stage("derive", f"{expert_set}, {recipe.name if recipe else f'{target}-{precision}'}")
-                graphs: Graphs = {}
-                done: list[Optimisation] = []
-                for part, merged in parts.items():
-                    graphs[part], steps = derive(
-                        portable[part], merged, target, precision, recipe, ranges.get(part), self.rounding
-                    )
-                    done += steps
-                measured = None
-                if precision != "fp32":
-                    measured = self._try(expert_set, graphs, precision, gates)
-                if measured is None or agreement.passes(measured):
-                    break
-            if self._leaves_out(f"{target}-{precision}", expert_set, measured, gates):
-                continue
-            self._write_graphs(expert_set, target, precision, graphs, [*saved, *add_up(done)], measured)
-
-    def _write_graphs(
-        self,
-        expert_set: ExpertSet,
-        target: Target,
-        precision: Precision,
-        graphs: Graphs,
-        optimisations: list[Optimisation],
-        measured: Agreement | None = None,
-    ) -> None:
-        """Writes a variant's graphs beside the others; the weights of all are in one file."""
-        path, weights = weights_file(target, precision), self.weights
-        if path not in weights:
-            weights[path] = pack.SharedWeights(self.folder / path)
-        files: dict[Part, str] = {}
-        size = 0
-        for part, graph in graphs.items():
-            size += weights[path].take(graph)
-            files[part] = variant_file(expert_set, self.plan.expert_sets[0], target, precision, part)
-            pack.write_graph(graph.clone(), self.folder / files[part])
-            size += (self.folder / files[part]).stat().st_size
-        file = files.get("answer") or files["whole"]
-        self._add(
-            expert_set, target, precision, file, (path,), size, optimisations, measured, files.get("query")
+            check_graph(graphs[part], merged, self.opset)
+            hide_taps(graphs[part], merged)
+        self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
+        variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
+        self._answer_in_fp32(expert_set, variant, gates)
+        return Material(
+            expert_set,
+            self.folder,
+            variant,
+            graphs,
+            parts,
+            self.rounding,
+            calibrate=partial(self._calibration, expert_set, gates),
+            measure=partial(self._measure, variant, graphs, gates),
         )
 
-    def _answer_in_fp32(self, expert_set: ExpertSet, gates: Gates) -> None:
+    def _write_variant(self, name: VariantName, material: Material, gates: Gates, shelf: Shelf) -> None:
+        """Writes a variant: the first try that passes its gate, or the last one."""
+        expert_set = material.expert_set
+        maker = load_maker(TARGETS[name.target])
+        assert isinstance(maker, GraphMaker)  # packages are made of what is proven
+        with TemporaryDirectory(dir=self.folder) as folder:
+            job = GraphJob(
+                name.precision,
+                material,
+                shelf.stems(expert_set),
+                Path(folder) / "try",
+                lambda tried: self.on_stage("derive", f"{expert_set}, {tried}"),
+            )
+            made, measured = MadeGraph(), None
+            for made in maker.tries(job):
+                if name.precision == "fp32":
+                    break
+                self.on_stage("compare", f"{expert_set}, {name}")
+                session = self._open(expert_set, name.target, shelf.save(made, job))
+                measured = self._compare(expert_set, session, name.precision, gates)
+                if agreement.passes(measured):
+                    break
+            if not self._leaves_out(name, expert_set, measured, gates):
+                steps = [*material.variant.optimisations, *made.steps]
+                self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
+
+    def _answer_in_fp32(self, expert_set: ExpertSet, portable: Variant, gates: Gates) -> None:
         """Asks the portable graph what lossy ones will be asked."""
         if gates.calibration is None:
             return
@@ -403,19 +380,18 @@ class _Builder:
         spec, task = self.specs[expert_set], self.plan.task
         texts = gates.calibration.compared_on
         probe = agreement.make_probe(encoder, spec, task, texts, gates.questions)
-        session = self._open_portable(expert_set)
+        session = self._open_written(portable)
         self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
 
-    def _open_portable(self, expert_set: ExpertSet) -> OnnxSession:
-        variant = self._portable(expert_set)
+    def _open_written(self, variant: Variant) -> OnnxSession:
         files: dict[Part, Path] = {"whole": self.folder / variant.file}
         if variant.query_file is not None:
             files = {"query": self.folder / variant.query_file, "answer": self.folder / variant.file}
-        return self._open(expert_set, files)
+        return self._open(variant.expert_set, variant.target, files)
 
-    def _open(self, expert_set: ExpertSet, files: Mapping[Part, Path]) -> OnnxSession:
+    def _open(self, expert_set: ExpertSet, target: str, files: Mapping[Part, Path]) -> OnnxSession:
         """Opens a graph, or two as one, while the bundle is being made."""
-        sessions = {part: create_session(file) for part, file in files.items()}
+        sessions = {part: open_graph(target, file) for part, file in files.items()}
         if "whole" in sessions:
             return sessions["whole"]
         spec, retriever = self.specs[expert_set], None
@@ -424,22 +400,6 @@ class _Builder:
             assert bank is not None  # a set searches it
             retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
         return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
-
-    def _try(
-        self,
-        expert_set: ExpertSet,
-        graphs: Graphs,
-        precision: Precision,
-        gates: Gates,
-    ) -> Agreement:
-        """How graphs that are not written yet agree with fp32."""
-        self.on_stage("compare", f"{expert_set}, {precision}")
-        with TemporaryDirectory(dir=self.folder) as folder:
-            files: dict[Part, Path] = {}
-            for part, graph in graphs.items():
-                files[part] = Path(folder) / f"{part}.onnx"
-                ir.save(graph, files[part], external_data=f"{part}.onnx_data")
-            return self._compare(expert_set, self._open(expert_set, files), precision, gates)
 
     def _compare(
         self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates
@@ -455,7 +415,9 @@ class _Builder:
             judged_on=gates.judged_on(str(read_machine())),
         )
 
-    def _leaves_out(self, name: str, expert_set: ExpertSet, measured: Agreement | None, gates: Gates) -> bool:
+    def _leaves_out(
+        self, name: VariantName, expert_set: ExpertSet, measured: Agreement | None, gates: Gates
+    ) -> bool:
         """Whether a variant is below its gate and is to be left out; then a warning says so."""
         if measured is None or not gates.skip_failed:
             return False
@@ -467,15 +429,15 @@ class _Builder:
             return True
         return False
 
-    def _check_remaining(self, wanted: Sequence[tuple[Target, Precision]]) -> None:
+    def _check_remaining(self, wanted: Sequence[VariantName]) -> None:
         """Refuses a bundle that would have nothing that was asked for of an expert set."""
         for expert_set in self.plan.expert_sets:
-            written = {(v.target, v.precision) for v in self.variants if v.expert_set == expert_set}
-            if written.isdisjoint(wanted):
+            written = {v.name for v in self.variants if v.expert_set == expert_set}
+            if written.isdisjoint(map(str, wanted)):
                 raise ParityError(
                     "every variant that was asked for is below its gate, so there is no bundle",
                     where=f"experts {expert_set}",
-                    got=", ".join("-".join(pair) for pair in wanted),
+                    got=", ".join(map(str, wanted)),
                     mend="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
                 )
 
@@ -496,103 +458,83 @@ class _Builder:
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
         return calibration_feeds(encoder, gates.calibration.made_with, names)
 
-    def _measure(self, expert_set: ExpertSet, portable: Graphs, gates: Gates) -> dict[Part, Ranges]:
+    def _measure(self, portable: Variant, graphs: Graphs, gates: Gates) -> dict[Part, Ranges]:
         """What goes into the products of each graph of a set."""
-        self.on_stage("calibrate", expert_set)
-        feeds = self._calibration(expert_set, gates)
+        self.on_stage("calibrate", portable.expert_set)
+        feeds = self._calibration(portable.expert_set, gates)
         found: dict[Part, Ranges] = {}
-        for part, graph in portable.items():
+        for part, graph in graphs.items():
             if part == "answer":  # it reads what the query graph says
-                session = self._open_portable(expert_set)
+                session = self._open_written(portable)
                 assert isinstance(session, SplitSession)  # it has an answer graph
                 feeds = [session.answer_feed(feed) for feed in feeds]
             found[part] = measure_products(graph, feeds, self.rounding)
         return found
 
-    def _portable(self, expert_set: ExpertSet) -> Variant:
-        return next(v for v in self.variants if (v.expert_set, v.name) == (expert_set, "onnx-fp32"))
-
-    def _write_ir(self, expert_set: ExpertSet, precision: Precision, gates: Gates) -> None:
-        from xadapter_export.bundle.openvino_session import create_openvino_session
-        from xadapter_export.exporters.openvino_ir import convert_to_ir
-
-        default = self.plan.expert_sets[0]
-        path = variant_file(expert_set, default, "openvino", precision)
-        weights = str(Path(path).with_suffix(".bin").as_posix())
-        (self.folder / path).parent.mkdir(exist_ok=True)
-        feeds = self._calibration(expert_set, gates)
-        portable = self._portable(expert_set)
-        done = list(portable.optimisations)
-        measured = None
-        for recipe in OPENVINO_RECIPES.get(precision, (f"openvino-{precision}",)):
-            name = recipe.name if isinstance(recipe, Recipe) else recipe
-            self.on_stage("derive", f"{expert_set}, {name}")
-            source, file = self.folder / portable.file, self.folder / path
-            convert_to_ir(
-                source,
-                file,
-                precision,
-                feeds,
-                weights_only=name == "int8_weights_only",
-                blocks=recipe if isinstance(recipe, Recipe) else None,
-                rounding=self.rounding,
-            )
-            size = sum((self.folder / name).stat().st_size for name in (path, weights))
-            if precision == "fp32":
-                break
-            self.on_stage("compare", f"{expert_set}, openvino-{precision}")
-            measured = self._compare(expert_set, create_openvino_session(file), precision, gates)
-            step = Optimisation(
-                name=name, lossless=False, unit="bytes", before=portable.size_bytes, after=size
-            )
-            done = [*portable.optimisations, step]
-            if agreement.passes(measured):
-                break
-        if self._leaves_out(f"openvino-{precision}", expert_set, measured, gates):
-            for left in (path, weights):
-                (self.folder / left).unlink()
-            if not any((self.folder / path).parent.iterdir()):
-                (self.folder / path).parent.rmdir()
-            return
-        self._add(expert_set, "openvino", precision, path, (weights,), size, done, measured)
-
     def _add(
         self,
         expert_set: ExpertSet,
-        target: Target,
-        precision: Precision,
-        file: str,
-        weight_files: tuple[str, ...],
-        size_bytes: int,
-        optimisations: list[Optimisation],
+        name: VariantName,
+        made: MadeGraph,
         measured: Agreement | None,
-        query_file: str | None = None,
-    ) -> None:
+        shelf: Shelf,
+    ) -> Variant:
+        """Puts what was made in its place, and lists it."""
+        placed = shelf.put(made, expert_set, name.target)
         variant = Variant(
             expert_set=expert_set,
-            precision=precision,
-            target=target,
-            file=file,
-            query_file=query_file,
-            weight_files=weight_files,
-            size_bytes=size_bytes,
-            optimisations=tuple(optimisations),
+            precision=name.precision,
+            target=name.target,
+            file=placed.file,
+            query_file=placed.query_file,
+            weight_files=placed.weight_files,
+            size_bytes=placed.size_bytes,
+            optimisations=tuple(made.steps),
             parity=None,
             agreement=measured,
         )
         self.variants.append(variant)
-        self.variants.sort(key=lambda v: (self.plan.expert_sets.index(v.expert_set), v.name != "onnx-fp32"))
+        self.variants.sort(key=lambda v: (self.plan.expert_sets.index(v.expert_set), v.name != PORTABLE))
+        return variant
+
+
+def _pack_all(
+    folder: Path, manifest: Manifest, request: Request, options: PackageOptions, say: Callable[[str], None]
+) -> tuple[Deployment, ...]:
+    """Makes every package that was asked for, of every expert set whose graph is there."""
+    made: list[Deployment] = []
+    for name in request.deployments:
+        packer = load_maker(TARGETS[name.target])
+        assert isinstance(packer, Packer)  # so says the table
+        for variant in manifest.variants:
+            if variant.name == str(made_from(name)):
+                start = time.monotonic()
+                job = PackageJob(folder, manifest, variant, name.precision, options, say)
+                package = packer.pack(job)
+                deployment = Deployment(
+                    target=name.target,
+                    expert_set=variant.expert_set,
+                    precision=name.precision,
+                    source=variant.name,
+                    files=package.files,
+                    size_bytes=sum((folder / file).stat().st_size for file in package.files),
+                    seconds=time.monotonic() - start,
+                    facts=dict(package.facts),
+                    refused=package.refused,
+                    prove_with=package.prove_with,
+                )
+                made.append(deployment)
+    return tuple(made)
 
 
 def _not_deployed(request: Request, manifest: Manifest) -> list[str]:
     """A line for each deployment that is not there because the graph it is made from was left out."""
-    there = {(v.expert_set, v.target, v.precision) for v in manifest.variants}
+    there = {(variant.expert_set, variant.name) for variant in manifest.variants}
     return [
-        f"left out: {'-'.join(name)}, experts {expert_set}, with {'-'.join(request.source(name))}, "
-        "which it is made from"
+        f"left out: {name}, experts {expert_set}, with {made_from(name)}, which it is made from"
         for name in request.deployments
         for expert_set in manifest.expert_sets
-        if (expert_set, *request.source(name)) not in there
+        if (expert_set, str(made_from(name))) not in there
     ]
 
 
@@ -601,8 +543,8 @@ def _remove_unnamed(folder: Path, variants: Sequence[Variant], kept: Sequence[Va
     named = {path for variant in kept for path in variant.all_files}
     for path in {path for variant in variants for path in variant.all_files} - named:
         (folder / path).unlink()
-    if not any((folder / "onnx").iterdir()):
-        (folder / "onnx").rmdir()
+        if not any((folder / path).parent.iterdir()):
+            (folder / path).parent.rmdir()
 
 
 def _write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:

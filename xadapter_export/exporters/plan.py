@@ -7,9 +7,9 @@ from typing import Self
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, JudgedOn, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
-from xadapter_export.exporters import agreement
-from xadapter_export.exporters.calibration import Calibration, read_calibration
-from xadapter_export.exporters.merge import Retrieval
+from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge.calibration import Calibration, read_calibration
+from xadapter_export.exporters.portable.merge import Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.tasks import FEATURE_EXTRACTION, TASKS

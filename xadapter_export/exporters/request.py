@@ -2,48 +2,21 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, get_args
 
 from xadapter_export.errors import ConfigError
+from xadapter_export.targets import (
+    PRECISIONS,
+    TARGETS,
+    Int8,
+    Precision,
+    Target,
+    VariantName,
+    all_targets,
+    all_variants,
+)
 
-if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import DeploymentTarget, Precision, Target
-
-    GraphName = tuple[Target, Precision]
-    DeploymentName = tuple[DeploymentTarget, Precision]
-
-# The precisions that a target takes. Of a deployment also the target whose graph it is made from.
-TARGETS: Final[dict["Target", tuple["Precision", ...]]] = {
-    "onnx": ("fp32", "fp16", "int8"),
-    "cpu": ("fp32", "int8", "int4"),
-    "cuda": ("fp32", "fp16"),
-    "openvino": ("fp32", "int8", "int4"),
-}
-_ENGINES: Final[dict["Precision", "Target"]] = {"fp32": "onnx", "fp16": "onnx", "int8": "onnx"}
-DEPLOYMENTS: Final[dict["DeploymentTarget", dict["Precision", "Target"]]] = {
-    "tensorrt-rtx": _ENGINES,
-    "tensorrt": _ENGINES,
-    "mobile": {"fp32": "onnx", "int8": "cpu"},
-    "triton": {"fp32": "onnx", "fp16": "onnx", "int8": "cpu"},
-}
-PRECISIONS: Final[tuple["Precision", ...]] = ("fp32", "fp16", "int8", "int4")
-# Every variant that can be asked for by its name.
-_GRAPHS: Final[dict[str, "GraphName"]] = {f"{t}-{p}": (t, p) for t, takes in TARGETS.items() for p in takes}
-_DEPLOYMENTS: Final[dict[str, "DeploymentName"]] = {
-    f"{t}-{p}": (t, p) for t, takes in DEPLOYMENTS.items() for p in takes
-}
-VARIANTS: Final = (*_GRAPHS, *_DEPLOYMENTS)
-
-_DEFAULT_TARGETS: Final[dict["Precision", "Target"]] = {
-    "fp32": "onnx",
-    "fp16": "onnx",
-    "int8": "cpu",
-    "int4": "cpu",
-}
-# Who takes int8 where several of the targets do: the first of these groups that was named.
-_INT8_FIRST: Final = (("cpu", "openvino", "mobile", "triton"), ("tensorrt-rtx", "tensorrt"), ("onnx",))
-# What is made from two graphs as well as from one: nothing here is calibrated on a graph's inputs.
-_SPLIT: Final = ("onnx-fp32", "onnx-fp16", "cpu-fp32", "cpu-int8", "cpu-int4", "cuda-fp32", "cuda-fp16")
+_INT8: Final[tuple[Int8, ...]] = get_args(Int8)  # who comes first, to who comes last
 
 
 @dataclass(frozen=True)
@@ -55,18 +28,13 @@ class Request:
         deployments: What is made from them for other runtimes.
     """
 
-    graphs: tuple["GraphName", ...]
-    deployments: tuple["DeploymentName", ...] = ()
-
-    def source(self, deployment: "DeploymentName") -> "GraphName":
-        """Return the graph that a deployment is made from."""
-        target, precision = deployment
-        return DEPLOYMENTS[target][precision], precision
+    graphs: tuple[VariantName, ...]
+    deployments: tuple[VariantName, ...] = ()
 
     @property
     def is_lossy(self) -> bool:
         """Whether a graph is in fewer bits than fp32."""
-        return any(precision != "fp32" for _, precision in self.graphs)
+        return any(name.precision != "fp32" for name in self.graphs)
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
@@ -82,36 +50,38 @@ def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
 
 def make_request(
     variants: Sequence[str] = (),
-    precisions: Sequence["Precision"] = (),
-    targets: Sequence["Target | DeploymentTarget"] = (),
+    precisions: Sequence[Precision] = (),
+    targets: Sequence[str] = (),
 ) -> Request:
     """Return what to write: the variants that were named, and what precisions and targets stand for.
 
-    Every target gets each of the precisions that it takes, but int8 is not written for all: it goes to
-    ``cpu``, ``openvino``, ``mobile`` and ``triton`` where one of them is named, else to TensorRT, else to
-    ``onnx``. TensorRT gets it alongside them if it would get nothing else. Without targets fp32 and fp16 are
-    written for ``onnx``, int8 and int4 for ``cpu``; without precisions it is fp32; without anything
-    ``onnx-fp32``.
+    Every target gets each of the precisions that it takes, but int8 is not written for all: see
+    ``Target.int8``. Without targets each precision is written for its default one; without precisions it is
+    fp32; without anything ``onnx-fp32``.
 
     Args:
-        variants: Whole names, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; some of ``VARIANTS``.
+        variants: Whole names, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; some of ``all_variants``.
         precisions: Precisions, with ``targets``.
         targets: Targets, with ``precisions``.
 
     Raises:
         ConfigError: If a name is not known, or a precision, or a target, is left without the other.
     """
-    check_names("variant", variants, VARIANTS)
+    check_names("variant", variants, tuple(all_variants()))
     check_names("precision", precisions, PRECISIONS)
-    check_names("target", targets, (*TARGETS, *DEPLOYMENTS))
+    check_names("target", targets, tuple(TARGETS))
     names = list(variants)
     if precisions or targets or not variants:
         names = [*_read_shorthand(precisions or ("fp32",), targets), *names]
-    deployments = tuple(dict.fromkeys(_DEPLOYMENTS[name] for name in names if name in _DEPLOYMENTS))
-    graphs = [_GRAPHS[name] for name in names if name in _GRAPHS]
-    request = Request((), deployments)
-    graphs += [request.source(deployment) for deployment in deployments]
-    return Request(tuple(dict.fromkeys(graphs)), deployments)
+    asked = dict.fromkeys(all_variants()[name] for name in names)
+    deployments = [name for name in asked if TARGETS[name.target].is_package]
+    graphs = [name for name in asked if name not in deployments] + [made_from(name) for name in deployments]
+    return Request(tuple(dict.fromkeys(graphs)), tuple(deployments))
+
+
+def made_from(package: VariantName) -> VariantName:
+    """Return the variant that a package is made from."""
+    return TARGETS[package.target].made_from[package.precision]
 
 
 def check_gate_options(min_agreement: float | None, max_points_lost: float | None) -> None:
@@ -146,52 +116,54 @@ def check_request(request: Request, *, split: bool, judging: Mapping[str, object
     if split and request.deployments:
         raise ConfigError(
             "deployments are made from whole graphs",
-            got=", ".join("-".join(name) for name in request.deployments),
+            got=", ".join(map(str, request.deployments)),
             mend="export twice: once for them, and once with split graphs",
         )
-    whole = [name for name in map("-".join, request.graphs) if name not in _SPLIT]
+    can = [name for name in all_variants().values() if name.precision in TARGETS[name.target].splits]
+    whole = [name for name in request.graphs if name not in can]
     if split and whole:
         raise ConfigError(
             "this is not made from split graphs",
-            got=", ".join(whole),
-            expected=f"some of {', '.join(_SPLIT)}",
+            got=", ".join(map(str, whole)),
+            expected=f"some of {', '.join(map(str, can))}",
             mend="choose one of those, or leave --split and --retrieval external out",
         )
 
 
-def _read_shorthand(
-    precisions: Sequence["Precision"], targets: Sequence["Target | DeploymentTarget"]
-) -> list[str]:
+def default_target(precision: Precision) -> str:
+    """Return the target that a precision is made for where none is named."""
+    return next(target.name for target in all_targets() if precision in target.default_for)
+
+
+def _read_shorthand(precisions: Sequence[Precision], targets: Sequence[str]) -> list[str]:
     if not targets:
-        return [f"{_DEFAULT_TARGETS[precision]}-{precision}" for precision in precisions]
-    named = [target for target in (*TARGETS, *DEPLOYMENTS) if target in targets]
-    asked = [(t, p) for p in precisions for t in named if f"{t}-{p}" in VARIANTS]
-    found = [(t, p) for t, p in asked if p != "int8" or _takes_int8(t, asked)]
+        return [f"{default_target(precision)}-{precision}" for precision in precisions]
+    named = [target for target in all_targets() if target.name in targets]
     for precision in precisions:
-        if precision not in [done for _, done in asked]:
+        if not any(precision in target.precisions for target in named):
+            takers = [target.name for target in all_targets() if precision in target.precisions]
             raise ConfigError(
-                f"precision {precision} is not written for target {', '.join(named)}",
-                expected=f"one of {', '.join(_takers(precision))}",
-                mend=f"add --target {_DEFAULT_TARGETS[precision]}",
+                f"precision {precision} is not written for target {', '.join(t.name for t in named)}",
+                expected=f"one of {', '.join(takers)}",
+                mend=f"add --target {default_target(precision)}",
             )
     for target in named:
-        if target not in [done for done, _ in asked]:
-            takes = [precision for precision in PRECISIONS if f"{target}-{precision}" in VARIANTS]
+        if set(target.precisions).isdisjoint(precisions):
             raise ConfigError(
-                f"target {target} does not take precision {', '.join(precisions)}",
-                expected=f"one of {', '.join(takes)}",
-                mend=f"add --precision {takes[0]}",
+                f"target {target.name} does not take precision {', '.join(precisions)}",
+                expected=f"one of {', '.join(target.precisions)}",
+                mend=f"add --precision {target.precisions[0]}",
             )
-    return [f"{target}-{precision}" for target, precision in found]
+    return [
+        f"{target.name}-{precision}"
+        for precision in precisions
+        for target in named
+        if precision in target.precisions and (precision != "int8" or _takes_int8(target, named, precisions))
+    ]
 
 
-def _takers(precision: str) -> list[str]:
-    return [target for target in (*TARGETS, *DEPLOYMENTS) if f"{target}-{precision}" in VARIANTS]
-
-
-def _takes_int8(target: str, asked: Sequence[tuple[str, str]]) -> bool:
-    """Whether a target that can take int8 does, beside the others that were asked for."""
-    takers = {other for other, precision in asked if precision == "int8"}
-    first = next(group for group in _INT8_FIRST if not takers.isdisjoint(group))
-    alone = all(precision == "int8" for other, precision in asked if other == target)
-    return target in first or (alone and target != "onnx")
+def _takes_int8(target: Target, named: Sequence[Target], precisions: Sequence[Precision]) -> bool:
+    """Whether a target that can take int8 does, beside the others that were named."""
+    first = min(_INT8.index(other.int8) for other in named if "int8" in other.precisions)
+    alone = set(target.precisions) & set(precisions) == {"int8"}
+    return _INT8.index(target.int8) == first or (alone and target.int8 != _INT8[-1])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
-from xadapter_export.bundle.folder import staged_folder
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_text import (

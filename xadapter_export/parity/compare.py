@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ParityError
+from xadapter_export.sessions.session import Array
 
 FloatArray = NDArray[np.float64]
 

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bundle.engine_session import engine_file_for, find_gpu, open_engine
 from xadapter_export.bundle.folder import Bundle, read_bundle
-from xadapter_export.bundle.manifest import Deployment, DeploymentTarget, ExpertSet, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, open_variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Tolerance
 from xadapter_export.parity.prove import SCORES, compare_case, read_reference, reference_feeds
 from xadapter_export.parity.report import ParityReport
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.tensorrt_session import engine_file_for, find_gpu, open_engine
 
 LOSSY_FACTOR = 2.0
 
 
 def prove_engines(
     folder: Path | str,
-    target: DeploymentTarget,
+    target: str,
     expert_sets: Sequence[ExpertSet] | None = None,
     *,
     variants: Sequence[str] | None = None,
@@ -34,7 +35,7 @@ def prove_engines(
 
     Args:
         folder: The bundle.
-        target: ``tensorrt-rtx`` or ``tensorrt``.
+        target: A target of engines, as ``tensorrt-rtx``.
         expert_sets: The sets to prove; all that have an engine if None.
         variants: Names of the graphs whose engines are proven, ``onnx-fp16``; all if None.
         verify: Whether to check the files' hashes first.
@@ -115,18 +116,17 @@ def compare_engine(
             where=f"{made.target}, experts {made.expert_set}, {made.source}",
             mend="export again with a wider --profile",
         )
-    label = f"{made.target}-{made.precision}"
     held = dict.fromkeys(keys, TOLERANCES["fp32"])
     tie = TIE
     used: dict[str, Tolerance] = {}
     if variant.precision not in TOLERANCES:
         held, reference = measure_graph(bundle, variant, feeds, reference)
         tie = max(TIE, held[SCORES].atol) if SCORES in held else TIE
-        used = {f"{label}/{name}": tolerance for name, tolerance in held.items()}
+        used = {f"{made.name}/{name}": tolerance for name, tolerance in held.items()}
     cells: list[Cell] = []
     for case, feed in feeds.items():
         cells += compare_case(session, variant, case, feed, reference, keys, held, tie=tie)
-    return [cell.model_copy(update={"variant": label}) for cell in cells], used
+    return [cell.model_copy(update={"variant": made.name}) for cell in cells], used
 
 
 def measure_graph(

@@ -15,6 +15,7 @@ is of; see ``parity.proven_bank``. Whether the new one is in the graph is checke
 import importlib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,11 +23,9 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
@@ -34,8 +33,10 @@ from xadapter_export.parity.recorded import Check, opened_record
 from xadapter_export.parity.reference import take_columns
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
-CPU_PROVIDER = "CPUExecutionProvider"
 SCORES = "retrieved_scores"
 
 IntArray = NDArray[np.int64]
@@ -60,8 +61,8 @@ def prove_bundle(
         folder: The bundle.
         expert_sets: The sets to prove; all of them if None.
         variants: Names of the variants to prove, ``onnx-fp32``; every fp32 one if None.
-        providers: Execution providers in order of preference; the CPU if None. On any other only the portable
-            graph is proven, and with CUDA the one made for it: the others are made for the CPU.
+        providers: Execution providers in order of preference; the CPU if None. On any other the graphs of
+            targets that are made for it, or for any, are proven.
         num_threads: Threads inside one operator; the engine's choice if None.
         verify: Whether to check the files' hashes first.
 
@@ -83,16 +84,17 @@ def prove_bundle(
     for variant in chosen:
         spec = bundle.manifest.expert_sets[variant.expert_set]
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        open_graph = partial(open_variant, bundle, variant, providers=providers, num_threads=num_threads)
+        how, retriever = Opening(providers, num_threads), None
         bank = old_bank if "v" in variant.expert_set else None
         if bank is not None:
-            open_graph = partial(
-                open_graph, weights=bank.weights_of(bundle, variant), retriever=bank.retriever(bundle)
-            )
+            how = replace(how, weights=bank.weights_of(bundle, variant))
+            retriever = bank.retriever(bundle)
+        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
         compared, used = _prove_values(open_graph, variant, spec, reference, keys, bank)
         active |= dict.fromkeys(used)
         if taps := _find_taps(bundle, variant, spec):
-            open_graph = partial(open_graph, appended=extra_outputs(tap.name for tap in taps))
+            how = replace(how, appended=extra_outputs(tap.name for tap in taps))
+            open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
             keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
             compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
         if compared and variant.parity and len(compared) < variant.parity.num_cells:
@@ -176,7 +178,7 @@ def check_lossy(
     ]:
         if not _runs_on(variant, providers):
             continue
-        session = open_variant(bundle, variant, providers=providers, num_threads=num_threads)
+        session = open_variant(bundle, variant, Opening(providers, num_threads))
         with opened_record(bundle) as record:
             checks += [record.check(session, variant, case) for case in record.cases]
     return tuple(checks)
@@ -185,24 +187,23 @@ def check_lossy(
 def _runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
     """Whether a variant is made for these providers."""
     names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
-    on_cpu = set(names) <= {CPU_PROVIDER}
-    return variant.target == "onnx" or on_cpu or (variant.target == "cuda" and CUDA_PROVIDER in names)
+    return TARGETS[variant.target].runs_with(names)
 
 
 def _find_taps(bundle: Bundle, variant: Variant, spec: ExpertSetSpec) -> tuple[TapSpec, ...]:
     """Return the taps that can be read in a graph."""
-    if variant.target == "openvino":
-        return ()
-    if variant.target == "onnx":
-        return spec.taps
+    readable = TARGETS[variant.target].taps
+    if readable != "left":
+        return spec.taps if readable == "all" else ()
     # A node's output as protobuf writes it: NodeProto's field 2, length, name (onnx.proto, onnx 1.23).
     graph, tag = bundle.file(variant.file).read_bytes(), bytes([2 << 3 | 2])
     return tuple(tap for tap in spec.taps if tag + bytes([len(tap.name)]) + tap.name.encode() in graph)
 
 
 def _engine_versions(variants: Iterable[Variant]) -> dict[str, str]:
-    modules = dict.fromkeys("openvino" if v.target == "openvino" else "onnxruntime" for v in variants)
-    return {name: str(importlib.import_module(name).__version__) for name in modules}  # each has just run
+    runtimes = [TARGETS[variant.target].runtime for variant in variants]  # each has just run
+    modules = dict.fromkeys(runtime.module for runtime in runtimes if runtime is not None)
+    return {name: str(importlib.import_module(name).__version__) for name in modules}
 
 
 def _prove_values(

@@ -21,9 +21,9 @@ from xadapter_export.bundle.bank_rows import Float32, Int64, search_blocks
 from xadapter_export.bundle.folder import PROVEN_BANK_NAME, Bundle
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.bundle.onnx_session import Array
-from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.errors import BundleError
+from xadapter_export.sessions.retrieval import Retriever
+from xadapter_export.sessions.session import Array
 
 _ROWS = "rows"
 _BANK = "bank"

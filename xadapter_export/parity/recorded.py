@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import REFERENCE_NAME, SWAPPED_NAME, Bundle
 from xadapter_export.bundle.manifest import ExpertSetSpec, Variant
-from xadapter_export.bundle.onnx_session import Array, OnnxSession
-from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Place, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.reference import take_columns
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.split_session import SplitSession
 
 TYPICAL: Final = "single_typical"
 SCORES: Final = "retrieved_scores"

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from xadapter_export.bundle.onnx_session import Array
+from xadapter_export.sessions.session import Array
 
 _NUM_KEPT = 256  # numbers of an array, about
 _MIN_COLUMNS = 4

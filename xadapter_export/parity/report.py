@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xadapter_export.bundle.manifest import VariantParity, describe
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TOLERANCES, Cell, Tolerance
+from xadapter_export.targets import PORTABLE
 
 
 class ParityReport(BaseModel):
@@ -68,7 +69,7 @@ class ParityReport(BaseModel):
             got=worst.problem or (f"{worst.smallest_atol:.1e}" if worst.smallest_atol else "another row"),
         )
 
-    def variant_parity(self, expert_set: str, variant: str = "onnx-fp32") -> VariantParity:
+    def variant_parity(self, expert_set: str, variant: str = PORTABLE) -> VariantParity:
         """Return what the manifest keeps for one variant, by its name; of the portable one by default.
 
         Raises:

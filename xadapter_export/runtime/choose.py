@@ -2,85 +2,30 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
-from xadapter_export.bundle.cuda import CUDA_PROVIDER
 from xadapter_export.bundle.machine import INT8_DOT_PRODUCTS, Machine
 from xadapter_export.bundle.manifest import Deployment, Manifest, Variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
-
-CPU_PROVIDER = "CPUExecutionProvider"
-GPU_PROVIDERS = frozenset(
-    f"{name}ExecutionProvider"
-    for name in ("CUDA", "Tensorrt", "NvTensorRTRTX", "ROCM", "MIGraphX", "Dml", "CoreML", "WebGpu")
+from xadapter_export.targets import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    GPU_PROVIDERS,
+    KINDS,
+    PORTABLE,
+    PRECISIONS,
+    TARGETS,
+    Kind,
+    Target,
+    all_targets,
+    all_variants,
 )
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
-Kind = Literal[
-    "x86-64 with VNNI",
-    "x86-64 with AVX2",
-    "x86-64 without AVX2",
-    "Arm with int8 dot products",
-    "Arm without int8 dot products",
-    "any other CPU",
-]
-
-_NO_INT8 = "no int8 variant suits this CPU"
-_SLOW_INT8 = "int8 gains nothing on this CPU"
-_LAST = "nothing else is there"
-
-# What ``auto`` takes on each kind of CPU, the best first, each with the reason. OpenVINO's variants are left
-# out where it is not installed.
-ORDERS: Final[dict[Kind, tuple[tuple[str, str], ...]]] = {
-    "x86-64 with VNNI": (
-        ("openvino-int8", "OpenVINO's int8 is the fastest with VNNI"),
-        ("cpu-int8", "int8 products are fast with VNNI"),
-        ("openvino-fp32", _NO_INT8),
-        ("cpu-fp32", _NO_INT8),
-        ("onnx-fp32", _NO_INT8),
-        ("onnx-int8", _LAST),
-    ),
-    "x86-64 with AVX2": (
-        ("cpu-int8", "onnxruntime's int8 is the fastest with AVX2 alone"),
-        ("openvino-int8", "OpenVINO's int8 is faster than fp32 for small models with AVX2"),
-        ("openvino-fp32", _NO_INT8),
-        ("cpu-fp32", _NO_INT8),
-        ("onnx-fp32", _NO_INT8),
-        ("onnx-int8", _LAST),
-    ),
-    "x86-64 without AVX2": (
-        ("openvino-fp32", _SLOW_INT8),
-        ("cpu-fp32", _SLOW_INT8),
-        ("onnx-fp32", _SLOW_INT8),
-        ("cpu-int8", _LAST),
-        ("openvino-int8", _LAST),
-        ("onnx-int8", _LAST),
-    ),
-    # OpenVINO's engine for Arm has no int8 kernels of its own.
-    "Arm with int8 dot products": (
-        ("cpu-int8", "int8 products are fast with Arm's dot products"),
-        ("cpu-fp32", _NO_INT8),
-        ("onnx-fp32", _NO_INT8),
-        ("onnx-int8", _LAST),
-        ("openvino-fp32", _LAST),
-        ("openvino-int8", _LAST),
-    ),
-    "Arm without int8 dot products": (
-        ("cpu-fp32", _SLOW_INT8),
-        ("onnx-fp32", _SLOW_INT8),
-        ("cpu-int8", _LAST),
-        ("onnx-int8", _LAST),
-        ("openvino-fp32", _LAST),
-        ("openvino-int8", _LAST),
-    ),
-    "any other CPU": (
-        ("cpu-fp32", "whether int8 is fast on this CPU is unknown"),
-        ("onnx-fp32", "whether int8 is fast on this CPU is unknown"),
-        ("cpu-int8", _LAST),
-        ("onnx-int8", _LAST),
-        ("openvino-fp32", _LAST),
-        ("openvino-int8", _LAST),
-    ),
+# Why fp32 is taken where int8 is not the best.
+_NO_BETTER: Final[dict[Kind, str]] = {
+    "x86-64 without AVX2": "int8 gains nothing on this CPU",
+    "Arm without int8 dot products": "int8 gains nothing on this CPU",
+    "any other CPU": "whether int8 is fast on this CPU is unknown",
 }
 
 
@@ -115,6 +60,23 @@ def kind_of(machine: Machine) -> Kind:
     return "any other CPU"
 
 
+def order_of(kind: Kind) -> tuple[tuple[str, str], ...]:
+    """Return what ``auto`` takes on a kind of CPU, the best first, each with the reason."""
+    ranked = [
+        (places[KINDS.index(kind)], f"{target.name}-{precision}", _reason(target, precision, kind))
+        for target in all_targets()
+        for precision, places in target.places.items()
+    ]
+    return tuple((name, reason) for _, name, reason in sorted(ranked))
+
+
+def _reason(target: Target, precision: str, kind: Kind) -> str:
+    """Return why a variant is taken: those before it in the order are not there."""
+    if precision == "int8":
+        return target.why.get(kind, "nothing else is there")
+    return _NO_BETTER.get(kind, "no int8 variant suits this CPU")
+
+
 def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
     """Return the variant that ``auto`` takes on each kind of CPU.
 
@@ -123,18 +85,21 @@ def choices_by_kind(variants: Sequence[Variant]) -> dict[str, str]:
 
     Returns:
         Names of variants by kind of CPU, or of every CPU where they are the same. A kind has a second line,
-        with OpenVINO, where that changes the choice. Nothing where no CPU runs any of them.
+        with a runtime that not every machine has, where that changes the choice. Nothing where no CPU runs
+        any of them.
     """
     there = {variant.name for variant in variants}
     found: dict[str, str] = {}
-    for kind in get_args(Kind):
-        names = [name for name, _ in ORDERS[kind] if name in there]
-        without = [name for name in names if not name.startswith("openvino")]
+    for kind in KINDS:
+        names = [name for name, _ in order_of(kind) if name in there]
+        without = [name for name in names if _optional_module(name) is None]
         if without:
             found[kind] = without[0]
         if names and names[:1] != without[:1]:
-            found[f"{kind}, OpenVINO installed"] = names[0]
-    same = len(set(found.values())) == 1 and set(found) == set(get_args(Kind))
+            runtime = TARGETS[all_variants()[names[0]].target].runtime
+            assert runtime is not None  # what has a rank is run
+            found[f"{kind}, {runtime.name} installed"] = names[0]
+    same = len(set(found.values())) == 1 and set(found) == set(KINDS)
     return {"every CPU": next(iter(found.values()))} if same else found
 
 
@@ -163,8 +128,8 @@ def choose(
 
     ``auto`` takes, with a GPU provider, fp16 and else fp32: of the graphs for CUDA where that is the provider
     and they are there, else of the portable ones. On the CPU it takes the first of the order for its kind
-    (``ORDERS``) that is there, OpenVINO's where that is installed. It never takes fp16 on a CPU, where fp16
-    is slower than fp32; int4, and engines, only by name.
+    (``order_of``) that is there and whose runtime is installed. It never takes fp16 on a CPU, where fp16 is
+    slower than fp32; int4, and engines, only by name.
 
     Args:
         variants: The variants of the set.
@@ -195,7 +160,7 @@ def choose(
         rules = _rules(providers, machine)
         mend = "name one of those with variant=, or export with --precision fp32"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
-            mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --target onnx too"
+            mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --variant {PORTABLE} too"
     elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
@@ -231,33 +196,48 @@ def _check_providers(name: str, providers: Sequence[str]) -> None:
     Raises:
         ConfigError: If it is one.
     """
-    on_cpu = set(providers) <= {CPU_PROVIDER}
-    is_engine = name.startswith("tensorrt")  # of which there is none, or it would be chosen
-    if name.endswith("fp16") and not is_engine and not GPU_PROVIDERS & set(providers):
+    target, precision = _parse(name)
+    is_engine = target is not None and target.is_engine  # of which there is none, or it would be chosen
+    if precision == "fp16" and not is_engine and not GPU_PROVIDERS & set(providers):
         raise ConfigError(
             "fp16 is slower than fp32 on a CPU, and no GPU provider was asked for",
             where=name,
             mend="ask for one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
         )
-    if name.startswith(("cpu-", "openvino-")) and not on_cpu:
+    if target is None or target.provider is None:
+        return
+    if target.provider == CPU_PROVIDER and not set(providers) <= {CPU_PROVIDER}:
         raise ConfigError(
             "this variant is for the CPU, and another provider was asked for",
             where=name,
             got=", ".join(providers),
-            mend="leave the provider out, or choose a variant whose name starts with onnx",
+            mend=f"leave the provider out, or choose another variant, such as {PORTABLE}",
         )
-    if name.startswith("cuda-") and CUDA_PROVIDER not in providers:
+    if target.provider not in providers and target.provider != CPU_PROVIDER:
         raise ConfigError(
-            "this variant is for onnxruntime's CUDA provider",
+            f"this variant is for {target.says}",
             where=name,
             got=", ".join(providers),
-            mend=f"ask for it (--provider {CUDA_PROVIDER}), or choose another variant",
+            mend=f"ask for it (--provider {target.provider}), or choose another variant",
         )
 
 
 def runs_on_cpu(name: str) -> bool:
     """Whether what is named, ``auto`` included, can be had on a CPU."""
-    return not name.endswith("fp16") and not name.startswith(("tensorrt", "cuda"))
+    target, precision = _parse(name)
+    return precision != "fp16" and (target is None or target.runs_on_cpu)
+
+
+def _parse(name: str) -> tuple[Target | None, str]:
+    """Return the target that a name is of, if any, and the precision, or the name itself if it has none."""
+    known = all_variants().get(name)
+    return (None, name) if known is None else (TARGETS[known.target], known.precision)
+
+
+def _optional_module(name: str) -> str | None:
+    """Return what runs a variant and may not be installed; None where it is what every machine has."""
+    runtime = TARGETS[all_variants()[name].target].runtime
+    return runtime.module if runtime is not None and runtime.is_optional else None
 
 
 def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
@@ -267,23 +247,25 @@ def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
         precisions = ("fp16", "fp32")
         return [(f"{t}-{p}", reason) for t in _gpu_targets(providers) for p in precisions]
     if set(providers) - {CPU_PROVIDER}:
-        return [("onnx-fp32", "the portable graph runs on any provider")]
+        return [(PORTABLE, "the portable graph runs on any provider")]
     return [
         (name, reason)
-        for name, reason in ORDERS[kind_of(machine)]
-        if machine.has_openvino or not name.startswith("openvino")
+        for name, reason in order_of(kind_of(machine))
+        if _optional_module(name) in (None, *machine.runtimes)
     ]
 
 
 def _gpu_targets(providers: Sequence[str]) -> list[str]:
-    """Return the targets for the first GPU provider, the fastest first."""
+    """Return the targets for the first GPU provider, the fastest first: made for it, then for any."""
     first = next((name for name in providers if name in GPU_PROVIDERS), None)
-    return ["cuda", "onnx"] if first == CUDA_PROVIDER else ["onnx"]
+    wanted = (first, None) if first is not None else (None,)
+    graphs = [target for target in all_targets() if not target.is_package]
+    return [target.name for provider in wanted for target in graphs if target.provider == provider]
 
 
 def _cpu_targets(precision: str, machine: Machine) -> list[str]:
     """Return the targets for the CPU, the fastest first; one that is not installed says so when opened."""
     known = "fp32" if precision in ("fp32", "fp16") else "int8"
-    names = [name.split("-") for name, _ in ORDERS[kind_of(machine)]]
-    targets = [target for target, has in names if has == known]
-    return sorted(targets, key=lambda target: target == "openvino" and not machine.has_openvino)
+    names = [name for name, _ in order_of(kind_of(machine)) if all_variants()[name].precision == known]
+    names.sort(key=lambda name: _optional_module(name) not in (None, *machine.runtimes))
+    return [all_variants()[name].target for name in names]

@@ -19,8 +19,9 @@ from typing import Final
 from xadapter_export.bundle.folder import MANIFEST_NAME, Bundle, sha256_file
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.bundle.onnx_session import Provider
 from xadapter_export.errors import ConfigError
+from xadapter_export.sessions.session import Provider
+from xadapter_export.targets import all_targets
 
 BUDGET_S: Final = 2.0  # for opening, checking and timing
 OPENING_S: Final = 1.2  # no further variant is opened after this
@@ -80,7 +81,8 @@ def key_of(
     num_threads: int | None,
 ) -> str:
     """Return what a measurement depends on, in short."""
-    versions = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "openvino")}
+    runtimes = [target.runtime for target in all_targets() if target.places and target.runtime]
+    versions = {name: _version(name) for runtime in runtimes for name in runtime.distributions}
     facts = (
         sha256_file(bundle.folder / MANIFEST_NAME),
         experts,

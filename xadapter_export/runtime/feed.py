@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest
-from xadapter_export.bundle.onnx_session import Array
 from xadapter_export.errors import ShapeError
+from xadapter_export.sessions.session import Array
 
 
 def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manifest) -> dict[str, Array]:

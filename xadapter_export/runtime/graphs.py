@@ -13,15 +13,17 @@ from typing import Final
 from xadapter_export.bundle.folder import Bundle, verifying
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Deployment, ExpertSet
-from xadapter_export.bundle.onnx_session import Array, OnnxSession, Provider, open_variant
-from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ConfigError, ParityError, XAdapterError
 from xadapter_export.parity.recorded import Check, files_of_record, opened_record
-from xadapter_export.runtime.choose import CPU_PROVIDER, PRECISIONS, Choice, choose, rank
+from xadapter_export.runtime.choose import Choice, choose, rank
 from xadapter_export.runtime.fastest import BUDGET_S, OPENING_S, key_of, recall, remember, time_in_turn
 from xadapter_export.runtime.load_check import CHECK_WHEN, CheckWhen, check_graph
-from xadapter_export.runtime.loaded import open_shared, open_shared_engine
 from xadapter_export.runtime.split import SplitPairs
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.sessions.shared import open_shared, open_shared_engine
+from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.targets import CPU_PROVIDER, PRECISIONS
 
 FASTEST: Final = "fastest"
 
@@ -138,13 +140,9 @@ class Graphs:
         how, variant = self._how, choice.variant
         if choice.engine is not None:
             return open_shared_engine(self._bundle, choice.engine, verify=how.verify)
-        open_graph = partial(
-            open_shared if how.share_weights else open_variant,
-            self._bundle,
-            providers=how.providers,
-            num_threads=how.num_threads,
-            cache_dir=how.cache_dir,
-        )
+        opening = Opening(how.providers, how.num_threads, cache_dir=how.cache_dir)
+        open_it = open_shared if how.share_weights else open_variant
+        open_graph = partial(open_it, self._bundle, how=opening)
         compared = files_of_record(self._bundle) if how.check != "never" else ()
         with how.verifying(self._bundle, (*variant.all_files, *compared)):
             is_split = variant.query_file is not None

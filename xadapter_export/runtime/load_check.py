@@ -7,9 +7,9 @@ from typing import Literal
 
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.bundle.onnx_session import OnnxSession
 from xadapter_export.parity.recorded import Check, files_of_record, opened_record
-from xadapter_export.runtime.loaded import identify
+from xadapter_export.sessions.session import OnnxSession
+from xadapter_export.sessions.shared import identify
 
 CheckWhen = Literal["always", "once", "never"]
 CHECK_WHEN: tuple[CheckWhen, ...] = ("always", "once", "never")

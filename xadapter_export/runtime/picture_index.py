@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xadapter_export.bundle.bank_rows import Float32, Int64
 from xadapter_export.bundle.folder import inside, sha256_file
 from xadapter_export.bundle.manifest import FileEntry, InnerPath, Sha256, Size, describe
-from xadapter_export.bundle.retrieval import PictureIndex
 from xadapter_export.errors import BundleError, HashMismatchError, XAdapterError, import_extra
+from xadapter_export.sessions.retrieval import PictureIndex
 
 IndexKind = Literal["flat", "ivf-pq", "lancedb"]
 KINDS: Final[tuple[IndexKind, ...]] = ("flat", "ivf-pq", "lancedb")

@@ -13,7 +13,6 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.engine_session import largest_batch
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle
 from xadapter_export.bundle.manifest import (
     Candidate,
@@ -22,9 +21,7 @@ from xadapter_export.bundle.manifest import (
     Manifest,
     Variant,
 )
-from xadapter_export.bundle.onnx_session import Array, Provider
 from xadapter_export.bundle.pictures import Picture, read_pictures
-from xadapter_export.bundle.retrieval import PictureIndex
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -37,13 +34,17 @@ from xadapter_export.parity.recorded import Check
 from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.choose import CPU_PROVIDER, runs_on_cpu
+from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed
 from xadapter_export.runtime.graphs import Graphs, HowToOpen
 from xadapter_export.runtime.load_check import CheckWhen
 from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
+from xadapter_export.sessions.retrieval import PictureIndex
+from xadapter_export.sessions.session import Array, Provider
+from xadapter_export.sessions.tensorrt_session import largest_batch
+from xadapter_export.targets import CPU_PROVIDER, TARGETS
 from xadapter_export.tasks import FEATURE_EXTRACTION, FILL_MASK, TASKS, TEXT_CLASSIFICATION, TaskSpec
 from xadapter_export.tasks.fill_mask import FillMaskAnswer
 from xadapter_export.tasks.spec import Asked
@@ -474,9 +475,10 @@ class XAdapterSession:
             choice = self._graphs.choice(experts or self.experts)
             if choice.engine is not None:
                 raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
-            engine = "OpenVINO" if choice.variant.target == "openvino" else "onnxruntime"
+            runtime = TARGETS[choice.variant.target].runtime
+            assert runtime is not None  # it was opened
             file = self.bundle.folder / choice.variant.file
-            raise BundleError(f"{engine} cannot compute the graph", where=file, got=error) from error
+            raise BundleError(f"{runtime.name} cannot compute the graph", where=file, got=error) from error
         for name, value in zip(names, values, strict=True):
             # A sum is finite where every number is: float32 sums of logits are far from its limits.
             if value.dtype.kind == "f" and not np.isfinite(value.sum()):

@@ -7,11 +7,11 @@ from typing import Final
 
 from xadapter_export.bundle.folder import Bundle, verifying
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.bundle.onnx_session import OnnxSession
-from xadapter_export.bundle.retrieval import PictureIndex, Retriever, open_retriever
-from xadapter_export.bundle.split_session import MemoryCache, SplitSession, open_split
 from xadapter_export.errors import ConfigError
 from xadapter_export.runtime.picture_index import open_index
+from xadapter_export.sessions.retrieval import PictureIndex, Retriever, open_retriever
+from xadapter_export.sessions.session import OnnxSession
+from xadapter_export.sessions.split_session import MemoryCache, SplitSession, open_split
 
 CACHE_SIZE: Final = 512  # texts
 

@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xadapter_export.bundle.folder import staged_folder
+from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import OutputExistsError
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.pooling import unit_length

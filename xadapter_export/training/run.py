@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xadapter_export.bank import FeatureBank
-from xadapter_export.bundle.folder import check_replaceable, sha256_file
+from xadapter_export.bundle.folder import sha256_file
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.bundle.pictures import Picture
+from xadapter_export.bundle.staging import check_replaceable
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,

@@ -1,0 +1,110 @@
+"""How the house is kept: a name is compared in its own room alone.
+
+``python -m tests.test_house`` prints the counts.
+"""
+
+import ast
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from xadapter_export.targets import TARGETS, all_variants
+
+PACKAGE = Path(__file__).parents[1] / "xadapter_export"
+# A target's name belongs in the table, in its maker and in its opener.
+ROOMS = ("targets.py", "exporters/makers", "sessions")
+# Files that compare a word which is the name of a target, and means something else.
+OTHERS: Mapping[str, str] = {
+    "bank_builder": "torch's kinds of device",
+    "training/run.py": "torch's kinds of device",
+}
+
+
+def comparisons(tree: ast.AST, names: Collection[str]) -> Iterator[int]:
+    """Yield the line of everything in a module that goes by one of the names.
+
+    That is what is compared with it, contained in a group of names, a key of a literal dictionary, a case of
+    a match, a subscript, or the start or end of a string that is looked for.
+    """
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare():
+                looked_at: list[ast.expr | None] = [node.left, *node.comparators]
+            case ast.Dict():
+                looked_at = list(node.keys)
+            case ast.MatchValue():
+                looked_at = [node.value]
+            case ast.Subscript():
+                looked_at = [node.slice]
+            case ast.Call(func=ast.Attribute(attr="startswith" | "endswith" | "get" | "removeprefix")):
+                looked_at = list(node.args)
+            case _:
+                continue
+        if any(part is not None and _names(part) & set(names) for part in looked_at):
+            yield getattr(node, "lineno", 0)
+
+
+def _names(node: ast.expr) -> set[str]:
+    """Return the strings in an expression, or in a group of them, without a dash at an end."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return {text.strip("-")}
+        case ast.Tuple() | ast.List() | ast.Set():
+            return {text for part in node.elts for text in _names(part)}
+        case ast.Starred():
+            return _names(node.value)
+        case _:
+            return set()
+
+
+def found_in_library(names: Collection[str], rooms: Collection[str]) -> list[str]:
+    """Return ``file:line`` of every comparison with a name outside the rooms, but for ``OTHERS``."""
+    allowed = (*rooms, *OTHERS)
+    return [
+        f"{file.relative_to(PACKAGE).as_posix()}:{line}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        if not any(file.is_relative_to(PACKAGE / room) for room in allowed)
+        for line in comparisons(ast.parse(file.read_text("utf-8")), names)
+    ]
+
+
+def target_names() -> set[str]:
+    return {*TARGETS, *all_variants()}
+
+
+def test_a_target_is_compared_in_its_own_room_alone() -> None:
+    assert found_in_library(target_names(), ROOMS) == []
+
+
+def test_the_rooms_and_the_exceptions_are_there() -> None:
+    for place in (*ROOMS, *OTHERS):
+        assert (PACKAGE / place).exists()
+    for place in OTHERS:
+        files = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).rglob("*.py"))
+        trees = [ast.parse(file.read_text("utf-8")) for file in files]
+        assert any(list(comparisons(tree, target_names())) for tree in trees), f"{place} needs no exception"
+
+
+def test_what_goes_by_a_name_is_found() -> None:
+    """The check itself: each way to go by a name counts, and other words do not."""
+    counted = (
+        'x == "openvino"',
+        'x != "cpu-int8"',
+        'x in ("onnx", "cpu")',
+        '{"mobile": 1}',
+        'x.startswith("tensorrt")',
+        'x.startswith(("cpu-", "cuda-"))',
+        'table["triton"]',
+        'table.get("triton")',
+        'match x:\n    case "cuda":\n        pass',
+    )
+    for line in counted:
+        assert list(comparisons(ast.parse(line), target_names())), line
+    for line in ('x == "fp32"', 'print("openvino")', 'x in ("cpus", "the cpu")', "x == y"):
+        assert not list(comparisons(ast.parse(line), target_names())), line
+
+
+if __name__ == "__main__":
+    found = found_in_library(target_names(), ROOMS)
+    print(f"names of targets compared outside their rooms: {len(found)}")  # noqa: T201
+    for place in found:
+        print(f"  {place}")  # noqa: T201

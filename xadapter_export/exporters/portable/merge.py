@@ -1,0 +1,314 @@
+"""Merges the frozen PLM, the active experts, the bank and the CLIP text tower into the module that is traced.
+
+Only what the expert set and the task need is in it, so nothing of an inactive expert can reach the graph, and
+each thing is computed only where it is read. ``STEPS`` are the steps that save work and can be left out.
+
+Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text, H hidden size, V vocabulary, C candidates,
+R adapter width, K retrieved pictures, N bank size, D CLIP embedding size.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xadapter_export.bank.graph_rows import MemoryProjection
+from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
+from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
+from xadapter_export.model.clip_text import ClipTextTower
+from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.pooling import take_positions, unit_length
+from xadapter_export.model.tasks import States, task_head
+from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
+from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.tasks import TASKS
+
+Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
+STEPS: tuple[Step, ...] = get_args(Step)
+
+Part = Literal["whole", "query", "answer"]
+Retrieval = Literal["in-graph", "external"]
+
+
+def tap_name(layer: int, expert: Expert) -> str:
+    """Name, in the graph, of what an expert adds before a PLM layer."""
+    return f"x_adapter.{layer}.{expert}"
+
+
+class MergedModel(nn.Module):
+    """One expert set of a checkpoint, ready to be traced.
+
+    Args:
+        model: The checkpoint; its parameters are shared, not copied.
+        expert_set: Experts that are switched on.
+        task: What the graph answers.
+        candidate_ids: Token ids that the MLM head is sliced to, or None for the whole vocabulary.
+        without: Steps to leave out.
+        part: What a text asks CLIP and the bank, the answer that is given with it, or both in one graph.
+        retrieval: Whether the bank is searched in the graph.
+    """
+
+    def __init__(
+        self,
+        model: XAdapterModel,
+        expert_set: ExpertSet,
+        task: Task,
+        candidate_ids: Sequence[int] | None = None,
+        without: Collection[Step] = (),
+        part: Part = "whole",
+        retrieval: Retrieval = "in-graph",
+    ) -> None:
+        super().__init__()
+        self.task = TASKS[task]
+        self.part = part
+        self.active = model.active_experts(expert_set)
+        self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
+        self.k = model.config.retrieval.k
+        self.searches = self.retrieves and part != "answer" and retrieval == "in-graph"
+        reads_clip = self.retrieves or "t" in self.active
+        self.answers = part != "query"
+        self.width_v = model.bank_features.shape[1] if "v" in self.active else 0
+        self.width_t = model.clip.config.width if model.clip is not None else 0
+        self.clip_context = model.clip.config.context_length if model.clip is not None else None
+        if self.answers:
+            self._add_answer(model, candidate_ids, without)
+        self.clip = model.clip if reads_clip and part != "answer" else None
+        self.clip_at_end = "t" not in self.active and "clip_last_block_at_end" not in without
+        packed = "packed_projections" not in without
+        self.clip_layers = (
+            ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
+        )
+        if self.searches:
+            self.register_buffer(
+                "bank", model.bank_features
+            )  # (N, D); rows have length 1, so a product is a cosine
+
+    def _add_answer(
+        self, model: XAdapterModel, candidate_ids: Sequence[int] | None, without: Collection[Step]
+    ) -> None:
+        """Takes PLM, experts and head, and a static bank."""
+        self.plm = model.plm
+        packed = "packed_projections" not in without
+        last = len(model.plm.layers) - 1
+        self.reads_positions = self.task.reads != "all"  # but masks, or the first token
+        self.last_at_positions = self.reads_positions and "last_layer_at_positions" not in without
+        self.plm_layers = nn.ModuleList(
+            PlmLayer(model.plm, i, packed=packed, at_positions=self.last_at_positions and i == last)
+            for i in range(last + 1)
+        )
+        self.adapters = nn.ModuleDict(
+            {
+                layer: nn.ModuleDict({expert: cast(nn.ModuleDict, experts)[expert] for expert in self.active})
+                for layer, experts in model.adapters.items()
+                if self.active
+            }
+        )
+        if "v" in self.active and not self.retrieves:
+            if "folded_bank" not in without:
+                self._fold_bank(model.bank_features)
+            else:
+                self.register_buffer("bank", model.bank_features)
+        self.task_head = task_head(self.task)
+        self.head = model.head if self.task.name == model.config.task else None
+        self.candidate_decoder = self._slice_decoder(candidate_ids) if candidate_ids is not None else None
+
+    def _fold_bank(self, bank: Tensor) -> None:
+        """Replaces a static bank by its keys and values ``(1, N, R)``: they depend on nothing else.
+
+        With top-k retrieval the bank is searched and must stay, and projecting K rows costs less than keeping
+        2 R numbers per picture and layer; so it is folded in static mode only.
+        """
+        for layer in self.adapters:
+            with torch.no_grad():
+                keys, values = _fold(self._v_adapter(layer), bank)
+            self.register_buffer(f"bank_keys_{layer}", keys)
+            self.register_buffer(f"bank_values_{layer}", values)
+
+    def bank_projections(self) -> dict[str, MemoryProjection]:
+        """What makes keys and values of the bank, by PLM layer."""
+        return {
+            layer: MemoryProjection.from_state(
+                {name: tensor.numpy() for name, tensor in self._v_adapter(layer).state_dict().items()}
+            )
+            for layer in self.adapters
+        }
+
+    def _v_adapter(self, layer: str) -> XAdapterLayer:
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])["v"])
+
+    def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
+        decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
+        sliced = nn.Linear(decoder.in_features, len(candidate_ids), bias=decoder.bias is not None)
+        rows = torch.tensor(list(candidate_ids))
+        with torch.no_grad():
+            sliced.weight.copy_(decoder.weight[rows])
+            if decoder.bias is not None:
+                sliced.bias.copy_(decoder.bias[rows])
+        return sliced.requires_grad_(False)
+
+    @property
+    def folds_bank(self) -> bool:
+        """Whether a static bank is in the graph as keys and values."""
+        return any(name.startswith("bank_keys_") for name, _ in self.named_buffers())
+
+    @property
+    def projection_counts(self) -> tuple[int, int]:
+        """How many self-attentions there are, and how many products give their queries, keys and values."""
+        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers] if self.answers else []
+        if self.clip_layers is not None:
+            attentions += [cast(PackedAttention, attention) for attention in self.clip_layers.attentions]
+        return len(attentions), sum(len(attention.projections) for attention in attentions)
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph inputs, in the order of ``forward``'s arguments."""
+        if self.part == "query":
+            return ["clip_input_ids"]
+        names = ["input_ids", "attention_mask"]
+        names += ["token_type_ids"] if self.plm.has_token_type_ids else []
+        names += ["clip_input_ids"] if self.clip is not None else []
+        names += ["mask_positions"] if self.task.reads_masks else []
+        return names if self.part == "whole" else [*names, *self._memory_names]
+
+    @property
+    def input_axes(self) -> dict[str, tuple[str | int, ...]]:
+        """Axes of every input, named where they vary."""
+        axes: dict[str, tuple[str | int, ...]] = {
+            "clip_input_ids": ("batch", "clip_seq"),
+            "mask_positions": ("batch", "masks"),
+            "memory_v": ("batch", self.k, self.width_v),
+            "memory_t": ("batch", "clip_seq", self.width_t),
+            "memory_t_mask": ("batch", "clip_seq"),
+        }
+        return {name: axes.get(name, ("batch", "seq")) for name in self.input_names}
+
+    @property
+    def _memory_names(self) -> list[str]:
+        """What the answer graph of a split set is given of pictures and text."""
+        names = ["memory_v"] if self.retrieves else []
+        return names + (["memory_t", "memory_t_mask"] if "t" in self.active else [])
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph outputs, without the taps."""
+        found = ["retrieved", "retrieved_scores"] if self.searches else []
+        if self.part == "query":
+            outside = ["query"] if self.retrieves and not self.searches else []
+            memory = [name for name in self._memory_names if name != "memory_v" or self.searches]
+            return [*outside, *memory, *found]
+        return [*(output.name for output in self.task.outputs), *found]
+
+    @property
+    def taps(self) -> list[tuple[int, Expert]]:
+        """Layer and expert of every contribution, in the order in which ``forward`` returns them."""
+        if not self.answers:
+            return []
+        return [(int(layer), expert) for layer in self.adapters for expert in self.active]
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Answers, what was retrieved, and the contributions.
+
+        Args:
+            inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` ``(B, T)``, ``clip_input_ids``
+                ``(B, S)``, ``mask_positions`` ``(B, P)``, all int64; of a set that is split ``memory_v``
+                ``(B, K, D) float32``, ``memory_t`` ``(B, S, W) float32`` and ``memory_t_mask`` ``(B, S)
+                int64``; those of ``input_names``.
+
+        Returns:
+            Tensors of ``output_names``, then ``(B, T, H) float32`` for each of ``taps``.
+        """
+        if self.part == "query":
+            named = self._ask(inputs["clip_input_ids"])
+            return tuple(named[name] for name in self.output_names)
+        mask = additive_mask(inputs["attention_mask"])
+        asked = self._ask(inputs["clip_input_ids"]) if self.clip is not None else inputs
+        memory: dict[Expert, Tensor] = {}
+        memory_masks: dict[Expert, Tensor] = {}
+        if self.retrieves:
+            memory["v"] = asked["memory_v"]
+        elif "v" in self.active and not self.folds_bank:
+            memory["v"] = cast(Tensor, self.bank)[None]
+        if "t" in self.active:
+            token_mask = asked["memory_t_mask"]
+            memory["t"] = asked["memory_t"]
+            memory_masks["t"] = token_mask if self.part == "whole" else additive_mask(token_mask)
+        hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
+        contributions: list[Tensor] = []
+        for index, layer in enumerate(self.plm_layers):
+            if str(index) in self.adapters:
+                added = [
+                    self._contribution(index, expert, hidden, memory, memory_masks, mask)
+                    for expert in self.active
+                ]
+                contributions += added
+                hidden = sum(added, start=hidden)
+            at = positions if self.last_at_positions and index == len(self.plm_layers) - 1 else None
+            hidden = layer(hidden, mask, at)
+        if self.reads_positions and not self.last_at_positions:
+            hidden = take_positions(hidden, positions)
+        answers = self.task_head.answer(States(hidden, inputs["attention_mask"], self._mlm_logits, self.head))
+        found = [asked[name] for name in ("retrieved", "retrieved_scores") if self.searches]
+        return (*answers, *found, *contributions)
+
+    def _ask(self, clip_input_ids: Tensor) -> dict[str, Tensor]:
+        """What CLIP says of the text, and what is found in the bank, by the names of the graph's values."""
+        clip, layers = cast(ClipTextTower, self.clip), cast(ClipLayers, self.clip_layers)
+        asked: dict[str, Tensor] = {}
+        end = clip.end_position(clip_input_ids)[:, None]  # (B, 1)
+        token_mask = clip.token_mask(clip_input_ids)
+        added_mask = additive_mask(token_mask)
+        x, causal_mask = clip.embed(clip_input_ids)
+        states = clip.ln_final(layers(x, causal_mask, added_mask, end))  # (B, S or 1, W)
+        if self.retrieves:
+            end_states = states if self.clip_at_end else take_positions(states, end)
+            asked["query"] = unit_length(clip.project(end_states.squeeze(1)))  # (B, D)
+        if self.searches:
+            bank = cast(Tensor, self.bank)
+            scores, rows = (asked["query"] @ bank.T).topk(self.k)  # (B, K)
+            asked |= {"memory_v": bank[rows], "retrieved": rows, "retrieved_scores": scores}
+        if "t" in self.active:
+            asked["memory_t"] = states
+            asked["memory_t_mask"] = added_mask if self.part == "whole" else token_mask.to(torch.int64)
+        return asked
+
+    def _contribution(
+        self,
+        layer: int,
+        expert: Expert,
+        hidden: Tensor,
+        memory: dict[Expert, Tensor],
+        masks: dict[Expert, Tensor],
+        token_mask: Tensor,
+    ) -> Tensor:
+        adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
+        if expert in memory:
+            keys, values = adapter.project_memory(memory[expert])
+        else:
+            keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
+        if isinstance(adapter, SentenceXAdapterLayer):
+            return adapter.attend(hidden, keys, values, None, token_mask)
+        scale = (keys.shape[-1] / adapter.num_heads) ** -0.5
+        query = adapter.query(adapter.norm(hidden)) * scale
+        return adapter.out(attend(query, keys, values, adapter.num_heads, masks.get(expert)))  # type: ignore[no-any-return]  # nn.Module call
+
+    def _mlm_logits(self, hidden: Tensor) -> Tensor:
+        if self.candidate_decoder is None:
+            return self.plm.mlm_logits(hidden)
+        return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+
+
+def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``: the same bits."""
+    norm = adapter.memory_norm
+    wide = F.layer_norm(
+        bank[None].double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    keys, values = (
+        F.linear(wide, part.weight.double(), part.bias.double()) for part in (adapter.key, adapter.value)
+    )
+    if isinstance(adapter, SentenceXAdapterLayer):
+        keys = keys + adapter.prototype_keys
+    return keys.float(), values.float()

@@ -1,0 +1,102 @@
+"""What the exact steps of the merge save: multiply-adds, counted by running the merged module on shapes.
+
+Counted for one text of 32 tokens with one mask and 32 CLIP tokens, or of as many as PLM and CLIP take.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
+from xadapter_export.exporters.portable.merge import MergedModel, Step
+from xadapter_export.model.x_adapter_model import XAdapterModel
+
+_NUM_TOKENS = 32
+
+
+def count_savings(
+    model: XAdapterModel,
+    merged: MergedModel,
+    expert_set: ExpertSet,
+    task: Task,
+    candidate_ids: Sequence[int] | None,
+    without: Collection[Step],
+) -> list[Optimisation]:
+    """What each step of the merge saved, those that saved nothing left out.
+
+    Args:
+        model: The checkpoint.
+        merged: What ``MergedModel`` made of it with the arguments that follow.
+        expert_set: See ``MergedModel``.
+        task: See ``MergedModel``.
+        candidate_ids: See ``MergedModel``.
+        without: See ``MergedModel``.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):  # no number is computed, no weight copied
+        example = _example(model)
+        after = _multiply_adds(merged, example)
+        found: list[tuple[str, int, int]] = []
+
+        def plain(*steps: Step) -> MergedModel:
+            return MergedModel(model, expert_set, task, candidate_ids, {*without, *steps}).eval()
+
+        if merged.last_at_positions:
+            unread = plain("last_layer_at_positions")
+            before = _multiply_adds(unread, example)
+            found.append(("last_layer_at_positions", before, after))
+            if "mask_positions" in merged.input_names:
+                everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
+                found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
+        if merged.clip is not None:
+            padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.config.context_length)}
+            found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
+            if merged.clip_at_end:
+                found.append(
+                    (
+                        "clip_last_block_at_end",
+                        _multiply_adds(plain("clip_last_block_at_end"), example),
+                        after,
+                    )
+                )
+        if merged.folds_bank:
+            found.append(("folded_bank", _multiply_adds(plain("folded_bank"), example), after))
+        saved = [
+            Optimisation(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
+            for name, before, less in found
+            if less < before
+        ]
+        num_attentions, num_products = merged.projection_counts
+        if num_products < 3 * num_attentions:
+            counts = {"before": 3 * num_attentions, "after": num_products}
+            saved.append(Optimisation(name="packed_projections", lossless=True, unit="products", **counts))
+        return saved
+
+
+def _multiply_adds(merged: MergedModel, example: Mapping[str, Tensor]) -> int:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        merged({name: example[name] for name in merged.input_names})
+    return int(counter.get_total_flops()) // 2
+
+
+def _example(model: XAdapterModel) -> dict[str, Tensor]:
+    ids = torch.arange(min(_NUM_TOKENS, model.plm.max_seq))[None] % model.plm.vocab_size
+    example = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        "mask_positions": torch.tensor([[1]]),
+    }
+    if model.clip is not None:
+        example["clip_input_ids"] = _clip_ids(model, min(_NUM_TOKENS, model.clip.config.context_length))
+    return example
+
+
+def _clip_ids(model: XAdapterModel, length: int) -> Tensor:
+    assert model.clip is not None  # callers have looked
+    ids = torch.ones(1, length, dtype=torch.int64)
+    ids[:, -1] = model.clip.end_token_id
+    return ids

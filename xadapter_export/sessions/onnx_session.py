@@ -1,0 +1,180 @@
+"""Graphs in onnxruntime: providers, threads and clear errors."""
+
+import importlib.metadata
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+
+from xadapter_export.bundle.graph_file import with_weights
+from xadapter_export.errors import (
+    BundleError,
+    ConfigError,
+    MissingExtraError,
+    ProviderError,
+    import_extra,
+)
+from xadapter_export.sessions.cuda import (
+    BoundSession,
+    exact_options,
+    find_missing,
+    preload,
+    silenced,
+)
+from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
+
+_WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+# onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
+# BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
+_SLOW_FUSIONS = ("SkipLayerNormFusion",)
+_ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
+
+
+def open_onnx(file: Path, how: Opening) -> OnnxSession:
+    """Open a graph of the targets that onnxruntime runs; see ``create_session``."""
+    return create_session(
+        file,
+        providers=how.providers,
+        num_threads=how.num_threads,
+        appended=how.appended,
+        weights=how.weights,
+    )
+
+
+def create_session(
+    model_file: Path,
+    *,
+    providers: Sequence[Provider] | None = None,
+    num_threads: int | None = None,
+    appended: bytes = b"",
+    weights: Mapping[str, Array] | None = None,
+) -> OnnxSession:
+    """Load a graph into onnxruntime.
+
+    Args:
+        model_file: The ``.onnx`` file; its external weights are looked for in its folder.
+        providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
+        num_threads: Threads inside one operator; onnxruntime's choice if None.
+        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        weights: Arrays to put in the place of weights of these names, whatever their shape.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed.
+        ProviderError: If a provider that was named is not there or does not start.
+        ConfigError: If ``num_threads`` is below 1.
+        BundleError: If onnxruntime cannot load the graph.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError("num_threads must be at least 1", got=num_threads)
+    ort = _import_onnxruntime()
+    available = ort.get_available_providers()
+    if not providers and CUDA_PROVIDER in available:
+        _warn_that_the_cpu_answers(ort)
+    wanted = [exact_options(provider) for provider in providers or [CPU_PROVIDER]]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    _check_active(names, available, "is not in this onnxruntime")
+    if CUDA_PROVIDER in names:
+        preload(ort)
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    model: str | bytes = str(model_file)
+    if appended or weights:
+        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
+        model = model_file.read_bytes()
+        model = (with_weights(model, model_file, weights) if weights else model) + appended
+    try:
+        slow = _SLOW_FUSIONS if names == [CPU_PROVIDER] else ()
+        # What CUDA misses is said below, in one line.
+        with silenced(ort) if CUDA_PROVIDER in names else nullcontext():
+            session: OnnxSession = ort.InferenceSession(
+                model,
+                options,
+                providers=wanted,
+                disabled_optimizers=list(slow),
+                enable_fallback=0,  # or a provider that fails while it runs would become the CPU unseen
+            )
+    except Exception as error:  # onnxruntime's own errors have no common base below Exception
+        if CUDA_PROVIDER in names and (missing := find_missing(ort)):
+            raise _did_not_start(missing, names, error) from error
+        raise BundleError("onnxruntime cannot load the graph", where=model_file, got=error) from error
+    if CUDA_PROVIDER in names and CUDA_PROVIDER not in session.get_providers():
+        raise _did_not_start(find_missing(ort), names, ", ".join(session.get_providers()))
+    _check_active(names, session.get_providers(), "did not start")
+    return session if session.get_providers() == [CPU_PROVIDER] else BoundSession(session)
+
+
+def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
+    """Return the error that says what CUDA lacks here."""
+    lacking = f": missing are {', '.join(missing)}" if missing else ""
+    return ProviderError(
+        f"the execution provider {CUDA_PROVIDER} did not start{lacking}",
+        expected=", ".join(names),
+        got=got,
+        mend=_clash()
+        or 'install an NVIDIA driver, and CUDA and cuDNN with: pip install "onnxruntime-gpu[cuda,cudnn]"; or '
+        "accept the CPU with allow_fallback=True (xad-run --allow-fallback)",
+    )
+
+
+def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
+    missing = find_missing(ort)
+    why = (
+        f"CUDA cannot start here: missing are {', '.join(missing)}"
+        if missing
+        else "no provider was asked for"
+    )
+    warnings.warn(
+        f"onnxruntime-gpu is installed, but {why}; the CPU answers. Ask for the GPU with "
+        f'providers=["{CUDA_PROVIDER}"] (--provider {CUDA_PROVIDER})',
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _import_onnxruntime() -> ModuleType:
+    clash = _clash()
+    try:
+        ort = import_extra(ONNXRUNTIME.module, *ONNXRUNTIME.extras)
+    except MissingExtraError as error:
+        if clash is None:
+            raise
+        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, mend=clash) from error
+    ort.disable_telemetry_events()
+    if clash is not None:
+        warnings.warn(clash, UserWarning, stacklevel=3)
+    return ort
+
+
+def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> None:
+    missing = [name for name in names if name not in active]
+    if missing:
+        raise ProviderError(
+            f"the execution provider {missing[0]} {problem}",
+            expected=", ".join(names),
+            got=", ".join(active),
+            mend=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
+        )
+
+
+def _clash() -> str | None:
+    """Return what to do about two onnxruntime packages in one place: they overwrite each other's files."""
+    found = [name for name in ONNXRUNTIME.distributions if _is_installed(name)]
+    if len(found) < 2:
+        return None
+    return (
+        f"{' and '.join(found)} are both installed and overwrite each other's files: run "
+        f"pip uninstall -y {' '.join(found)} and install one of xadapter-export[cpu] and xadapter-export[gpu]"
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

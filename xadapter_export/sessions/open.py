@@ -1,0 +1,71 @@
+"""The one door to the graphs of a bundle: each is opened by the opener that its target names."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.manifest import Variant
+from xadapter_export.errors import UnsupportedError
+from xadapter_export.sessions.retrieval import Retriever, open_retriever
+from xadapter_export.sessions.session import OnnxSession, Opening
+from xadapter_export.sessions.split_session import open_split
+from xadapter_export.targets import TARGETS, load_named
+
+_AS_IT_IS: Final = Opening()
+
+
+def open_variant(
+    bundle: Bundle, variant: Variant, how: Opening = _AS_IT_IS, *, retriever: Retriever | None = None
+) -> OnnxSession:
+    """Open a variant of a bundle; of two graphs, both, as one.
+
+    Args:
+        bundle: The bundle.
+        variant: One of its variants.
+        how: How to open it. What is appended is for the answer graph, weights for whichever graph has them;
+            of ``cache_dir``, each graph gets a folder that is named by the hash of its files.
+        retriever: What searches the bank where no graph does; the bundle's own features if None.
+
+    Raises:
+        UnsupportedError: As ``open_graph``.
+        MissingExtraError: If what runs the target is not installed.
+        ProviderError: As ``create_session``.
+        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
+        BundleError: If a file is missing, or its library cannot load the graph.
+    """
+    if variant.query_file is not None:
+
+        def open_one(graph: Variant) -> OnnxSession:
+            is_answer = graph.file == variant.file
+            return open_variant(bundle, graph, how if is_answer else replace(how, appended=b""))
+
+        spec = bundle.manifest.expert_sets[variant.expert_set]
+        if spec.searches_outside and retriever is None:
+            retriever = open_retriever(bundle, None)
+        return open_split(variant, spec, open_one, retriever=retriever)
+    if how.cache_dir is not None:
+        hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
+        how = replace(how, cache_dir=how.cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16])
+    return open_graph(variant.target, bundle.file(variant.file), how)
+
+
+def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession:
+    """Open one graph with the opener of its target.
+
+    Args:
+        target: Name of a target that a session runs.
+        file: The graph; its weights are beside it.
+        how: How to open it.
+
+    Raises:
+        UnsupportedError: If this installation does not know the target, or nothing here runs it.
+        MissingExtraError: If what runs it is not installed.
+        As the opener.
+    """
+    found = TARGETS[target]
+    if found.opener is None or found.is_package:
+        raise UnsupportedError("no session runs graphs of this target", where=target)
+    session: OnnxSession = load_named(found.opener)(file, how)
+    return session

@@ -1,0 +1,1 @@
+"""Another bank put into a finished bundle."""

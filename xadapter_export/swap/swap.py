@@ -1,0 +1,325 @@
+"""Puts another bank into a finished bundle: no PyTorch, no export.
+
+Only the numbers of the bank change. In each graph they are a few weights of known names; everything else of
+the graphs stays the bytes that it was, which the proof, repeated with the old bank's rows, shows again. That
+the new rows are in the graphs is shown by a search of the bank on disk, with the query that the graph itself
+computes: both must find the same pictures.
+
+Dimensions: N bank size, D CLIP embedding size, K retrieved pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from xadapter_export.bank.feature_bank import FeatureBank
+from xadapter_export.bank.reader import BankReader
+from xadapter_export.bundle.bank_rows import BankRows, Float32, Int64
+from xadapter_export.bundle.folder import (
+    FEATURES_NAME,
+    MANIFEST_NAME,
+    PROJECTIONS_NAME,
+    SWAPPED_NAME,
+    Bundle,
+    list_files,
+    read_bundle,
+)
+from xadapter_export.bundle.graph_file import GraphFile
+from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
+from xadapter_export.bundle.staging import staged_folder
+from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
+from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
+from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
+from xadapter_export.parity.recorded import record
+from xadapter_export.parity.reference import sample_reference
+from xadapter_export.parity.taps import extra_outputs
+from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.open import open_variant
+from xadapter_export.sessions.retrieval import open_retriever
+from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.swap.files import SwappedFiles
+from xadapter_export.swap.weights import BankWeights
+from xadapter_export.targets import TARGETS
+
+# Cosines that a lossy graph may be off: of float16 rows and queries; int8 rescores to 2e-5.
+_LOSSY_SCORES = 5e-3
+
+
+@dataclass(frozen=True)
+class SwapResult:
+    """A bundle with another bank.
+
+    Attributes:
+        num_cells: How many comparisons with PyTorch were repeated; 0 where the bundle has no fp32 variant.
+        num_searched: How many retrievals of the new bank were compared with a search of it on disk.
+        left_out: Names of the variants and deployments that were left out.
+    """
+
+    folder: Path
+    manifest: Manifest
+    num_cells: int
+    num_searched: int
+    left_out: tuple[str, ...]
+
+
+def swap_bank(
+    bundle: str | Path,
+    bank: str | Path,
+    output: str | Path | None = None,
+    *,
+    leave_out: Sequence[str] = (),
+    assume_clip: bool = False,
+    force: bool = False,
+) -> SwapResult:
+    """Replace the bank of a bundle; a bundle that cannot take it stays as it is.
+
+    Args:
+        bundle: The bundle.
+        bank: Folder of the new bank, of the same CLIP and width; it may have another number of rows.
+        output: Folder of the new bundle; the bundle itself is replaced if None.
+        leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle;
+            a target stands for all of its deployments.
+        assume_clip: Take a bank that does not say which CLIP it is of.
+        force: Replace a bundle that is already at ``output``.
+
+    Raises:
+        BundleError: If the bundle is not whole, or has no bank.
+        CheckpointError: If the bank cannot be read.
+        ConfigError: If the bank does not fit the bundle, something to leave out is not there, or ``output``
+            is inside the bundle.
+        UnsupportedError: If something in the bundle depends on the bank in a way that cannot be redone.
+        OutputExistsError: If something is in the way, or in a bundle to be replaced is a file that its
+            manifest does not list.
+        OutputWriteError: If the place cannot be written.
+        ParityError: If the new bundle is not proven again.
+    """
+    in_place = output is None
+    old = read_bundle(bundle)
+    reader = BankReader(bank)
+    if in_place:
+        _check_only_listed(old)
+    kept = _keep(old.manifest, leave_out)
+    spec = _check_fits(old, kept, reader, assume_clip=assume_clip)
+    with staged_folder(bundle if output is None else output, force=in_place or force) as staged:
+        if old.folder.resolve() in staged.final.parents:
+            raise ConfigError(
+                "the output lies inside the bundle",
+                where=staged.final,
+                mend="choose a place beside the bundle",
+            )
+        make = BankWeights(FeatureBank.load(reader.folder), old)
+        files = SwappedFiles(old, staged.path, kept, make)
+        manifest = files.write(spec, reader, staged.final.name)
+        new = read_bundle(staged.path, verify=False)
+        has_fp32 = any(variant.precision in TOLERANCES for variant in manifest.variants)
+        cells = prove_bundle(staged.path, verify=False) if has_fp32 else None
+        if cells is not None:
+            cells.raise_if_failed()
+        num_searched = _check_answers(new, reader)
+        manifest = _record_answers(new)
+    return SwapResult(
+        staged.final,
+        manifest,
+        0 if cells is None else len(cells.cells),
+        num_searched,
+        tuple(dict.fromkeys(leave_out)),
+    )
+
+
+def _check_only_listed(bundle: Bundle) -> None:
+    """Refuse to replace a bundle that holds files of somebody else, which would be gone.
+
+    Raises:
+        OutputExistsError: If there are such files.
+    """
+    listed = {MANIFEST_NAME, *bundle.manifest.files}
+    for path in sorted(path for path in bundle.folder.rglob("*") if not path.is_dir()):
+        if path.relative_to(bundle.folder).as_posix() not in listed:
+            raise OutputExistsError(
+                "the bundle holds a file that its manifest does not list, which replacing it would remove",
+                where=path,
+                mend="move it away, or write to another folder with -o",
+            )
+
+
+def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
+    """Return the manifest without what is to be left out.
+
+    Raises:
+        ConfigError: If it is not there, or an expert set would have no graph left.
+    """
+    variants = [v for v in manifest.variants if "v" not in v.expert_set or v.name not in leave_out]
+    deployments = [
+        d for d in manifest.deployments if "v" not in d.expert_set or {d.name, d.target}.isdisjoint(leave_out)
+    ]
+    gone = {v.name for v in manifest.variants if v not in variants}
+    gone |= {name for d in manifest.deployments if d not in deployments for name in (d.name, d.target)}
+    if unknown := [name for name in leave_out if name not in gone]:
+        raise ConfigError("there is nothing of this name that reads the bank", where=unknown[0])
+    if lost := set(manifest.expert_sets) - {variant.expert_set for variant in variants}:
+        raise ConfigError("an expert set would have no graph left", where=", ".join(sorted(lost)))
+    return manifest.model_copy(update={"variants": tuple(variants), "deployments": tuple(deployments)})
+
+
+def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip: bool) -> BankSpec:
+    """Return what the manifest will say of the new bank.
+
+    Raises:
+        As ``swap_bank``.
+    """
+    bank = kept.bank
+    if bank is None:
+        raise BundleError("the bundle has no bank to swap", where=old.folder)
+    if reader.dim != bank.dim:
+        raise ConfigError(
+            "the bank is of another width", where=reader.folder, expected=bank.dim, got=reader.dim
+        )
+    if bank.retrieval == "topk" and reader.num_pictures < bank.k:
+        raise ConfigError(
+            "the bank has fewer pictures than are retrieved",
+            where=reader.folder,
+            expected=f"at least {bank.k}",
+            got=reader.num_pictures,
+        )
+    _check_clip(kept, bank, reader, assume_clip=assume_clip)
+    if bank.retrieval == "static" and not (old.folder / PROJECTIONS_NAME).is_file():
+        raise UnsupportedError(
+            "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes "
+            f"(query = sentence), or it was not folded or is of a version without {PROJECTIONS_NAME}",
+            where=old.folder,
+            mend="train with the new bank, or export again",
+        )
+    for variant in kept.variants:
+        why = TARGETS[variant.target].swap_refused.get(variant.precision)
+        why = why if variant.is_onnx else "is no ONNX file"
+        if "v" in variant.expert_set and why is not None:
+            raise UnsupportedError(
+                f"variant {variant.name} {why} and cannot be swapped",
+                mend=f"leave it out with --leave-out {variant.name}, or export again",
+            )
+    for deployment in kept.deployments:
+        if "v" in deployment.expert_set:
+            raise UnsupportedError(
+                f"the deployment {deployment.name} holds the old bank",
+                mend=f"leave it out with --leave-out {deployment.name}, or export again",
+            )
+    sha256 = reader.sha256()
+    proven = bank.swapped_from or ProvenBank(num_pictures=bank.num_pictures, sha256=bank.sha256)
+    return bank.model_copy(
+        update={
+            "num_pictures": reader.num_pictures,
+            "sha256": sha256,
+            "k": bank.k if bank.retrieval == "topk" else reader.num_pictures,
+            "swapped_from": None if sha256 == proven.sha256 else proven,
+        }
+    )
+
+
+def _check_clip(kept: Manifest, bank: BankSpec, reader: BankReader, *, assume_clip: bool) -> None:
+    """Refuse a bank of another CLIP, and one of which that is not known.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    wanted = bank.clip_sha256
+    if wanted is None and bank.retrieval == "topk" and kept.clip is not None:
+        wanted = kept.clip.sha256
+    if reader.clip is not None and wanted is not None:
+        if reader.clip.sha256 != wanted:
+            raise ConfigError(
+                "the bank was made with another CLIP than the bundle's",
+                where=reader.folder,
+                expected=wanted[:12],
+                got=reader.clip,
+                mend="build the bank with the CLIP of the bundle",
+            )
+    elif not assume_clip:
+        silent = "the bank" if reader.clip is None else "the bundle"
+        raise ConfigError(
+            f"{silent} does not say which CLIP its features are of",
+            where=reader.folder,
+            mend="build the bank again with xad-bank build, or vouch for it with --assume-clip",
+        )
+
+
+def _check_answers(new: Bundle, reader: BankReader) -> int:
+    """Run every graph that reads the bank; what it retrieves must be what a search on disk finds.
+
+    Returns:
+        How many retrievals were compared.
+
+    Raises:
+        ParityError: If a graph retrieves something else, or gives no finite numbers.
+    """
+    manifest, num_searched = new.manifest, 0
+    bank = manifest.bank
+    assert bank is not None  # checked before
+    stored = BankRows(reader.folder / FEATURES_NAME)
+    reference = read_reference(new)
+    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+        spec = manifest.expert_sets[variant.expert_set]
+        outputs = [output.name for output in spec.outputs]
+        file = new.file(variant.graph_files[0])  # the one that searches, or says what is searched for
+        retriever = open_retriever(new, None) if spec.searches_outside else None
+        searches = bank.retrieval == "topk" and retriever is None
+        query = GraphFile(file.read_bytes(), file).query_of_bank() if searches else "query"
+        session: OnnxSession
+        asked = session = create_session(file, appended=extra_outputs([query] if searches else []))
+        if variant.query_file is not None:
+            answer = create_session(new.file(variant.file))
+            session = SplitSession(asked, answer, spec, variant.query_file, retriever)
+        for case, feed in reference_feeds(reference, spec).items():
+            right = all(np.isfinite(array).all() for array in session.run(outputs, feed))
+            if bank.retrieval == "topk":
+                inputs = {value.name: feed[value.name] for value in asked.get_inputs()}
+                queries = cast(Float32, asked.run([query], inputs)[0].astype(np.float32))
+                if retriever is None:
+                    rows, scores = asked.run(["retrieved", SCORES], inputs)
+                else:
+                    _, rows, scores = retriever.find(queries)
+                place = Place(variant.expert_set, variant.name, case, "retrieved")
+                right &= _finds(
+                    cast(Int64, rows), cast(Float32, scores), *stored.search(queries, bank.k), place
+                )
+                num_searched += len(queries)
+            if not right:
+                raise ParityError(
+                    "the graph does not retrieve what is in the new bank, or gives NaN or infinity",
+                    where=f"{variant.file}, case {case}",
+                    mend="please report this",
+                )
+    return num_searched
+
+
+def _record_answers(new: Bundle) -> Manifest:
+    """Write what the graphs say with the new bank, so that a session can see whether they say it elsewhere.
+
+    Where the app searches, it is asked with the bank of the proof instead.
+
+    Returns:
+        The manifest that was written.
+    """
+    manifest = new.manifest
+    assert manifest.bank is not None  # checked before
+    if manifest.bank.swapped_from is None or manifest.bank.features is not None:
+        return manifest
+    reference = read_reference(new)
+    recorded: dict[str, Array] = {}
+    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+        spec = manifest.expert_sets[variant.expert_set]
+        recorded |= record(open_variant(new, variant), variant, spec, reference)
+    np.savez_compressed(new.folder / SWAPPED_NAME, **sample_reference(recorded))  # type: ignore[arg-type]  # keywords are arrays, not flags
+    manifest = manifest.model_copy(update={"files": list_files(new.folder)})
+    (new.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _finds(rows: Int64, scores: Float32, best_scores: Float32, best: Int64, place: Place) -> bool:
+    """Whether rows and scores of a graph are those of a search on disk."""
+    if place.variant.rpartition("-")[2] in TOLERANCES:
+        return compare_retrieved(rows, best, scores, best_scores, place).passed
+    return bool(np.abs(scores - best_scores).max() <= _LOSSY_SCORES)
