@@ -337,7 +337,12 @@ def picked(results: Results) -> list[Picked]:
     """Return what ``auto`` takes in each cell where all that it could take was timed."""
     found = []
     for cell, picks in results.picks.items():
-        timed = {row.contestant.removeprefix("ours-"): each for row, each in results.cells[cell].items()}
+        rows = results.cells[cell].items()  # others have names such as openvino-int8 too
+        timed = {
+            row.contestant.removeprefix("ours-"): each
+            for row, each in rows
+            if row.contestant.startswith("ours-")
+        }
         for pick in picks:
             medians = {name: timed[name].median_ms for name in pick.among if name in timed}
             if pick.variant in medians:

@@ -274,6 +274,7 @@ def test_what_auto_takes_is_held_against_the_fastest_that_it_could_take() -> Non
         _row(f"ours-{name}", "equal"): _measured(*times)
         for name, times in zip(names, [(10, 10.4, 10), (20, 20, 20), (8, 8, 8)], strict=True)
     }
+    rows[_row("openvino-int8", "equal")] = _measured(1, 1, 1)  # another exporter's graph of the same name
     picks = [Pick("without OpenVINO", "cpu-int8", names[:2]), Pick("with OpenVINO", "cpu-int8", names)]
     results = Results({CELL: rows}, picks={CELL: picks}, cpu=Cpu("Some CPU", "AVX2"))
     assert [(each.best, each.ratio.value) for each in picked(results)] == [
