@@ -23,7 +23,6 @@ from xadapter_export.bundle.folder import (
     Bundle,
     list_files,
 )
-from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
     EXPERT_SETS,
     Agreement,
@@ -41,6 +40,7 @@ from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import calibration_feeds
+from xadapter_export.exporters.judge.judge import Gates, Judge, LeftOutWarning
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
     GraphJob,
@@ -55,7 +55,7 @@ from xadapter_export.exporters.makers.maker import (
     load_maker,
 )
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
-from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
+from xadapter_export.exporters.plan import Plan, check_split, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
 from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
@@ -102,10 +102,6 @@ class ExportResult:
     manifest: Manifest
     parity: ParityReport
     left_out: tuple[str, ...] = ()
-
-
-class LeftOutWarning(UserWarning):
-    """A variant that was asked for is below its gate and is not in the bundle."""
 
 
 def export(
@@ -206,10 +202,12 @@ def export(
         gates = Gates(min_agreement=min_agreement, max_points_lost=max_points_lost, skip_failed=skip_failed)
         if request.is_lossy:
             gates = gates.read(model, plan, calibration, evaluate)
+        judge = Judge(gates)
         was_training = model.training
         try:
-            builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(request.graphs, gates, cases, staged.final.name)
+            steps = frozenset(without)
+            builder = _Builder(model.eval(), source, plan, opset, staged.path, steps, on_stage, judge)
+            manifest, report = builder.build(request.graphs, cases, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -227,10 +225,9 @@ def export(
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
-    left_out = [*builder.left_out, *_not_deployed(request, manifest)]
-    for line in left_out[len(builder.left_out) :]:
+    for line in (not_made := _not_deployed(request, manifest)):
         warnings.warn(line, LeftOutWarning, stacklevel=2)
-    return ExportResult(staged.final, manifest, report, tuple(left_out))
+    return ExportResult(staged.final, manifest, report, (*judge.left_out, *not_made))
 
 
 @dataclass
@@ -244,17 +241,15 @@ class _Builder:
     folder: Path
     without: frozenset[Step]
     on_stage: OnStage
+    judge: Judge
     specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     reference: dict[str, Array] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=Rounding)
-    answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
 
     def build(
         self,
         wanted: Sequence[VariantName],
-        gates: Gates,
         cases: dict[str, dict[str, Array]],
         name: str,
     ) -> tuple[Manifest, ParityReport]:
@@ -265,10 +260,10 @@ class _Builder:
         shelf = Shelf(folder, plan.expert_sets[0])
         try:
             for expert_set in plan.expert_sets:
-                material = self._write_portable(expert_set, cases, gates, shelf)
+                material = self._write_portable(expert_set, cases, shelf)
                 for variant in wanted:
                     if variant != all_variants()[PORTABLE]:
-                        self._write_variant(variant, material, gates, shelf)
+                        self._write_variant(variant, material, shelf)
         finally:
             shelf.close()
         self._check_remaining(wanted)
@@ -306,7 +301,7 @@ class _Builder:
         return _write_manifest(folder, manifest, name), report
 
     def _write_portable(
-        self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], gates: Gates, shelf: Shelf
+        self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], shelf: Shelf
     ) -> Material:
         """Writes the portable graph of a set, wanted or not, from which its other variants are made."""
         model, plan = self.model, self.plan
@@ -331,7 +326,7 @@ class _Builder:
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
         variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
-        self._answer_in_fp32(expert_set, variant, gates)
+        self._ask_fp32(expert_set, variant)
         return Material(
             expert_set,
             self.folder,
@@ -339,11 +334,11 @@ class _Builder:
             graphs,
             parts,
             self.rounding,
-            calibrate=partial(self._calibration, expert_set, gates),
-            measure=partial(self._measure, variant, graphs, gates),
+            calibrate=partial(self._calibration, expert_set),
+            measure=partial(self._measure, variant, graphs),
         )
 
-    def _write_variant(self, name: VariantName, material: Material, gates: Gates, shelf: Shelf) -> None:
+    def _write_variant(self, name: VariantName, material: Material, shelf: Shelf) -> None:
         """Writes a variant: the first try that passes its gate, or the last one."""
         expert_set = material.expert_set
         maker = load_maker(TARGETS[name.target])
@@ -361,25 +356,22 @@ class _Builder:
                 if name.precision == "fp32":
                     break
                 self.on_stage("compare", f"{expert_set}, {name}")
-                session = self._open(expert_set, name.target, shelf.save(made, job))
-                measured = self._compare(expert_set, session, name.precision, gates)
+                files = shelf.save(made, job)
+                measured = self.judge.compare(self._open(expert_set, name.target, files), expert_set, name)
                 if agreement.passes(measured):
                     break
-            if not self._leaves_out(name, expert_set, measured, gates):
+            if not self.judge.leaves_out(measured, expert_set, name):
                 steps = [*material.variant.optimisations, *made.steps]
                 self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
 
-    def _answer_in_fp32(self, expert_set: ExpertSet, portable: Variant, gates: Gates) -> None:
+    def _ask_fp32(self, expert_set: ExpertSet, portable: Variant) -> None:
         """Asks the portable graph what lossy ones will be asked."""
-        if gates.calibration is None:
+        if self.judge.gates.calibration is None:
             return
         self.on_stage("compare", f"{expert_set}, fp32")
         encoder = self.model.make_text_encoder(self.plan.max_seq)
-        spec, task = self.specs[expert_set], self.plan.task
-        texts = gates.calibration.compared_on
-        probe = agreement.make_probe(encoder, spec, task, texts, gates.questions)
         session = self._open_written(portable)
-        self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+        self.judge.ask_fp32(session, encoder, expert_set, self.specs[expert_set], self.plan.task)
 
     def _open_written(self, variant: Variant) -> OnnxSession:
         files: dict[Part, Path] = {"whole": self.folder / variant.file}
@@ -398,34 +390,6 @@ class _Builder:
             assert bank is not None  # a set searches it
             retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
         return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
-
-    def _compare(
-        self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates
-    ) -> Agreement:
-        probe, reference = self.answers[expert_set]
-        return agreement.compare(
-            reference,
-            agreement.collect(agreement.as_runner(session), probe, precision),
-            probe,
-            precision,
-            min_agreement=gates.min_agreement,
-            max_points_lost=gates.max_points_lost,
-            judged_on=gates.judged_on(str(read_machine())),
-        )
-
-    def _leaves_out(
-        self, name: VariantName, expert_set: ExpertSet, measured: Agreement | None, gates: Gates
-    ) -> bool:
-        """Whether a variant is below its gate and is to be left out; then a warning says so."""
-        if measured is None or not gates.skip_failed:
-            return False
-        try:
-            agreement.check(measured, f"{name}, experts {expert_set}")
-        except ParityError as error:
-            self.left_out.append(f"left out: {error}")
-            warnings.warn(self.left_out[-1], LeftOutWarning, stacklevel=2)
-            return True
-        return False
 
     def _check_remaining(self, wanted: Sequence[VariantName]) -> None:
         """Refuses a bundle that would have nothing that was asked for of an expert set."""
@@ -448,18 +412,19 @@ class _Builder:
             recorded |= record(open_variant(bundle, variant), variant, spec, self.reference)
         self.reference |= recorded | noise(recorded, self.reference)
 
-    def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
+    def _calibration(self, expert_set: ExpertSet) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""
-        if gates.calibration is None:
+        calibration = self.judge.gates.calibration
+        if calibration is None:
             return []
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
-        return calibration_feeds(encoder, gates.calibration.made_with, names)
+        return calibration_feeds(encoder, calibration.made_with, names)
 
-    def _measure(self, portable: Variant, graphs: Graphs, gates: Gates) -> dict[Part, Ranges]:
+    def _measure(self, portable: Variant, graphs: Graphs) -> dict[Part, Ranges]:
         """What goes into the products of each graph of a set."""
         self.on_stage("calibrate", portable.expert_set)
-        feeds = self._calibration(portable.expert_set, gates)
+        feeds = self._calibration(portable.expert_set)
         found: dict[Part, Ranges] = {}
         for part, graph in graphs.items():
             if part == "answer":  # it reads what the query graph says
