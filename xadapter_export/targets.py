@@ -82,7 +82,10 @@ class Runtime:
     @property
     def is_installed(self) -> bool:
         """Whether Python finds it."""
-        return importlib.util.find_spec(self.module) is not None
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # nor the package that it is in
+            return False
 
 
 @dataclass(frozen=True)

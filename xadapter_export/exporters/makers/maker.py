@@ -16,28 +16,11 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimisation, Variant
 from xadapter_export.errors import ConfigError, import_extra
-from xadapter_export.exporters.makers.axis_profile import check_axes, parse_profile
+from xadapter_export.exporters.makers.axis_profile import check_axes
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets, load_named
-
-__all__ = [
-    "GraphJob",
-    "GraphMaker",
-    "Graphs",
-    "MadeGraph",
-    "Maker",
-    "Material",
-    "Package",
-    "PackageJob",
-    "PackageOptions",
-    "Packer",
-    "Say",
-    "check_packages",
-    "load_maker",
-    "parse_profile",
-]
 
 Say = Callable[[str], None]
 Graphs = dict[Part, ir.Model]
