@@ -198,7 +198,7 @@ def test_a_bank_in_a_repository_is_left_out_or_refused(bundle: Path, tmp_path: P
     object.__setattr__(model.bank, "clip", BankClip(source="tiny-clip", sha256=manifest.clip.sha256))
     model.bank.save(tmp_path / "bank")
     with pytest.raises(
-        UnsupportedError, match=r"deployment for triton holds the old bank; .*--leave-out triton"
+        UnsupportedError, match=r"deployment triton-fp32 holds the old bank; .*--leave-out triton-fp32"
     ):
         swap_bank(bundle, tmp_path / "bank")
     result = swap_bank(bundle, tmp_path / "bank", tmp_path / "out", leave_out=["triton"])
