@@ -308,7 +308,7 @@ def export(
             without=without,
             retrieval=retrieval,
             split=split,
-            deploy_options=makers.PackageOptions(lengths, compute_capabilities),
+            deploy_options=makers.DeployOptions(lengths, compute_capabilities),
             force=force,
             on_stage=on_stage,
         )

@@ -43,15 +43,15 @@ from xadapter_export.exporters.judge.calibration import calibration_feeds
 from xadapter_export.exporters.judge.judge import Gates, Judge, LeftOutWarning
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
+    Deployer,
+    DeployJob,
+    DeployOptions,
     GraphJob,
     GraphMaker,
     Graphs,
     MadeGraph,
     Material,
-    PackageJob,
-    PackageOptions,
-    Packer,
-    check_packages,
+    check_options,
     load_maker,
 )
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
@@ -122,7 +122,7 @@ def export(
     max_points_lost: float | None = None,
     skip_failed: bool = False,
     without: Collection[Step] = (),
-    deploy_options: PackageOptions | None = None,
+    deploy_options: DeployOptions | None = None,
     retrieval: Retrieval = "in-graph",
     split: bool = False,
     force: bool = False,
@@ -181,8 +181,8 @@ def export(
     }
     judging |= {"min_agreement": min_agreement, "max_points_lost": max_points_lost}
     check_request(request, split=split, judging=judging)
-    deploy_options = deploy_options or PackageOptions()
-    check_packages(request.deployments, deploy_options)
+    deploy_options = deploy_options or DeployOptions()
+    check_options(request.deployments, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -216,7 +216,7 @@ def export(
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
             say = partial(on_stage, "deploy")
-            made = _pack_all(staged.path, manifest, request, deploy_options, say)
+            made = _deploy_all(staged.path, manifest, request, deploy_options, say)
         except OSError:  # one about the output, which keeps nothing
             raise
         except XAdapterError as error:
@@ -342,7 +342,7 @@ class _Builder:
         """Writes a variant: the first try that passes its gate, or the last one."""
         expert_set = material.expert_set
         maker = load_maker(TARGETS[name.target])
-        assert isinstance(maker, GraphMaker)  # packages are made of what is proven
+        assert isinstance(maker, GraphMaker)  # deployments are made of what is proven
         with TemporaryDirectory(dir=self.folder) as folder:
             job = GraphJob(
                 name.precision,
@@ -461,30 +461,30 @@ class _Builder:
         return variant
 
 
-def _pack_all(
-    folder: Path, manifest: Manifest, request: Request, options: PackageOptions, say: Callable[[str], None]
+def _deploy_all(
+    folder: Path, manifest: Manifest, request: Request, options: DeployOptions, say: Callable[[str], None]
 ) -> tuple[Deployment, ...]:
-    """Makes every package that was asked for, of every expert set whose graph is there."""
+    """Makes every deployment that was asked for, of every expert set whose graph is there."""
     made: list[Deployment] = []
     for name in request.deployments:
-        packer = load_maker(TARGETS[name.target])
-        assert isinstance(packer, Packer)  # so says the table
+        deployer = load_maker(TARGETS[name.target])
+        assert isinstance(deployer, Deployer)  # so says the table
         for variant in manifest.variants:
             if variant.name == str(made_from(name)):
                 start = time.monotonic()
-                job = PackageJob(folder, manifest, variant, name.precision, options, say)
-                package = packer.pack(job)
+                job = DeployJob(folder, manifest, variant, options, say)
+                wrote = deployer.deploy(job)
                 deployment = Deployment(
                     target=name.target,
                     expert_set=variant.expert_set,
                     precision=name.precision,
                     source=variant.name,
-                    files=package.files,
-                    size_bytes=sum((folder / file).stat().st_size for file in package.files),
+                    files=wrote.files,
+                    size_bytes=sum((folder / file).stat().st_size for file in wrote.files),
                     seconds=time.monotonic() - start,
-                    facts=dict(package.facts),
-                    refused=package.refused,
-                    prove_with=package.prove_with,
+                    facts=dict(wrote.facts),
+                    refused=wrote.refused,
+                    prove_with=wrote.prove_with,
                 )
                 made.append(deployment)
     return tuple(made)
