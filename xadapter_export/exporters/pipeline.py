@@ -54,6 +54,7 @@ from xadapter_export.exporters.makers.maker import (
     check_options,
     load_maker,
 )
+from xadapter_export.exporters.onnx_files import hide_taps
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
 from xadapter_export.exporters.plan import Plan, check_split, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
@@ -69,7 +70,7 @@ from xadapter_export.exporters.request import (
     made_from,
     make_request,
 )
-from xadapter_export.exporters.shelf import Shelf, hide_taps
+from xadapter_export.exporters.shelf import Shelf
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle

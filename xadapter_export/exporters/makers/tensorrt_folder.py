@@ -19,7 +19,7 @@ from xadapter_export.errors import MissingExtraError, ProviderError, import_extr
 from xadapter_export.exporters.makers.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.makers.engines import EngineJob, build_engine
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob, Say
-from xadapter_export.exporters.shelf import write_alone
+from xadapter_export.exporters.onnx_files import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance
 from xadapter_export.parity.engines import measure_graph
 from xadapter_export.parity.prove import read_reference, reference_feeds

@@ -20,7 +20,7 @@ from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
 from xadapter_export.errors import ParityError, import_extra
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
-from xadapter_export.exporters.shelf import write_alone
+from xadapter_export.exporters.onnx_files import write_alone
 from xadapter_export.parity.prove import read_reference
 from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import Array, OnnxSession
