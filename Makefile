@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-others test-openvino parity check lint types imports docs bench bench-field bench-avx2 bench-full bench-training processors web clean
+.PHONY: help install demo test test-others test-openvino parity check lint types imports house docs bench bench-field bench-avx2 bench-full bench-training processors web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -41,7 +41,7 @@ web: $(STAMP) ## Build the browser page around the built-in checkpoint and serve
 parity: $(STAMP) ## Prove every expert set of the built-in checkpoint and of three larger cases.
 	$(BIN)/python -m export.parity --output $(BUNDLES)/parity
 
-check: lint types imports test ## What CI runs: format and lint, types, import order, tests (docs drift among them).
+check: lint types imports house test ## What CI runs: format and lint, types, import order, tests (docs drift among them).
 
 lint: $(STAMP) ## Check format and style.
 	$(BIN)/ruff format --check .
@@ -52,6 +52,9 @@ types: $(STAMP) ## Check types (mypy, strict).
 
 imports: $(STAMP) ## Check that imports go one way (import-linter).
 	$(BIN)/lint-imports
+
+house: $(STAMP) ## Count where names are compared outside their rooms.
+	$(BIN)/python -m tests.test_house
 
 docs: $(STAMP) ## Write docs/cli.md from what --help says.
 	$(BIN)/python -m docs.cli_reference

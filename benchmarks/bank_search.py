@@ -136,10 +136,10 @@ def search_graph(rows: Float32Array, k: int = _K) -> ir.Model:
 
 def write_search(folder: Path, rows: Float32Array, precision: str) -> tuple[Path, int]:
     """Writes a graph that searches; returns its file, and the bytes of weights that it refers to."""
+    from xadapter_export.exporters.onnx_files import SharedWeights, write_graph
     from xadapter_export.exporters.passes.bank_search import (
         search_bank,  # PyTorch, which the child does without
     )
-    from xadapter_export.exporters.shelf import SharedWeights, write_graph
 
     model = search_graph(rows)
     if precision != "traced":

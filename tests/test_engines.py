@@ -32,7 +32,7 @@ from xadapter_export.errors import (
 from xadapter_export.exporters.makers import engines
 from xadapter_export.exporters.makers.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
 from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
-from xadapter_export.exporters.makers.maker import PackageJob, PackageOptions, check_packages
+from xadapter_export.exporters.makers.maker import DeployJob, DeployOptions, check_options
 from xadapter_export.exporters.makers.tensorrt_engines import TensorRtRtxMaker
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
@@ -59,7 +59,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
         precisions=("fp32", "fp16"),
         targets=("tensorrt-rtx", "tensorrt"),
         min_agreement=0.0,
-        deploy_options=PackageOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
+        deploy_options=DeployOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
     )
 
 
@@ -240,10 +240,10 @@ def test_an_engine_that_was_changed_is_never_opened(
 
 def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:
     variant = result.manifest.variant("vt")
-    options = PackageOptions(compute_capabilities=("sm75",))
-    job = PackageJob(result.folder, result.manifest, variant, "fp32", options, lambda _: None)
+    options = DeployOptions(compute_capabilities=("sm75",))
+    job = DeployJob(result.folder, result.manifest, variant, options, lambda _: None)
     with pytest.raises(UnsupportedError, match=r"refuses every engine \(got sm75, onnx-fp32, experts vt"):
-        TensorRtRtxMaker(TARGETS["tensorrt-rtx"]).pack(job)
+        TensorRtRtxMaker(TARGETS["tensorrt-rtx"]).deploy(job)
     assert not (result.folder / "tensorrt-rtx" / "model_fp32_sm75.engine").exists()
 
 
@@ -428,22 +428,22 @@ def test_compute_capabilities_are_those_that_the_library_knows(monkeypatch: pyte
         with pytest.raises(ConfigError, match=said):
             split_capabilities(asked, trt)
     with pytest.raises(ConfigError, match="no fp32 matrix products"):
-        check_packages(
+        check_options(
             [VariantName("tensorrt-rtx", "fp16"), VariantName("tensorrt-rtx", "fp32")],
-            PackageOptions(compute_capabilities=("sm75",)),
+            DeployOptions(compute_capabilities=("sm75",)),
         )
-    check_packages([VariantName("tensorrt-rtx", "fp16")], PackageOptions(compute_capabilities=("sm75",)))
+    check_options([VariantName("tensorrt-rtx", "fp16")], DeployOptions(compute_capabilities=("sm75",)))
 
 
 def test_options_that_a_target_does_not_read_are_refused() -> None:
     triton, tensorrt = VariantName("triton", "fp32"), VariantName("tensorrt", "fp32")
     with pytest.raises(ConfigError, match="are for the target tensorrt-rtx"):
-        check_packages([tensorrt], PackageOptions(compute_capabilities=("sm89",)))
+        check_options([tensorrt], DeployOptions(compute_capabilities=("sm89",)))
     with pytest.raises(ConfigError, match=r"no target .* lengths of this axis: profile seq"):
-        check_packages([triton, VariantName("mobile", "fp32")], PackageOptions({"seq": (1, 8)}))
+        check_options([triton, VariantName("mobile", "fp32")], DeployOptions({"seq": (1, 8)}))
     with pytest.raises(ConfigError, match="triton takes any length of this axis from 1 on"):
-        check_packages([triton], PackageOptions({"batch": (4, 8)}))
-    check_packages([triton, tensorrt], PackageOptions({"batch": (4, 8), "seq": (1, 8)}))
+        check_options([triton], DeployOptions({"batch": (4, 8)}))
+    check_options([triton, tensorrt], DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
 
 
 def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp
                 tmp_path / "bundle",
                 "none",
                 targets=("tensorrt",),
-                deploy_options=PackageOptions(dict(profile)),
+                deploy_options=DeployOptions(dict(profile)),
                 on_stage=lambda stage, _: stages.append(stage),
             )
     assert stages == []

@@ -27,7 +27,7 @@ from xadapter_export.errors import (
     ParityError,
     UnsupportedError,
 )
-from xadapter_export.exporters import pack, pipeline, shelf
+from xadapter_export.exporters import onnx_files, pack, pipeline
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.model.pooling import mean_pool
@@ -323,7 +323,7 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(
     def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(shelf.SharedWeights, "take", fail)
+    monkeypatch.setattr(onnx_files.SharedWeights, "take", fail)
     with pytest.raises(expected, match="No space left" if expected is OutputWriteError else None):
         export(model, tmp_path / "deep" / "bundle", "none")
     assert not list(tmp_path.iterdir())

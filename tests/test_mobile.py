@@ -112,9 +112,9 @@ def test_what_no_target_takes_is_refused_before_the_model_loads(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     from xadapter_export import export
-    from xadapter_export.exporters.makers.maker import PackageOptions
+    from xadapter_export.exporters.makers.maker import DeployOptions
 
     asked = {"experts": "t", "targets": ("mobile",), **options}
-    fits = PackageOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
+    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
     with pytest.raises(ConfigError, match=said):
         export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)

@@ -26,6 +26,7 @@ from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import pipeline
 from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge.judge import Judge
 from xadapter_export.exporters.passes import half as half_pass
 from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult
@@ -35,7 +36,7 @@ from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
 from xadapter_export.sessions.onnx_session import create_session
-from xadapter_export.targets import Precision
+from xadapter_export.targets import Precision, VariantName
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -683,14 +684,14 @@ def test_flags_that_make_no_sense(
 
 def fail(monkeypatch: pytest.MonkeyPatch, *failing: tuple[str, Precision]) -> None:
     """Makes variants of these sets and precisions give another answer than fp32 to most texts."""
-    compare = pipeline._Builder._compare
+    compare = Judge.compare
 
-    def spoiled(self: Any, experts: ExpertSet, session: Any, precision: Precision, gates: Any) -> Agreement:
-        measured = compare(self, experts, session, precision, gates)
-        same = 0.25 if (experts, precision) in failing else 1.0
+    def spoiled(self: Judge, session: Any, experts: ExpertSet, name: VariantName) -> Agreement:
+        measured = compare(self, session, experts, name)
+        same = 0.25 if (experts, name.precision) in failing else 1.0
         return measured.model_copy(update={"same_top": same})
 
-    monkeypatch.setattr(pipeline._Builder, "_compare", spoiled)
+    monkeypatch.setattr(Judge, "compare", spoiled)
 
 
 def test_a_variant_below_its_gate_is_left_out_and_the_others_are_written(

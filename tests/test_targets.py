@@ -16,12 +16,12 @@ from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.maker import (
+    Deployed,
+    Deployer,
+    DeployJob,
     GraphJob,
     GraphMaker,
     MadeGraph,
-    Package,
-    PackageJob,
-    Packer,
     load_maker,
 )
 from xadapter_export.exporters.pipeline import ExportResult
@@ -53,15 +53,15 @@ SENTENCES = [
 # -------------------------------------------------------------------------------- what a package would have
 
 
-class ListMaker(Packer):
+class ListMaker(Deployer):
     """Lists the operators of a graph: a target that is only packaged."""
 
-    def pack(self, job: PackageJob) -> Package:
+    def deploy(self, job: DeployJob) -> Deployed:
         graph = ir.load(job.folder / job.variant.file)
         file = job.folder / "listed" / f"{job.variant.expert_set}.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text("\n".join(sorted({node.op_type for node in graph.graph})))
-        return Package((f"listed/{file.name}",), {"operators": str(len(graph.graph))})
+        return Deployed((f"listed/{file.name}",), {"operators": str(len(graph.graph))})
 
 
 LISTED = Target(
@@ -161,12 +161,12 @@ def test_the_table_is_whole() -> None:
         assert set(target.precisions) <= set(PRECISIONS)
         assert set(target.splits) | set(target.swap_refused) | set(target.places) <= set(target.precisions)
         assert (target.opener is None) == (target.runtime is None)
-        if target.is_package:
+        if target.is_deployment:
             assert set(target.made_from) == set(target.precisions)
             for precision, source in target.made_from.items():
                 assert all_variants()[str(source)] == source
                 assert source.precision == precision
-                assert not TARGETS[source.target].is_package
+                assert not TARGETS[source.target].is_deployment
         else:
             assert target.opener is not None
             assert (target.axes, target.largest_axes, target.reads) == ((), (), ())

@@ -23,7 +23,7 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters.makers.maker import PackageOptions
+from xadapter_export.exporters.makers.maker import DeployOptions
 from xadapter_export.exporters.makers.triton import check_repository
 from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.swap.swap import swap_bank
@@ -52,7 +52,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration=folder / "texts.txt",
         min_agreement=0,
         max_points_lost=100,
-        deploy_options=PackageOptions(profile={"batch": (1, 8)}),
+        deploy_options=DeployOptions(profile={"batch": (1, 8)}),
     ).folder
 
 
@@ -198,7 +198,7 @@ def test_a_bank_in_a_repository_is_left_out_or_refused(bundle: Path, tmp_path: P
     object.__setattr__(model.bank, "clip", BankClip(source="tiny-clip", sha256=manifest.clip.sha256))
     model.bank.save(tmp_path / "bank")
     with pytest.raises(
-        UnsupportedError, match=r"deployment for triton holds the old bank; .*--leave-out triton"
+        UnsupportedError, match=r"deployment triton-fp32 holds the old bank; .*--leave-out triton-fp32"
     ):
         swap_bank(bundle, tmp_path / "bank")
     result = swap_bank(bundle, tmp_path / "bank", tmp_path / "out", leave_out=["triton"])

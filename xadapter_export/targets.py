@@ -1,11 +1,11 @@
-"""The table of targets: who runs a graph, or what a graph is packaged for.
+"""The table of targets: who runs a graph, or what files are made from one.
 
 A target is one row here and one maker, a module of ``exporters/makers``; one that a session runs has an
 opener too, a module of ``sessions``. The row says all that the rest of the library asks of a target, so that
 its name is compared nowhere else (``tests/test_house.py`` counts).
 
-There are two sorts. A *variant* is a graph of the bundle, made from the portable graph of its expert set,
-and measured or proven against PyTorch. A *package* is files for another runtime, made from a proven variant.
+There are two sorts. A *variant* is a graph of the bundle, made from the portable graph of its expert set and
+compared with PyTorch. A *deployment* is files for another runtime, made from a variant that is proven.
 
 Another package adds a target as an entry point of the group ``xadapter_export.targets``, which names a row.
 Makers and openers are named, and imported when they are needed.
@@ -82,7 +82,10 @@ class Runtime:
     @property
     def is_installed(self) -> bool:
         """Whether Python finds it."""
-        return importlib.util.find_spec(self.module) is not None
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # nor the package that it is in
+            return False
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Target:
         precisions: Those that it takes.
         opener: Where its opener is, ``module:function``; None where no session runs it.
         runtime: What the opener runs it with; None where there is no opener.
-        made_from: Of a package, the variant that each precision is made from; empty of a variant.
+        made_from: Of a deployment, the variant that each precision is made from; empty of a variant.
         needs: What its maker imports besides the extra ``export``: a module, and the extra that brings it.
         provider: The only execution provider of onnxruntime that it is for; None if it runs with any.
         default_for: Precisions that are made for it where no target is named.
@@ -108,7 +111,7 @@ class Target:
         swap_refused: Why its ONNX files cannot take another bank, by precision; no other files can.
         axes: Axes of a profile that it is planned for.
         largest_axes: Those of which it reads only the largest length.
-        reads: Other options for packages that it reads, as the command names them.
+        reads: Other options for deployments that it reads, as the command names them.
         places: Where each precision stands in the order of ``auto``, by the kinds of CPU in the order of
             ``KINDS``: the lowest place that is in a bundle is taken. A precision without places never is.
         why: Why its int8 is taken on a kind of CPU.
@@ -140,14 +143,14 @@ class Target:
         return tuple(VariantName(self.name, precision) for precision in self.precisions)
 
     @property
-    def is_package(self) -> bool:
+    def is_deployment(self) -> bool:
         """Whether it is made from a variant of the bundle, and is none itself."""
         return bool(self.made_from)
 
     @property
     def is_engine(self) -> bool:
-        """Whether it is a package that a session can run."""
-        return self.is_package and self.opener is not None
+        """Whether it is a deployment that a session can run."""
+        return self.is_deployment and self.opener is not None
 
     @property
     def runs_on_cpu(self) -> bool:
@@ -303,7 +306,7 @@ def all_targets() -> tuple[Target, ...]:
 
 @cache
 def all_variants() -> Mapping[str, VariantName]:
-    """Return every variant and package that can be asked for, by the name that it is asked for by."""
+    """Return every variant and deployment that can be asked for, by name."""
     return {str(name): name for target in all_targets() for name in target.variants}
 
 

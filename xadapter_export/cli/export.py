@@ -284,6 +284,9 @@ def export(
         split=split or retrieval == "external",
         judging=judging | {"--skip-failed": skip_failed},
     )
+    from xadapter_export.exporters.makers.axis_profile import parse_profile
+
+    lengths = parse_profile(profile)
     with _progress(quiet=quiet) as on_stage:
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")
@@ -307,7 +310,7 @@ def export(
             without=without,
             retrieval=retrieval,
             split=split,
-            deploy_options=makers.PackageOptions(makers.parse_profile(profile), compute_capabilities),
+            deploy_options=makers.DeployOptions(lengths, compute_capabilities),
             force=force,
             on_stage=on_stage,
         )

@@ -23,7 +23,6 @@ from xadapter_export.bundle.folder import (
     Bundle,
     list_files,
 )
-from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
     EXPERT_SETS,
     Agreement,
@@ -41,21 +40,23 @@ from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import calibration_feeds
+from xadapter_export.exporters.judge.judge import Gates, Judge, LeftOutWarning
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
+    Deployer,
+    DeployJob,
+    DeployOptions,
     GraphJob,
     GraphMaker,
     Graphs,
     MadeGraph,
     Material,
-    PackageJob,
-    PackageOptions,
-    Packer,
-    check_packages,
+    check_options,
     load_maker,
 )
+from xadapter_export.exporters.onnx_files import hide_taps
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
-from xadapter_export.exporters.plan import Gates, Plan, check_split, make_plan, reads_clip
+from xadapter_export.exporters.plan import Plan, check_split, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
 from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
 from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
@@ -69,7 +70,7 @@ from xadapter_export.exporters.request import (
     made_from,
     make_request,
 )
-from xadapter_export.exporters.shelf import Shelf, hide_taps
+from xadapter_export.exporters.shelf import Shelf
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.prove import prove_bundle
@@ -105,10 +106,6 @@ class ExportResult:
     left_out: tuple[str, ...] = ()
 
 
-class LeftOutWarning(UserWarning):
-    """A variant that was asked for is below its gate and is not in the bundle."""
-
-
 def export(
     model: XAdapterModel | str | Path = BUILTIN,
     output: str | Path = "bundle",
@@ -127,7 +124,7 @@ def export(
     max_points_lost: float | None = None,
     skip_failed: bool = False,
     without: Collection[Step] = (),
-    deploy_options: PackageOptions | None = None,
+    deploy_options: DeployOptions | None = None,
     retrieval: Retrieval = "in-graph",
     split: bool = False,
     force: bool = False,
@@ -186,8 +183,8 @@ def export(
     }
     judging |= {"min_agreement": min_agreement, "max_points_lost": max_points_lost}
     check_request(request, split=split, judging=judging)
-    deploy_options = deploy_options or PackageOptions()
-    check_packages(request.deployments, deploy_options)
+    deploy_options = deploy_options or DeployOptions()
+    check_options(request.deployments, deploy_options)
     with staged_folder(Path(output), force=force) as staged:
         if not isinstance(model, XAdapterModel):
             on_stage("load", str(model))
@@ -208,10 +205,12 @@ def export(
         gates = Gates(min_agreement=min_agreement, max_points_lost=max_points_lost, skip_failed=skip_failed)
         if request.is_lossy:
             gates = gates.read(model, plan, calibration, evaluate)
+        judge = Judge(gates)
         was_training = model.training
         try:
-            builder = _Builder(model.eval(), source, plan, opset, staged.path, frozenset(without), on_stage)
-            manifest, report = builder.build(request.graphs, gates, cases, staged.final.name)
+            steps = frozenset(without)
+            builder = _Builder(model.eval(), source, plan, opset, staged.path, steps, on_stage, judge)
+            manifest, report = builder.build(request.graphs, cases, staged.final.name)
         finally:
             model.train(was_training)
         try:
@@ -220,7 +219,7 @@ def export(
                 if variant.agreement is not None:
                     agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
             say = partial(on_stage, "deploy")
-            made = _pack_all(staged.path, manifest, request, deploy_options, say)
+            made = _deploy_all(staged.path, manifest, request, deploy_options, say)
         except OSError:  # one about the output, which keeps nothing
             raise
         except XAdapterError as error:
@@ -229,10 +228,9 @@ def export(
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
-    left_out = [*builder.left_out, *_not_deployed(request, manifest)]
-    for line in left_out[len(builder.left_out) :]:
+    for line in (not_made := _not_deployed(request, manifest)):
         warnings.warn(line, LeftOutWarning, stacklevel=2)
-    return ExportResult(staged.final, manifest, report, tuple(left_out))
+    return ExportResult(staged.final, manifest, report, (*judge.left_out, *not_made))
 
 
 @dataclass
@@ -246,17 +244,15 @@ class _Builder:
     folder: Path
     without: frozenset[Step]
     on_stage: OnStage
+    judge: Judge
     specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     reference: dict[str, Array] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=Rounding)
-    answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
 
     def build(
         self,
         wanted: Sequence[VariantName],
-        gates: Gates,
         cases: dict[str, dict[str, Array]],
         name: str,
     ) -> tuple[Manifest, ParityReport]:
@@ -267,10 +263,10 @@ class _Builder:
         shelf = Shelf(folder, plan.expert_sets[0])
         try:
             for expert_set in plan.expert_sets:
-                material = self._write_portable(expert_set, cases, gates, shelf)
+                material = self._write_portable(expert_set, cases, shelf)
                 for variant in wanted:
                     if variant != all_variants()[PORTABLE]:
-                        self._write_variant(variant, material, gates, shelf)
+                        self._write_variant(variant, material, shelf)
         finally:
             shelf.close()
         self._check_remaining(wanted)
@@ -308,7 +304,7 @@ class _Builder:
         return _write_manifest(folder, manifest, name), report
 
     def _write_portable(
-        self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], gates: Gates, shelf: Shelf
+        self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], shelf: Shelf
     ) -> Material:
         """Writes the portable graph of a set, wanted or not, from which its other variants are made."""
         model, plan = self.model, self.plan
@@ -333,7 +329,7 @@ class _Builder:
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
         variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
-        self._answer_in_fp32(expert_set, variant, gates)
+        self._ask_fp32(expert_set, variant)
         return Material(
             expert_set,
             self.folder,
@@ -341,15 +337,15 @@ class _Builder:
             graphs,
             parts,
             self.rounding,
-            calibrate=partial(self._calibration, expert_set, gates),
-            measure=partial(self._measure, variant, graphs, gates),
+            calibrate=partial(self._calibration, expert_set),
+            measure=partial(self._measure, variant, graphs),
         )
 
-    def _write_variant(self, name: VariantName, material: Material, gates: Gates, shelf: Shelf) -> None:
+    def _write_variant(self, name: VariantName, material: Material, shelf: Shelf) -> None:
         """Writes a variant: the first try that passes its gate, or the last one."""
         expert_set = material.expert_set
         maker = load_maker(TARGETS[name.target])
-        assert isinstance(maker, GraphMaker)  # packages are made of what is proven
+        assert isinstance(maker, GraphMaker)  # deployments are made of what is proven
         with TemporaryDirectory(dir=self.folder) as folder:
             job = GraphJob(
                 name.precision,
@@ -363,25 +359,22 @@ class _Builder:
                 if name.precision == "fp32":
                     break
                 self.on_stage("compare", f"{expert_set}, {name}")
-                session = self._open(expert_set, name.target, shelf.save(made, job))
-                measured = self._compare(expert_set, session, name.precision, gates)
+                files = shelf.save(made, job)
+                measured = self.judge.compare(self._open(expert_set, name.target, files), expert_set, name)
                 if agreement.passes(measured):
                     break
-            if not self._leaves_out(name, expert_set, measured, gates):
+            if not self.judge.leaves_out(measured, expert_set, name):
                 steps = [*material.variant.optimisations, *made.steps]
                 self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
 
-    def _answer_in_fp32(self, expert_set: ExpertSet, portable: Variant, gates: Gates) -> None:
+    def _ask_fp32(self, expert_set: ExpertSet, portable: Variant) -> None:
         """Asks the portable graph what lossy ones will be asked."""
-        if gates.calibration is None:
+        if self.judge.gates.calibration is None:
             return
         self.on_stage("compare", f"{expert_set}, fp32")
         encoder = self.model.make_text_encoder(self.plan.max_seq)
-        spec, task = self.specs[expert_set], self.plan.task
-        texts = gates.calibration.compared_on
-        probe = agreement.make_probe(encoder, spec, task, texts, gates.questions)
         session = self._open_written(portable)
-        self.answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+        self.judge.ask_fp32(session, encoder, expert_set, self.specs[expert_set], self.plan.task)
 
     def _open_written(self, variant: Variant) -> OnnxSession:
         files: dict[Part, Path] = {"whole": self.folder / variant.file}
@@ -400,34 +393,6 @@ class _Builder:
             assert bank is not None  # a set searches it
             retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
         return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
-
-    def _compare(
-        self, expert_set: ExpertSet, session: OnnxSession, precision: Precision, gates: Gates
-    ) -> Agreement:
-        probe, reference = self.answers[expert_set]
-        return agreement.compare(
-            reference,
-            agreement.collect(agreement.as_runner(session), probe, precision),
-            probe,
-            precision,
-            min_agreement=gates.min_agreement,
-            max_points_lost=gates.max_points_lost,
-            judged_on=gates.judged_on(str(read_machine())),
-        )
-
-    def _leaves_out(
-        self, name: VariantName, expert_set: ExpertSet, measured: Agreement | None, gates: Gates
-    ) -> bool:
-        """Whether a variant is below its gate and is to be left out; then a warning says so."""
-        if measured is None or not gates.skip_failed:
-            return False
-        try:
-            agreement.check(measured, f"{name}, experts {expert_set}")
-        except ParityError as error:
-            self.left_out.append(f"left out: {error}")
-            warnings.warn(self.left_out[-1], LeftOutWarning, stacklevel=2)
-            return True
-        return False
 
     def _check_remaining(self, wanted: Sequence[VariantName]) -> None:
         """Refuses a bundle that would have nothing that was asked for of an expert set."""
@@ -450,18 +415,19 @@ class _Builder:
             recorded |= record(open_variant(bundle, variant), variant, spec, self.reference)
         self.reference |= recorded | noise(recorded, self.reference)
 
-    def _calibration(self, expert_set: ExpertSet, gates: Gates) -> list[dict[str, Array]]:
+    def _calibration(self, expert_set: ExpertSet) -> list[dict[str, Array]]:
         """Inputs to calibrate with; none where nothing lossy was asked for."""
-        if gates.calibration is None:
+        calibration = self.judge.gates.calibration
+        if calibration is None:
             return []
         encoder = self.model.make_text_encoder(self.plan.max_seq)
         names = [tensor.name for tensor in self.specs[expert_set].inputs]
-        return calibration_feeds(encoder, gates.calibration.made_with, names)
+        return calibration_feeds(encoder, calibration.made_with, names)
 
-    def _measure(self, portable: Variant, graphs: Graphs, gates: Gates) -> dict[Part, Ranges]:
+    def _measure(self, portable: Variant, graphs: Graphs) -> dict[Part, Ranges]:
         """What goes into the products of each graph of a set."""
         self.on_stage("calibrate", portable.expert_set)
-        feeds = self._calibration(portable.expert_set, gates)
+        feeds = self._calibration(portable.expert_set)
         found: dict[Part, Ranges] = {}
         for part, graph in graphs.items():
             if part == "answer":  # it reads what the query graph says
@@ -498,30 +464,30 @@ class _Builder:
         return variant
 
 
-def _pack_all(
-    folder: Path, manifest: Manifest, request: Request, options: PackageOptions, say: Callable[[str], None]
+def _deploy_all(
+    folder: Path, manifest: Manifest, request: Request, options: DeployOptions, say: Callable[[str], None]
 ) -> tuple[Deployment, ...]:
-    """Makes every package that was asked for, of every expert set whose graph is there."""
+    """Makes every deployment that was asked for, of every expert set whose graph is there."""
     made: list[Deployment] = []
     for name in request.deployments:
-        packer = load_maker(TARGETS[name.target])
-        assert isinstance(packer, Packer)  # so says the table
+        deployer = load_maker(TARGETS[name.target])
+        assert isinstance(deployer, Deployer)  # so says the table
         for variant in manifest.variants:
             if variant.name == str(made_from(name)):
                 start = time.monotonic()
-                job = PackageJob(folder, manifest, variant, name.precision, options, say)
-                package = packer.pack(job)
+                job = DeployJob(folder, manifest, variant, options, say)
+                wrote = deployer.deploy(job)
                 deployment = Deployment(
                     target=name.target,
                     expert_set=variant.expert_set,
                     precision=name.precision,
                     source=variant.name,
-                    files=package.files,
-                    size_bytes=sum((folder / file).stat().st_size for file in package.files),
+                    files=wrote.files,
+                    size_bytes=sum((folder / file).stat().st_size for file in wrote.files),
                     seconds=time.monotonic() - start,
-                    facts=dict(package.facts),
-                    refused=package.refused,
-                    prove_with=package.prove_with,
+                    facts=dict(wrote.facts),
+                    refused=wrote.refused,
+                    prove_with=wrote.prove_with,
                 )
                 made.append(deployment)
     return tuple(made)

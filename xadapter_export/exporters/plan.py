@@ -1,14 +1,10 @@
 """What was asked for, checked against the checkpoint, before anything is made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Self
+from dataclasses import dataclass
 
-from xadapter_export.bundle.manifest import Candidate, ExpertSet, JudgedOn, Task
+from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
-from xadapter_export.exporters.judge import agreement
-from xadapter_export.exporters.judge.calibration import Calibration, read_calibration
 from xadapter_export.exporters.portable.merge import Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
@@ -99,46 +95,3 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
 def reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
     """Whether the graph of a set has CLIP's text tower in it."""
     return "t" in expert_set or ("v" in expert_set and model.config.retrieval.mode == "topk")
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What lossy variants are made and judged with; no texts where there are none.
-
-    Attributes:
-        calibration: The texts.
-        questions: Questions with a known answer.
-        min_agreement: In the place of the default gate of a precision.
-        max_points_lost: Likewise.
-        skip_failed: Whether a variant below a gate is left out, and the others are written.
-    """
-
-    calibration: Calibration | None = None
-    questions: agreement.Questions | None = None
-    min_agreement: float | None = None
-    max_points_lost: float | None = None
-    skip_failed: bool = False
-
-    def judged_on(self, processor: str) -> JudgedOn | None:
-        """Return what a manifest says of the texts and questions; None where there are none."""
-        if self.calibration is None:
-            return None
-        asked = None if self.questions is None else self.questions.source
-        return JudgedOn(texts=self.calibration.source, questions=asked, processor=processor)
-
-    def read(
-        self, model: XAdapterModel, plan: Plan, calibration: str | Path | None, evaluate: str | Path | None
-    ) -> Self:
-        """Return the same gates, with texts and questions.
-
-        Raises:
-            XAdapterError: If they cannot be read.
-        """
-        words = [candidate.word for candidate in plan.candidates or ()]
-        source = None if calibration is None else Path(calibration)
-        asked = None if evaluate is None else Path(evaluate)
-        return replace(
-            self,
-            calibration=read_calibration(model, source, plan.task, candidates=words),
-            questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
-        )

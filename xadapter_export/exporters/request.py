@@ -74,14 +74,14 @@ def make_request(
     if precisions or targets or not variants:
         names = [*_read_shorthand(precisions or ("fp32",), targets), *names]
     asked = dict.fromkeys(all_variants()[name] for name in names)
-    deployments = [name for name in asked if TARGETS[name.target].is_package]
+    deployments = [name for name in asked if TARGETS[name.target].is_deployment]
     graphs = [name for name in asked if name not in deployments] + [made_from(name) for name in deployments]
     return Request(tuple(dict.fromkeys(graphs)), tuple(deployments))
 
 
-def made_from(package: VariantName) -> VariantName:
-    """Return the variant that a package is made from."""
-    return TARGETS[package.target].made_from[package.precision]
+def made_from(name: VariantName) -> VariantName:
+    """Return the variant that a deployment is made from."""
+    return TARGETS[name.target].made_from[name.precision]
 
 
 def check_gate_options(min_agreement: float | None, max_points_lost: float | None) -> None:

@@ -259,7 +259,7 @@ def _gpu_targets(providers: Sequence[str]) -> list[str]:
     """Return the targets for the first GPU provider, the fastest first: made for it, then for any."""
     first = next((name for name in providers if name in GPU_PROVIDERS), None)
     wanted = (first, None) if first is not None else (None,)
-    graphs = [target for target in all_targets() if not target.is_package]
+    graphs = [target for target in all_targets() if not target.is_deployment]
     return [target.name for provider in wanted for target in graphs if target.provider == provider]
 
 

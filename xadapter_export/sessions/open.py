@@ -65,7 +65,7 @@ def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession
         As the opener.
     """
     found = TARGETS[target]
-    if found.opener is None or found.is_package:
+    if found.opener is None or found.is_deployment:
         raise UnsupportedError("no session runs graphs of this target", where=target)
     session: OnnxSession = load_named(found.opener)(file, how)
     return session

@@ -1,1 +1,1 @@
-"""One module for each target: what makes its variants, or its packages. A row of ``targets`` names it."""
+"""One module for each target: what makes its variants, or its deployments. A row of ``targets`` names it."""

@@ -2,7 +2,7 @@
 
 A ``GraphMaker`` makes variants: graphs that are measured or proven against PyTorch. It yields its tries from
 the smallest and fastest to the most exact, and the exporter keeps the first that passes its gate. A
-``Packer`` makes files for another runtime from a variant that is in the bundle and proven.
+``Deployer`` makes files for another runtime from a variant that is in the bundle and proven.
 """
 
 import shutil
@@ -16,36 +16,19 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimisation, Variant
 from xadapter_export.errors import ConfigError, import_extra
-from xadapter_export.exporters.makers.axis_profile import check_axes, parse_profile
+from xadapter_export.exporters.makers.axis_profile import check_axes
 from xadapter_export.exporters.passes.quantise import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets, load_named
-
-__all__ = [
-    "GraphJob",
-    "GraphMaker",
-    "Graphs",
-    "MadeGraph",
-    "Maker",
-    "Material",
-    "Package",
-    "PackageJob",
-    "PackageOptions",
-    "Packer",
-    "Say",
-    "check_packages",
-    "load_maker",
-    "parse_profile",
-]
 
 Say = Callable[[str], None]
 Graphs = dict[Part, ir.Model]
 
 
 @dataclass(frozen=True)
-class PackageOptions:
-    """What packages were asked to fit.
+class DeployOptions:
+    """What deployments were asked to fit.
 
     Attributes:
         profile: Least and largest length of an axis, by its name in the graph: ``batch``, ``seq``, ``masks``,
@@ -139,14 +122,13 @@ class MadeGraph:
 
 
 @dataclass(frozen=True)
-class PackageJob:
-    """A package to make.
+class DeployJob:
+    """A deployment to make.
 
     Attributes:
         folder: The bundle that is being made: the graph, its weights and the reference are there.
         manifest: What the bundle says so far.
         variant: The variant that it is made from.
-        precision: The precision that was asked for.
         options: What it must fit.
         say: Called with what is written.
     """
@@ -154,14 +136,13 @@ class PackageJob:
     folder: Path
     manifest: Manifest
     variant: Variant
-    precision: Precision
-    options: PackageOptions
+    options: DeployOptions
     say: Say
 
 
 @dataclass(frozen=True)
-class Package:
-    """What a packer wrote; for each see ``manifest.Deployment``."""
+class Deployed:
+    """What a deployer wrote; for each see ``manifest.Deployment``."""
 
     files: tuple[str, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -179,7 +160,7 @@ class Maker:
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def check(self, options: PackageOptions, precisions: Sequence[Precision]) -> None:
+    def check(self, options: DeployOptions, precisions: Sequence[Precision]) -> None:
         """Refuse what could not be made, before anything is traced.
 
         Args:
@@ -204,12 +185,12 @@ class GraphMaker(Maker, ABC):
         """
 
 
-class Packer(Maker, ABC):
-    """Makes the packages of a target."""
+class Deployer(Maker, ABC):
+    """Makes the deployments of a target."""
 
     @abstractmethod
-    def pack(self, job: PackageJob) -> Package:
-        """Write a package into a folder of the bundle, and prove it if that can be done here.
+    def deploy(self, job: DeployJob) -> Deployed:
+        """Write files into a folder of the bundle, and prove them if that can be done here.
 
         Raises:
             XAdapterError: If it cannot be made.
@@ -223,7 +204,7 @@ def load_maker(target: Target) -> Maker:
         ConfigError: If the table names something else.
     """
     found = load_named(target.maker)
-    wanted = Packer if target.is_package else GraphMaker
+    wanted = Deployer if target.is_deployment else GraphMaker
     if not (isinstance(found, type) and issubclass(found, wanted)):
         raise ConfigError(
             "the table of targets names no maker", where=target.maker, expected=f"a {wanted.__name__}"
@@ -231,11 +212,11 @@ def load_maker(target: Target) -> Maker:
     return found(target)
 
 
-def check_packages(names: Sequence[VariantName], options: PackageOptions) -> None:
+def check_options(names: Sequence[VariantName], options: DeployOptions) -> None:
     """Refuse options that no target reads, what no maker can do, and what is not installed.
 
     Args:
-        names: Packages that were asked for.
+        names: Deployments that were asked for.
         options: What they must fit.
 
     Raises:
@@ -260,7 +241,7 @@ def check_packages(names: Sequence[VariantName], options: PackageOptions) -> Non
 _CAPABILITY = "compute-capability"
 
 
-def _check_profile(targets: Sequence[Target], options: PackageOptions) -> None:
+def _check_profile(targets: Sequence[Target], options: DeployOptions) -> None:
     for axis, (least, largest) in options.profile.items():
         readers = [target for target in targets if axis in (*target.axes, *target.largest_axes)]
         if not readers:

@@ -15,7 +15,7 @@ import numpy as np
 from xadapter_export.bundle.folder import REFERENCE_NAME
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import ParityError, UnsupportedError
-from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
 from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import Array
@@ -32,10 +32,10 @@ FIRST_READER = "1.20"
 _DISABLED = ("ConstantFolding", "NchwcTransformer", "SkipLayerNormFusion")
 
 
-class MobileMaker(Packer):
+class MobileMaker(Deployer):
     """Writes and proves ``mobile/<graph>.ort``, with its ``.required_operators.config``."""
 
-    def pack(self, job: PackageJob) -> Package:
+    def deploy(self, job: DeployJob) -> Deployed:
         """Write them; an ``.ort`` file takes any length.
 
         Raises:
@@ -57,7 +57,7 @@ class MobileMaker(Packer):
                 f"not have {', '.join(strangers)}; choose --precision fp32"
             )
         difference = _prove(job.folder, variant, file)
-        return Package(
+        return Deployed(
             files=tuple(path.relative_to(job.folder).as_posix() for path in (file, operators_file)),
             facts={
                 "packages": "onnxruntime-android, onnxruntime-objc, onnxruntime-c",

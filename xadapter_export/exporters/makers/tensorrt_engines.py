@@ -12,19 +12,19 @@ from xadapter_export.exporters.makers.engines import (
     check_capabilities,
     split_capabilities,
 )
-from xadapter_export.exporters.makers.maker import Package, PackageJob, PackageOptions, Packer
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob, DeployOptions
 from xadapter_export.sessions.tensorrt_session import import_library
 from xadapter_export.targets import Precision
 
 
-class TensorRtRtxMaker(Packer):
+class TensorRtRtxMaker(Deployer):
     """Builds the engines of a variant, one after another, so that memory is for one."""
 
-    def check(self, options: PackageOptions, precisions: Sequence[Precision]) -> None:
+    def check(self, options: DeployOptions, precisions: Sequence[Precision]) -> None:
         """Refuse GPUs that no engine can be built for; see ``check_capabilities``."""
         check_capabilities(import_library(self.target.name), options.compute_capabilities, precisions)
 
-    def pack(self, job: PackageJob) -> Package:
+    def deploy(self, job: DeployJob) -> Deployed:
         """Build them.
 
         Raises:
@@ -64,7 +64,7 @@ class TensorRtRtxMaker(Packer):
             raise UnsupportedError("TensorRT-RTX refuses every engine", got="; ".join(refused))
         which = f"--experts {variant.expert_set} --variant {variant.name}"
         proof = f"xad-parity . --engine {self.target.name} {which}"
-        return Package(tuple(files), facts, tuple(refused), proof)
+        return Deployed(tuple(files), facts, tuple(refused), proof)
 
 
 def _engine_name(variant: Variant, capabilities: tuple[str, ...]) -> str:

@@ -18,8 +18,8 @@ from xadapter_export.bundle.folder import Bundle
 from xadapter_export.errors import MissingExtraError, ProviderError, import_extra
 from xadapter_export.exporters.makers.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.makers.engines import EngineJob, build_engine
-from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer, Say
-from xadapter_export.exporters.shelf import write_alone
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob, Say
+from xadapter_export.exporters.onnx_files import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance
 from xadapter_export.parity.engines import measure_graph
 from xadapter_export.parity.prove import read_reference, reference_feeds
@@ -29,10 +29,10 @@ from xadapter_export.sessions.tensorrt_session import find_gpu
 Shapes = Mapping[str, tuple[list[int], list[int], list[int]]]
 
 
-class TensorRtMaker(Packer):
+class TensorRtMaker(Deployer):
     """Writes the folder of a variant, and builds its engine where that can be done here."""
 
-    def pack(self, job: PackageJob) -> Package:
+    def deploy(self, job: DeployJob) -> Deployed:
         """Write it.
 
         Raises:
@@ -67,10 +67,10 @@ class TensorRtMaker(Packer):
             [] if reason is None else [f"engine, {variant.name}, experts {variant.expert_set}: {reason}"]
         )
         files = tuple(f"{self.target.name}/{name}" for name in names)
-        return Package(files, facts, tuple(refused), f"sh {self.target.name}/{script}")
+        return Deployed(files, facts, tuple(refused), f"sh {self.target.name}/{script}")
 
 
-def _cases(job: PackageJob, shapes: Shapes) -> tuple[dict[str, dict[str, Array]], dict[str, Tolerance]]:
+def _cases(job: DeployJob, shapes: Shapes) -> tuple[dict[str, dict[str, Array]], dict[str, Tolerance]]:
     """The inputs of the proof that an engine is planned for, and how far each output may be off."""
     bundle, variant = Bundle(job.folder, job.manifest), job.variant
     spec = job.manifest.expert_sets[variant.expert_set]

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
 from xadapter_export.errors import ParityError, import_extra
-from xadapter_export.exporters.makers.maker import Package, PackageJob, Packer
-from xadapter_export.exporters.shelf import write_alone
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
+from xadapter_export.exporters.onnx_files import write_alone
 from xadapter_export.parity.prove import read_reference
 from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import Array, OnnxSession
@@ -39,10 +39,10 @@ def model_name(variant: Variant) -> str:
     return f"xadapter_{variant.expert_set}_{variant.precision}"
 
 
-class TritonMaker(Packer):
+class TritonMaker(Deployer):
     """Writes ``triton/<name>/``: ``config.pbtxt``, ``1/model.onnx``, its weights, and a warm-up request."""
 
-    def pack(self, job: PackageJob) -> Package:
+    def deploy(self, job: DeployJob) -> Deployed:
         """Write it; the upper end of the axis ``batch`` is the largest batch, 32 if it is not given.
 
         Raises:
@@ -65,7 +65,7 @@ class TritonMaker(Packer):
         (home / "config.pbtxt").write_text(_to_text(config), encoding="utf-8")
         check_repository(home)
         written = [path for path in sorted(home.rglob("*")) if path.is_file()]
-        return Package(
+        return Deployed(
             files=tuple(path.relative_to(folder).as_posix() for path in written),
             facts={
                 "model": name,

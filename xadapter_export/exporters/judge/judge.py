@@ -1,0 +1,119 @@
+"""The judge of an export: compares lossy variants with fp32, and says which are left out."""
+
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from xadapter_export.bundle.machine import read_machine
+from xadapter_export.bundle.manifest import Agreement, ExpertSet, ExpertSetSpec, JudgedOn, Task
+from xadapter_export.errors import ParityError
+from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge.calibration import Calibration, read_calibration
+from xadapter_export.exporters.plan import Plan
+from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.sessions.session import OnnxSession
+from xadapter_export.targets import VariantName
+
+
+class LeftOutWarning(UserWarning):
+    """A variant that was asked for is below its gate and is not in the bundle."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What lossy variants are made and judged with; no texts where there are none.
+
+    Attributes:
+        calibration: The texts.
+        questions: Questions with a known answer.
+        min_agreement: In the place of the default gate of a precision.
+        max_points_lost: Likewise.
+        skip_failed: Whether a variant below a gate is left out, and the others are written.
+    """
+
+    calibration: Calibration | None = None
+    questions: agreement.Questions | None = None
+    min_agreement: float | None = None
+    max_points_lost: float | None = None
+    skip_failed: bool = False
+
+    def judged_on(self, processor: str) -> JudgedOn | None:
+        """Return what a manifest says of the texts and questions; None where there are none."""
+        if self.calibration is None:
+            return None
+        asked = None if self.questions is None else self.questions.source
+        return JudgedOn(texts=self.calibration.source, questions=asked, processor=processor)
+
+    def read(
+        self, model: XAdapterModel, plan: Plan, calibration: str | Path | None, evaluate: str | Path | None
+    ) -> Self:
+        """Return the same gates, with texts and questions.
+
+        Raises:
+            XAdapterError: If they cannot be read.
+        """
+        words = [candidate.word for candidate in plan.candidates or ()]
+        source = None if calibration is None else Path(calibration)
+        asked = None if evaluate is None else Path(evaluate)
+        return replace(
+            self,
+            calibration=read_calibration(model, source, plan.task, candidates=words),
+            questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
+        )
+
+
+@dataclass
+class Judge:
+    """What lossy variants are compared with, set by set.
+
+    Args:
+        gates: What they are judged with.
+
+    Attributes:
+        left_out: A line for each variant that was below its gate, where those are left out.
+    """
+
+    gates: Gates
+    left_out: list[str] = field(default_factory=list)
+    _answers: dict[ExpertSet, tuple[agreement.Probe, agreement.Answers]] = field(default_factory=dict)
+
+    def ask_fp32(
+        self,
+        session: OnnxSession,
+        encoder: TextEncoder,
+        expert_set: ExpertSet,
+        spec: ExpertSetSpec,
+        task: Task,
+    ) -> None:
+        """Ask the portable graph of a set what lossy ones will be asked."""
+        assert self.gates.calibration is not None  # there are lossy ones
+        texts = self.gates.calibration.compared_on
+        probe = agreement.make_probe(encoder, spec, task, texts, self.gates.questions)
+        self._answers[expert_set] = probe, agreement.collect(agreement.as_runner(session), probe, "fp32")
+
+    def compare(self, session: OnnxSession, expert_set: ExpertSet, name: VariantName) -> Agreement:
+        """Return how a lossy variant agrees with the portable graph of its set."""
+        probe, reference = self._answers[expert_set]
+        return agreement.compare(
+            reference,
+            agreement.collect(agreement.as_runner(session), probe, name.precision),
+            probe,
+            name.precision,
+            min_agreement=self.gates.min_agreement,
+            max_points_lost=self.gates.max_points_lost,
+            judged_on=self.gates.judged_on(str(read_machine())),
+        )
+
+    def leaves_out(self, measured: Agreement | None, expert_set: ExpertSet, name: VariantName) -> bool:
+        """Whether a variant is below its gate and is to be left out; then a warning says so."""
+        if measured is None or not self.gates.skip_failed:
+            return False
+        try:
+            agreement.check(measured, f"{name}, experts {expert_set}")
+        except ParityError as error:
+            self.left_out.append(f"left out: {error}")
+            warnings.warn(self.left_out[-1], LeftOutWarning, stacklevel=2)
+            return True
+        return False
