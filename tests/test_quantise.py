@@ -26,7 +26,7 @@ from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import pipeline
 from xadapter_export.exporters.judge import agreement
-from xadapter_export.exporters.judge.judge import Judge
+from xadapter_export.exporters.judge.judge import Judge, LeftOutWarning
 from xadapter_export.exporters.passes import half as half_pass
 from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
 from xadapter_export.exporters.pipeline import ExportResult
@@ -700,7 +700,7 @@ def test_a_variant_below_its_gate_is_left_out_and_the_others_are_written(
     fail(monkeypatch, ("none", "int8"), ("vt", "int4"), ("none", "int4"))
     variants = ["onnx-fp32", "cpu-int8", "cpu-int4", "triton-int8"]
     options: dict[str, Any] = {"variants": variants, "calibration": texts}
-    with pytest.warns(pipeline.LeftOutWarning) as warned:
+    with pytest.warns(LeftOutWarning) as warned:
         done = export(model, tmp_path / "bundle", SETS, skip_failed=True, **options)
     assert [(v.expert_set, v.name) for v in done.manifest.variants] == [
         ("vt", "onnx-fp32"),
@@ -724,7 +724,7 @@ def test_an_export_that_would_leave_a_set_with_nothing_fails(
 ) -> None:
     fail(monkeypatch, ("none", "int8"))
     with (
-        pytest.warns(pipeline.LeftOutWarning),
+        pytest.warns(LeftOutWarning),
         pytest.raises(ParityError, match=r"every variant .* below its gate, .*: experts none .*got cpu-int8"),
     ):
         export(model, tmp_path / "b", SETS, variants=["cpu-int8"], calibration=texts, skip_failed=True)
