@@ -179,7 +179,7 @@ def test_the_table_is_whole() -> None:
 
 def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportResult) -> None:
     manifest = bundle.manifest
-    assert [v.name for v in manifest.variants] == ["onnx-fp32", "cpu-fp32", "whole-fp32", "whole-int8"]
+    assert [v.name for v in manifest.variants] == ["onnx-fp32", "whole-fp32", "whole-int8", "cpu-fp32"]
     fp32, int8 = (manifest.variant("t", name) for name in ("whole-fp32", "whole-int8"))
     assert (fp32.file, fp32.weight_files, fp32.is_onnx) == ("whole/model_fp32.whole", (), False)
     assert {cell.output for cell in bundle.parity.cells_of("t", "whole-fp32")} == {"logits"}
