@@ -45,8 +45,9 @@ from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
 from xadapter_export.bundle.cuda import CUDA_PROVIDER, find_missing
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import EXPERT_SETS, Deployment, ExpertSet, Manifest, Task, Variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.runtime.choose import CPU_PROVIDER
 
 CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")

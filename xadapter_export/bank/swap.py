@@ -36,6 +36,7 @@ from xadapter_export.bundle.onnx_session import Array, OnnxSession, create_sessi
 from xadapter_export.bundle.retrieval import open_retriever
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
 from xadapter_export.parity.recorded import record
@@ -148,8 +149,10 @@ def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
     Raises:
         ConfigError: If it is not there, or an expert set would have no graph left.
     """
-    variants = [v for v in manifest.variants if "v" not in v.expert_set or v.name not in leave_out]
-    deployments = [d for d in manifest.deployments if "v" not in d.expert_set or d.target not in leave_out]
+    variants = [v for v in manifest.variants if not reads_bank(v.expert_set) or v.name not in leave_out]
+    deployments = [
+        d for d in manifest.deployments if not reads_bank(d.expert_set) or d.target not in leave_out
+    ]
     gone = {v.name for v in manifest.variants if v not in variants}
     gone |= {d.target for d in manifest.deployments if d not in deployments}
     if unknown := [name for name in leave_out if name not in gone]:
@@ -188,7 +191,9 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             mend="train with the new bank, or export again",
         )
     for variant in kept.variants:
-        if "v" not in variant.expert_set or (variant.target != "openvino" and variant.name != "onnx-int8"):
+        if not reads_bank(variant.expert_set) or (
+            variant.target != "openvino" and variant.name != "onnx-int8"
+        ):
             continue
         why = "is no ONNX file" if variant.target == "openvino" else "was calibrated with the old bank"
         raise UnsupportedError(
@@ -196,7 +201,7 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             mend=f"leave it out with --leave-out {variant.name}, or export again",
         )
     for deployment in kept.deployments:
-        if "v" in deployment.expert_set:
+        if reads_bank(deployment.expert_set):
             raise UnsupportedError(
                 f"the deployment for {deployment.target} holds the old bank",
                 mend=f"leave it out with --leave-out {deployment.target}, or export again",
@@ -254,7 +259,7 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
     assert bank is not None  # checked before
     stored = BankRows(reader.folder / FEATURES_NAME)
     reference = read_reference(new)
-    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+    for variant in [v for v in manifest.variants if reads_bank(v.expert_set)]:
         spec = manifest.expert_sets[variant.expert_set]
         outputs = [output.name for output in spec.outputs]
         file = new.file(variant.graph_files[0])  # the one that searches, or says what is searched for
@@ -303,7 +308,7 @@ def _record_answers(new: Bundle) -> Manifest:
         return manifest
     reference = read_reference(new)
     recorded: dict[str, Array] = {}
-    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+    for variant in [v for v in manifest.variants if reads_bank(v.expert_set)]:
         spec = manifest.expert_sets[variant.expert_set]
         recorded |= record(open_variant(new, variant), variant, spec, reference)
     np.savez_compressed(new.folder / SWAPPED_NAME, **sample_reference(recorded))  # type: ignore[arg-type]  # keywords are arrays, not flags

@@ -9,6 +9,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Precision, Target
 from xadapter_export.errors import ParityError
+from xadapter_export.experts import reads_text
 from xadapter_export.exporters.bank_search import search_bank
 from xadapter_export.exporters.fuse import run_pass
 from xadapter_export.exporters.merge import MergedModel, Part
@@ -193,4 +194,4 @@ def _num_exact_gelus(model: ir.Model) -> int:
 
 def _num_fused_experts(merged: MergedModel) -> int:
     """Attentions of experts, but not those over a static bank, which the whole batch shares."""
-    return sum(expert == "t" or merged.retrieves for _, expert in merged.taps)
+    return sum(reads_text([expert]) or merged.retrieves for _, expert in merged.taps)

@@ -26,7 +26,6 @@ from xadapter_export.bundle.folder import (
 )
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import (
-    EXPERT_SETS,
     Agreement,
     DeploymentTarget,
     ExpertSet,
@@ -44,6 +43,7 @@ from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.retrieval import Retriever
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import ParityError, XAdapterError
+from xadapter_export.experts import EXPERT_SETS, reads_bank
 from xadapter_export.exporters import agreement, pack
 from xadapter_export.exporters.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.calibration import calibration_feeds
@@ -630,6 +630,6 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
         example["memory_t"] = torch.zeros(2, 5, model.clip.config.width)
         example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
-    if "v" in model.config.experts:
+    if reads_bank(model.config.experts):
         example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])
     return example

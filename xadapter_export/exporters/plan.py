@@ -7,6 +7,7 @@ from typing import Self
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, JudgedOn, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.experts import reads_bank, reads_text
 from xadapter_export.exporters import agreement
 from xadapter_export.exporters.calibration import Calibration, read_calibration
 from xadapter_export.exporters.merge import Retrieval
@@ -78,13 +79,13 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
     """
     if not plan.split:
         return
-    searched = "v" in model.config.experts and model.config.retrieval.mode == "topk"
-    if plan.retrieval == "external" and not (searched and any("v" in name for name in plan.expert_sets)):
+    searched = reads_bank(model.config.experts) and model.config.retrieval.mode == "topk"
+    if plan.retrieval == "external" and not (searched and any(reads_bank(name) for name in plan.expert_sets)):
         raise ConfigError(
             "there is no search of a bank to be moved out of the graph",
             where=f"experts {', '.join(plan.expert_sets)}",
             got="a static bank, all of which is read"
-            if "v" in model.config.experts and not searched
+            if reads_bank(model.config.experts) and not searched
             else None,
             mend="leave --retrieval external out; --split alone splits what reads CLIP",
         )
@@ -98,7 +99,7 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
 
 def reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
     """Whether the graph of a set has CLIP's text tower in it."""
-    return "t" in expert_set or ("v" in expert_set and model.config.retrieval.mode == "topk")
+    return reads_text(expert_set) or (reads_bank(expert_set) and model.config.retrieval.mode == "topk")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from xadapter_export.bundle.manifest import ExpertSetSpec, Variant
 from xadapter_export.bundle.onnx_session import Array, OnnxSession
 from xadapter_export.bundle.split_session import SplitSession
 from xadapter_export.errors import BundleError, ParityError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Place, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.reference import take_columns
@@ -307,7 +308,7 @@ class Record:
         """Return what to compare with, and what its keys start with."""
         own = f"{case}/{variant.expert_set}/{variant.name}/out/"
         bank = self._bundle.manifest.bank
-        swapped = bank is not None and bank.swapped_from is not None and "v" in variant.expert_set
+        swapped = bank is not None and bank.swapped_from is not None and reads_bank(variant.expert_set)
         if swapped and not spec.searches_outside:
             return self._with_new_bank, own
         return (
