@@ -44,8 +44,9 @@ from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import EXPERT_SETS, Deployment, ExpertSet, Manifest, Task, Variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.sessions.cuda import find_missing
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
 

@@ -14,8 +14,9 @@ import click
 from rich.table import Table
 
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.command import make_console
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.model.builtin import builtin_folder
 
 _TITLES: dict[ExpertSet, str] = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}

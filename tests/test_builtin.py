@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from tests.perturbed import prove_with_each_matrix_off
 from xadapter_export import XAdapterSession, export
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel

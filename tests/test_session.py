@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.tiny_bundle import WORDS, H, plm_tokenizer, rehash, write_bundle
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.manifest import EXPERT_SETS
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -20,6 +19,7 @@ from xadapter_export.errors import (
     ShapeError,
     UnsupportedError,
 )
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.tasks.spec import best

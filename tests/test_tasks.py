@@ -1,7 +1,7 @@
 """Tasks: nothing outside their room knows one by its name, and others can be added from outside."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tests.branches import found_in
 from tests.tiny_checkpoint import make_model, write_parts
 from xadapter_export import XAdapterModel, XAdapterSession, export, registry
 from xadapter_export.cli.run import run
@@ -39,38 +40,12 @@ SPECS = {type(TASKS[name]).__name__ for name in OWN} | {
 
 
 def names_a_task(node: ast.expr) -> bool:
-    """Whether an expression is the name of a task, or its spec, or holds one."""
-    if isinstance(node, ast.Tuple | ast.List | ast.Set):
-        return any(map(names_a_task, node.elts))
+    """Whether an expression is the name of a task, or its spec."""
     if isinstance(node, ast.Attribute):
         return node.attr in SPECS or names_a_task(node.value)
     return (isinstance(node, ast.Constant) and node.value in OWN) or (
         isinstance(node, ast.Name) and node.id in SPECS
     )
-
-
-def branches_on(node: ast.AST) -> list[ast.expr]:
-    """What a node compares, looks up or matches, as far as a task's name may be in it."""
-    match node:
-        case ast.Compare():
-            return [node.left, *node.comparators]
-        case ast.Dict():
-            return [key for key in node.keys if key is not None]
-        case ast.MatchValue():
-            return [node.value]
-        case ast.Subscript():
-            return [node.slice]
-        case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kinds]):
-            return [kinds]
-    return []
-
-
-def found_in(source: str) -> Iterator[int]:
-    """Yield the lines that branch on a task's name."""
-    for node in ast.walk(ast.parse(source)):
-        for branch in branches_on(node):
-            if names_a_task(branch):
-                yield branch.lineno
 
 
 def test_no_code_outside_their_room_branches_on_a_task() -> None:
@@ -80,7 +55,7 @@ def test_no_code_outside_their_room_branches_on_a_task() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in files
-        for line in found_in(path.read_text(encoding="utf-8"))
+        for line in found_in(path.read_text(encoding="utf-8"), names_a_task)
     ]
     assert not found, "\n".join(found)
 
@@ -111,11 +86,12 @@ def test_the_library_writes_no_task_name_outside_their_room() -> None:
     ],
 )
 def test_such_a_branch_is_found(line: str) -> None:
-    assert list(found_in(line))
+    assert list(found_in(line, names_a_task))
 
 
 def test_naming_a_task_is_no_branch() -> None:
-    assert not list(found_in('export(model, task="fill-mask")\nrequire(FILL_MASK)\nname = FILL_MASK.name'))
+    source = 'export(model, task="fill-mask")\nrequire(FILL_MASK)\nname = FILL_MASK.name'
+    assert not list(found_in(source, names_a_task))
 
 
 # ------------------------------------------------------------------------------------------ from outside

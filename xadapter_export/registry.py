@@ -15,10 +15,10 @@ class Named(Protocol):
         """The name, the same on every machine."""
 
 
-T = TypeVar("T", bound=Named)
+Entry = TypeVar("Entry", bound=Named)
 
 
-class Registry(Generic[T]):
+class Registry(Generic[Entry]):
     """A table by name. What installed packages add comes after ours, and is loaded when it is asked for.
 
     Args:
@@ -28,12 +28,12 @@ class Registry(Generic[T]):
         own: Our entries, in the order in which they are listed.
     """
 
-    def __init__(self, group: str, what: str, *own: T) -> None:
+    def __init__(self, group: str, what: str, *own: Entry) -> None:
         self._group = group
         self._what = what
-        self._loaded: dict[str, T] = {entry.name: entry for entry in own}
+        self._loaded: dict[str, Entry] = {entry.name: entry for entry in own}
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: str) -> Entry:
         """Return an entry.
 
         Raises:
@@ -53,7 +53,7 @@ class Registry(Generic[T]):
     def _points(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self._group)}
 
-    def _load(self, name: str) -> T:
+    def _load(self, name: str) -> Entry:
         point = self._points().get(name)
         if point is None:
             raise UnsupportedError(f"there is no such {self._what}", got=name, expected=", ".join(self))
@@ -66,4 +66,4 @@ class Registry(Generic[T]):
             raise UnsupportedError(
                 f"an entry point gives another {self._what}", where=where, got=getattr(entry, "name", entry)
             )
-        return cast(T, entry)
+        return cast(Entry, entry)

@@ -24,8 +24,9 @@ from benchmarks.processors.pythons import VERSIONS, build_python
 from benchmarks.processors.run import NATIVE, RunError, run_all, say
 from train.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.command import XadCommand
+from xadapter_export.experts import EXPERT_SETS
 
 TEXTS: Final = {"builtin": 50, "minilm": 10}  # for each variant; MiniLM takes six times as long
 

@@ -11,7 +11,8 @@ from xadapter_export.evaluation.colour import PUBLISHED, evaluate_colour
 from xadapter_export.evaluation.objects import ObjectSet, read_colors, select_objects
 from xadapter_export.evaluation.opening import open_scorer
 from xadapter_export.evaluation.prompts import read_prompts
-from xadapter_export.evaluation.readings import NAMES, Reading
+from xadapter_export.evaluation.readings import Reading
+from xadapter_export.experts import V
 
 _PROTOCOLS = {"valm": "9 prompts (VaLM)", "norlund": "13 prompts (Norlund et al.)"}
 
@@ -63,7 +64,7 @@ def score_published(
         scorer = open_scorer(folders[arm.name], batch_size=128)
         for experts, name in arm.measured.items():
             readings.append(Reading(name, scorer, experts))
-            if name == NAMES["v"]:
+            if name == V.title:
                 readings.append(Reading(f"{name}, shuffled pictures", scorer, experts, is_shuffled=True))
     columns: dict[str, list[str]] = {}
     for protocol in _PROTOCOLS:

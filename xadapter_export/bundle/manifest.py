@@ -12,15 +12,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xadapter_export.errors import BundleError
+from xadapter_export.experts import KINDS, known_expert, known_experts, known_set
 from xadapter_export.targets import PORTABLE, TARGETS, Precision
 from xadapter_export.tasks import TASKS
 
-ExpertSet = Literal["none", "v", "t", "vt"]
-Expert = Literal["v", "t"]
-Component = Literal["plm", "head", "clip", "bank", "adapter_v", "adapter_t"]
-
 FORMAT_VERSION = 1
-EXPERT_SETS: tuple[ExpertSet, ...] = ("none", "v", "t", "vt")
 
 
 def _inside(path: str) -> str:
@@ -36,6 +32,10 @@ def _known_task(name: str) -> str:
     return TASKS[name].name
 
 
+ExpertSet = Annotated[str, AfterValidator(known_set)]
+SomeExperts = Annotated[str, AfterValidator(known_experts)]
+Expert = Annotated[str, AfterValidator(known_expert)]
+Component = Annotated[str, Field(pattern=f"^(plm|head|clip|bank|adapter_[{''.join(KINDS)}])$")]
 InnerPath = Annotated[str, AfterValidator(_inside)]
 Task = Annotated[str, AfterValidator(_known_task)]
 TargetName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]  # known here, or somewhere else

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -21,7 +21,6 @@ from xadapter_export.errors import XAdapterError
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXPERT_SETS: Final = ("none", "v", "t", "vt")
 WIDE_COLUMNS = 200
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 TERMINATED = 143  # and for one that SIGTERM ended

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xadapter_export.cli.command import (
-    EXPERT_SETS,
     XadCommand,
     example,
     json_option,
@@ -19,6 +18,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import ConfigError, OutputExistsError, import_extra
+from xadapter_export.experts import EXPERT_SETS, NONE
 from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
 if TYPE_CHECKING:
@@ -487,7 +487,7 @@ def _draw(
     found.evaluation.write(folder)
     main = main_reading([answers.reading for answers in found.answers])
     shown = next(answers for answers in found.answers if answers.reading is main)
-    frozen = [a for a in found.answers if a.reading.experts == "none" and a is not shown]
+    frozen = [a for a in found.answers if a.reading.experts == NONE and a is not shown]
     draw_confusion([*frozen[:1], shown], folder / "confusion.png")
     if pictures is None and (Path(options.model) / THUMBNAILS_NAME).is_file():
         pictures = Path(options.model)

@@ -11,7 +11,6 @@ import click
 
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.cli.command import (
-    EXPERT_SETS,
     XadCommand,
     as_typed,
     example,
@@ -20,6 +19,7 @@ from xadapter_export.cli.command import (
     print_json,
 )
 from xadapter_export.errors import UnsupportedError, import_extra
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.exporters.request import (
     check_gate_options,
     check_request,

@@ -9,7 +9,6 @@ import click
 
 from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.cli.command import (
-    EXPERT_SETS,
     XadCommand,
     example,
     json_option,
@@ -18,6 +17,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import ParityError
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.targets import all_targets
 
 if TYPE_CHECKING:

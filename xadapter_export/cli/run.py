@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from xadapter_export.cli.command import (
-    EXPERT_SETS,
     XadCommand,
     example,
     json_option,
@@ -17,6 +16,7 @@ from xadapter_export.cli.command import (
     session_options,
 )
 from xadapter_export.errors import InputTextError
+from xadapter_export.experts import EXPERT_SETS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -38,8 +38,11 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
         help_text += f" [default: {shown}]"
     if kind is bool:
         return click.option(f"{option}/--no-{name.replace('_', '-')}", default=None, help=help_text)
-    if get_origin(kind) is Literal:
-        return click.option(option, type=click.Choice(get_args(kind)), help=help_text)
+    choices: Any = get_args(kind) if get_origin(kind) is Literal else ()
+    if isinstance(field.json_schema_extra, dict):  # where they come from a table
+        choices = field.json_schema_extra["enum"]
+    if choices:
+        return click.option(option, type=click.Choice(choices), help=help_text)
     if get_origin(kind) is tuple:
         return click.option(option, multiple=True, metavar="VALUE", help=f"{help_text} May be repeated.")
     names = ["-o", option] if name == "output" else [option]

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.session import XAdapterSession
 from xadapter_export.runtime.text import Int64Array

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from xadapter_export.bundle.manifest import EXPERT_SETS, ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.evaluation.scorer import Scorer
-from xadapter_export.model.x_adapter_model import XAdapterModel, experts_of
+from xadapter_export.experts import EXPERT_SETS, experts_of, reads_bank, reads_text
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import Int64Array
 from xadapter_export.sessions.session import Array
 
@@ -61,8 +62,8 @@ class CheckpointScorer(Scorer):
 
     def reads_clip(self, experts: ExpertSet) -> bool:
         """See ``Scorer.reads_clip``."""
-        return "t" in experts_of(experts) or self.retrieves(experts)
+        return reads_text(experts) or self.retrieves(experts)
 
     def retrieves(self, experts: ExpertSet) -> bool:
         """See ``Scorer.retrieves``."""
-        return "v" in experts_of(experts) and self._model.config.retrieval.mode == "topk"
+        return reads_bank(experts) and self._model.config.retrieval.mode == "topk"

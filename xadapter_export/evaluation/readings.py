@@ -13,15 +13,10 @@ import numpy as np
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.experts import NONE, title_of
 from xadapter_export.tasks import TASKS
 
 OnProgress = Callable[[str, int, int], None]  # name of the row, texts that are done, and all
-NAMES: Final[dict[ExpertSet, str]] = {
-    "none": "frozen PLM",
-    "v": "V-expert",
-    "t": "T-expert",
-    "vt": "V + T",
-}
 SEED: Final = 7
 
 
@@ -71,15 +66,15 @@ def plan_readings(
         CheckpointError: If a checkpoint does not.
     """
     sets: list[ExpertSet] = list(dict.fromkeys(experts or scorer.expert_sets))
-    if shuffled and "none" not in sets and "none" in scorer.expert_sets:
-        sets.insert(0, "none")
+    if shuffled and NONE not in sets and NONE in scorer.expert_sets:
+        sets.insert(0, NONE)
     for model in (scorer, *(controls or {}).values()):
         model.require_task(task)
     readings = []
     for name in sets:
         scorer.check_experts(name)
-        label = "experts off" if name == "none" and TASKS[task].has_labels else NAMES[name]
-        readings.append(Reading(label, scorer, name, is_control=name == "none"))
+        label = "experts off" if name == NONE and TASKS[task].has_labels else title_of(name)
+        readings.append(Reading(label, scorer, name, is_control=name == NONE))
         if shuffled and scorer.reads_clip(name):
             readings.append(
                 Reading(f"{label}, shuffled memory", scorer, name, is_shuffled=True, is_control=True)

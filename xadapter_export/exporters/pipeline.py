@@ -24,7 +24,6 @@ from xadapter_export.bundle.folder import (
     list_files,
 )
 from xadapter_export.bundle.manifest import (
-    EXPERT_SETS,
     Agreement,
     Deployment,
     ExpertSet,
@@ -37,6 +36,7 @@ from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
+from xadapter_export.experts import EXPERT_SETS, reads_bank
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import calibration_feeds
@@ -538,6 +538,6 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
         example["memory_t"] = torch.zeros(2, 5, model.clip.config.width)
         example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
-    if "v" in model.config.experts:
+    if reads_bank(model.config.experts):
         example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])
     return example

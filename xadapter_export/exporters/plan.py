@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.experts import reads_bank, reads_text
 from xadapter_export.exporters.portable.merge import Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
@@ -74,13 +75,13 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
     """
     if not plan.split:
         return
-    searched = "v" in model.config.experts and model.config.retrieval.mode == "topk"
-    if plan.retrieval == "external" and not (searched and any("v" in name for name in plan.expert_sets)):
+    searched = reads_bank(model.config.experts) and model.config.retrieval.mode == "topk"
+    if plan.retrieval == "external" and not (searched and any(reads_bank(name) for name in plan.expert_sets)):
         raise ConfigError(
             "there is no search of a bank to be moved out of the graph",
             where=f"experts {', '.join(plan.expert_sets)}",
             got="a static bank, all of which is read"
-            if "v" in model.config.experts and not searched
+            if reads_bank(model.config.experts) and not searched
             else None,
             mend="leave --retrieval external out; --split alone splits what reads CLIP",
         )
@@ -94,4 +95,4 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
 
 def reads_clip(model: XAdapterModel, expert_set: ExpertSet) -> bool:
     """Whether the graph of a set has CLIP's text tower in it."""
-    return "t" in expert_set or ("v" in expert_set and model.config.retrieval.mode == "topk")
+    return reads_text(expert_set) or (reads_bank(expert_set) and model.config.retrieval.mode == "topk")

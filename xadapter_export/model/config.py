@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from xadapter_export.bundle.manifest import Sha256, Task
+from xadapter_export.bundle.manifest import Sha256, SomeExperts, Task
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.tasks import FILL_MASK, TASKS
 
 
@@ -33,7 +34,7 @@ class XAdapterConfig(_Strict):
     """Shape and task of a plug-in.
 
     Attributes:
-        experts: The experts that the plug-in holds, ``"v"``, ``"t"`` or ``"vt"``.
+        experts: The experts that the plug-in holds: a set that is not empty.
         layers: PLM layers before which the experts are added, counted from 0, ascending.
         adapter_width: R, width of the attention inside the plug-in; a multiple of ``num_heads``.
         num_heads: Attention heads of each expert.
@@ -43,7 +44,7 @@ class XAdapterConfig(_Strict):
             the value, for a regression; else empty.
     """
 
-    experts: Literal["v", "t", "vt"] = "vt"
+    experts: SomeExperts = EXPERT_SETS[-1]
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     adapter_width: Annotated[int, Field(ge=1)] = 64
     num_heads: Annotated[int, Field(ge=1)] = 4

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
+from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
 from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
@@ -26,13 +27,6 @@ from xadapter_export.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-EXPERTS: tuple[Expert, ...] = ("v", "t")
-
-
-def experts_of(expert_set: str) -> tuple[Expert, ...]:
-    """The experts of an expert set: ``"vt"`` to ``("v", "t")``, ``"none"`` to ``()``."""
-    return () if expert_set == "none" else tuple(expert for expert in EXPERTS if expert in expert_set)
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,12 @@ class Memory:
     t_mask: Tensor | None = None
     retrieved: Tensor | None = None
     retrieved_scores: Tensor | None = None
+
+    def of(self, expert: Expert) -> tuple[Tensor | None, Tensor | None]:
+        """What an expert attends to, and what is added to its scores: the lowest number where masked."""
+        if KINDS[expert].reads == "bank":
+            return self.v, None
+        return self.t, None if self.t_mask is None else additive_mask(self.t_mask)
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class XAdapterModel(nn.Module):
         self.bank = bank
         self.calibration: str | None = None
         self._check()
-        widths: dict[Expert, int] = {}
-        if "v" in config.experts and bank is not None:
-            widths["v"] = bank.features.shape[1]
+        widths: dict[Read, int] = {}
+        if reads_bank(config.experts) and bank is not None:
+            widths["bank"] = bank.features.shape[1]
             self.register_buffer("bank_features", torch.from_numpy(bank.unit_rows()), persistent=False)
-        if "t" in config.experts and clip is not None:
-            widths["t"] = clip.config.width
+        if reads_text(config.experts) and clip is not None:
+            widths["text"] = clip.config.width
         self.adapters = nn.ModuleDict(
             {
                 str(layer): nn.ModuleDict(
-                    {expert: self._make_layer(expert, width) for expert, width in widths.items()}
+                    {e: self._make_layer(e, widths[KINDS[e].reads]) for e in experts_of(config.experts)}
                 )
                 for layer in config.layers
             }
@@ -120,7 +120,7 @@ class XAdapterModel(nn.Module):
     def _make_layer(self, expert: Expert, memory_width: int) -> XAdapterLayer:
         config = self.config
         shape = self.plm.hidden_size, memory_width, config.adapter_width, config.num_heads
-        if expert == "v" and config.retrieval.query == "sentence":
+        if KINDS[expert].reads == "bank" and config.retrieval.query == "sentence":
             return SentenceXAdapterLayer(*shape, len(self.bank_features))
         return XAdapterLayer(*shape)
 
@@ -144,15 +144,15 @@ class XAdapterModel(nn.Module):
             raise ConfigError(
                 f"layer {config.layers[-1]}: PLM {self.plm.source} has layers 0 to {len(self.plm.layers) - 1}"
             )
-        if "v" in config.experts and bank is None:
+        if reads_bank(config.experts) and bank is None:
             raise ConfigError("the V-expert needs a feature bank and none was given; pass bank=")
-        needs_clip = "t" in config.experts or config.retrieval.mode == "topk"
+        needs_clip = reads_text(config.experts) or config.retrieval.mode == "topk"
         if needs_clip and clip is None:
             raise ConfigError(
                 f"experts {config.experts!r} need a CLIP text tower and none was given; pass clip="
             )
         if (
-            "v" in config.experts
+            reads_bank(config.experts)
             and config.retrieval.mode == "topk"
             and bank is not None
             and clip is not None
@@ -277,11 +277,12 @@ class XAdapterModel(nn.Module):
         Raises:
             CheckpointError: If the plug-in does not hold one of them.
         """
-        experts = experts_of(self.config.experts if expert_set is None else expert_set)
-        if missing := [expert for expert in experts if expert not in self.config.experts]:
+        held = experts_of(self.config.experts)
+        experts = held if expert_set is None else experts_of(expert_set)
+        if missing := [expert for expert in experts if expert not in held]:
             raise CheckpointError(
                 f"expert {missing[0]!r} is not in this checkpoint, which holds {self.config.experts!r}; "
-                f"choose from none, {', '.join(self.config.experts)}"
+                f"choose from {', '.join((NONE, *held))}"
             )
         return experts
 
@@ -297,11 +298,11 @@ class XAdapterModel(nn.Module):
             k: Pictures to retrieve, if not the configured number.
         """
         active = self.active_experts(experts)
-        topk = "v" in active and self.config.retrieval.mode == "topk"
+        topk = reads_bank(active) and self.config.retrieval.mode == "topk"
         v = t = t_mask = rows = scores = None
-        if "v" in active and not topk:
+        if reads_bank(active) and not topk:
             v = self.bank_features[None]
-        if topk or "t" in active:
+        if topk or reads_text(active):
             clip = cast(ClipTextTower, self.clip)
             if clip_input_ids is None:
                 raise ConfigError(f"experts {active} read CLIP; pass clip_input_ids")
@@ -310,7 +311,7 @@ class XAdapterModel(nn.Module):
                 query = unit_length(clip.pool(states, clip_input_ids))  # (B, D)
                 scores, rows = (query @ self.bank_features.T).topk(k or self.config.retrieval.k)  # (B, K)
                 v = self.bank_features[rows]  # (B, K, D)
-            if "t" in active:
+            if reads_text(active):
                 t, t_mask = states, clip.token_mask(clip_input_ids)
         return Memory(v, t, t_mask, rows, scores)
 
@@ -362,8 +363,7 @@ class XAdapterModel(nn.Module):
         if memory is None:
             memory = self.memory(clip_input_ids, experts) if active else Memory()
         mask = additive_mask(attention_mask)
-        memory_masks = {"v": None, "t": None if memory.t_mask is None else additive_mask(memory.t_mask)}
-        memories = {"v": memory.v, "t": memory.t}
+        memories = {expert: memory.of(expert) for expert in active}
 
         start = 0 if first_layer_input is None else self.config.layers[0]
         hidden = self.plm.embed(input_ids, token_type_ids) if first_layer_input is None else first_layer_input
@@ -372,9 +372,7 @@ class XAdapterModel(nn.Module):
             if str(index) in self.adapters:
                 adapters = cast(nn.ModuleDict, self.adapters[str(index)])
                 for expert in active:
-                    contributions[index, expert] = adapters[expert](
-                        hidden, memories[expert], memory_masks[expert], mask
-                    )
+                    contributions[index, expert] = adapters[expert](hidden, *memories[expert], mask)
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
             hidden = self.plm.layer(index, hidden, mask)
 

@@ -27,6 +27,7 @@ from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
 from xadapter_export.errors import BundleError, ConfigError, ParityError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.recorded import Check, opened_record
@@ -85,7 +86,7 @@ def prove_bundle(
         spec = bundle.manifest.expert_sets[variant.expert_set]
         keys = {output.name: f"out/{output.name}" for output in spec.outputs}
         how, retriever = Opening(providers, num_threads), None
-        bank = old_bank if "v" in variant.expert_set else None
+        bank = old_bank if reads_bank(variant.expert_set) else None
         if bank is not None:
             how = replace(how, weights=bank.weights_of(bundle, variant))
             retriever = bank.retriever(bundle)

@@ -30,6 +30,7 @@ from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import REFERENCE_NAME, SWAPPED_NAME, Bundle
 from xadapter_export.bundle.manifest import ExpertSetSpec, Variant
 from xadapter_export.errors import BundleError, ParityError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Place, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.reference import take_columns
@@ -307,7 +308,7 @@ class Record:
         """Return what to compare with, and what its keys start with."""
         own = f"{case}/{variant.expert_set}/{variant.name}/out/"
         bank = self._bundle.manifest.bank
-        swapped = bank is not None and bank.swapped_from is not None and "v" in variant.expert_set
+        swapped = bank is not None and bank.swapped_from is not None and reads_bank(variant.expert_set)
         if swapped and not spec.searches_outside:
             return self._with_new_bank, own
         return (

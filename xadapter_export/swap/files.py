@@ -22,6 +22,7 @@ from xadapter_export.bundle.graph_file import GraphFile, Weight
 from xadapter_export.bundle.manifest import BankSpec, ExpertSet, Manifest, Variant
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.errors import BundleError, UnsupportedError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity import proven_bank
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.parity.prove import read_reference
@@ -194,7 +195,7 @@ class SwappedFiles:
         return {
             weight.name: self._read(variant, file, weight)
             for variant in self._kept.variants
-            if "v" in variant.expert_set and variant.precision in TOLERANCES
+            if reads_bank(variant.expert_set) and variant.precision in TOLERANCES
             for file in variant.graph_files
             for weight in self._graphs[file].weights.values()
             if weight.name == "bank" or weight.name.startswith(("bank_keys", "bank_values"))

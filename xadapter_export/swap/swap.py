@@ -31,6 +31,7 @@ from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
+from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
 from xadapter_export.parity.recorded import record
@@ -152,9 +153,11 @@ def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
     Raises:
         ConfigError: If it is not there, or an expert set would have no graph left.
     """
-    variants = [v for v in manifest.variants if "v" not in v.expert_set or v.name not in leave_out]
+    variants = [v for v in manifest.variants if not reads_bank(v.expert_set) or v.name not in leave_out]
     deployments = [
-        d for d in manifest.deployments if "v" not in d.expert_set or {d.name, d.target}.isdisjoint(leave_out)
+        d
+        for d in manifest.deployments
+        if not reads_bank(d.expert_set) or {d.name, d.target}.isdisjoint(leave_out)
     ]
     gone = {v.name for v in manifest.variants if v not in variants}
     gone |= {name for d in manifest.deployments if d not in deployments for name in (d.name, d.target)}
@@ -196,13 +199,13 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
     for variant in kept.variants:
         why = TARGETS[variant.target].swap_refused.get(variant.precision)
         why = why if variant.is_onnx else "is no ONNX file"
-        if "v" in variant.expert_set and why is not None:
+        if reads_bank(variant.expert_set) and why is not None:
             raise UnsupportedError(
                 f"variant {variant.name} {why} and cannot be swapped",
                 mend=f"leave it out with --leave-out {variant.name}, or export again",
             )
     for deployment in kept.deployments:
-        if "v" in deployment.expert_set:
+        if reads_bank(deployment.expert_set):
             raise UnsupportedError(
                 f"the deployment {deployment.name} holds the old bank",
                 mend=f"leave it out with --leave-out {deployment.name}, or export again",
@@ -260,7 +263,7 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
     assert bank is not None  # checked before
     stored = BankRows(reader.folder / FEATURES_NAME)
     reference = read_reference(new)
-    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+    for variant in [v for v in manifest.variants if reads_bank(v.expert_set)]:
         spec = manifest.expert_sets[variant.expert_set]
         outputs = [output.name for output in spec.outputs]
         file = new.file(variant.graph_files[0])  # the one that searches, or says what is searched for
@@ -309,7 +312,7 @@ def _record_answers(new: Bundle) -> Manifest:
         return manifest
     reference = read_reference(new)
     recorded: dict[str, Array] = {}
-    for variant in [v for v in manifest.variants if "v" in v.expert_set]:
+    for variant in [v for v in manifest.variants if reads_bank(v.expert_set)]:
         spec = manifest.expert_sets[variant.expert_set]
         recorded |= record(open_variant(new, variant), variant, spec, reference)
     np.savez_compressed(new.folder / SWAPPED_NAME, **sample_reference(recorded))  # type: ignore[arg-type]  # keywords are arrays, not flags

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from xadapter_export.bundle.manifest import Task
+from xadapter_export.bundle.manifest import SomeExperts, Task
 from xadapter_export.errors import ConfigError
+from xadapter_export.experts import EXPERT_SETS, V, reads_bank, reads_text
 from xadapter_export.tasks import FILL_MASK, TASKS, TEXT_CLASSIFICATION
 
 COLOR_WORDS = (
@@ -42,7 +43,9 @@ class TrainConfig(BaseModel):
     bank: str | None = Field(None, description="Feature bank: folder that xad-bank wrote, or builtin.")
 
     # Plug-in
-    experts: Literal["v", "t", "vt"] = Field("v", description="Experts to train.")
+    experts: SomeExperts = Field(
+        V.name, description="Experts to train.", json_schema_extra={"enum": list(EXPERT_SETS[1:])}
+    )
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="PLM layers before which experts are added, from 0. Default: the last two."
     )
@@ -169,16 +172,16 @@ class TrainConfig(BaseModel):
             raise ValueError("train_weights: one for each of train_files")
         if self.patience is not None and self.eval_file is None and self.glue is None:
             raise ValueError("patience needs an eval_file to watch")
-        needs_clip = "t" in self.experts or self.retrieval == "topk" or self.distill_weight > 0
+        needs_clip = reads_text(self.experts) or self.retrieval == "topk" or self.distill_weight > 0
         if needs_clip and self.clip is None:
             raise ValueError("clip: needed by the T-expert, by topk retrieval and by distillation")
-        if "v" in self.experts and self.bank is None:
+        if reads_bank(self.experts) and self.bank is None:
             raise ValueError("bank: needed by the V-expert")
         if self.query == "sentence" and self.retrieval != "static":
             raise ValueError("query = sentence goes with retrieval = static")
         if self.distill_steps and not (self.distill_weight and self.cache_hidden):
             raise ValueError("distill_steps needs a distill_weight above 0 and cache_hidden")
-        if self.distill_weight > 0 and (self.retrieval != "static" or "v" not in self.experts):
+        if self.distill_weight > 0 and (self.retrieval != "static" or not reads_bank(self.experts)):
             raise ValueError("distill_weight is for a V-expert with static retrieval")
         if self.head_only and not task.has_labels:
             raise ValueError(f"head_only: {self.task} has no head to train")

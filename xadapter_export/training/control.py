@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xadapter_export.errors import CheckpointError, ConfigError
+from xadapter_export.experts import reads_bank
 from xadapter_export.training.config import make_config
 from xadapter_export.training.run import TRAIN_NAME, OnStage, TrainResult, file_hashes, train
 
@@ -47,7 +48,7 @@ def train_control(
     settings |= {name: str(folder / name) for name in ("plm", "clip") if (folder / name).is_dir()}
     if trained.experts == "v" and trained.retrieval == "static":
         settings["clip"] = None  # it taught the checkpoint where to look
-    if "v" in trained.experts:
+    if reads_bank(trained.experts):
         settings["bank"] = str(folder)
     if trained.self_contained:  # its record has names, and no places
         settings["cache"] = None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import OutputExistsError
+from xadapter_export.experts import T, V, reads_bank, reads_text
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.pooling import unit_length
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -101,7 +102,7 @@ def frozen_features(
     cache = _Cache(model, examples, folder, hashes, title, on_stage)
     experts = model.active_experts()
     layer = model.config.layers[0]
-    retrieves = "v" in experts and model.config.retrieval.mode == "topk"
+    retrieves = reads_bank(experts) and model.config.retrieval.mode == "topk"
     plm_rows = (examples.input_ids, examples.token_type_ids)
     clip_rows = (examples.clip_input_ids,)
     hidden = retrieved = states = queries = None
@@ -113,7 +114,7 @@ def frozen_features(
             "retrieved", clip_rows, ["clip", "bank"], [pool], partial(cache.write_retrieved, pool=pool)
         )
         retrieved = np.load(place / "rows.npy", mmap_mode="r")
-    if "t" in experts:
+    if reads_text(experts):
         states = _read_ragged(cache.get("token_states", clip_rows, ["clip"], [], cache.write_token_states))
     if teacher is not None:
         place = cache.get(
@@ -176,14 +177,14 @@ class _Cache:
     def write_retrieved(self, place: Path, pool: int) -> None:
         target = _make_rows(place, (len(self.examples), pool), np.int32)
         for rows in self._batches(self._clip_ids):
-            found = self.model.memory(self._clip_batch(rows), "v", k=pool).retrieved
+            found = self.model.memory(self._clip_batch(rows), V.name, k=pool).retrieved
             target[rows] = found.cpu().numpy()  # type: ignore[union-attr]  # top-k gives them
 
     def write_token_states(self, place: Path) -> None:
         width = self.model.clip.config.width  # type: ignore[union-attr]  # a T-expert has a CLIP
         target = _make_ragged(place, [len(row) for row in self._clip_ids], width)
         for rows in self._batches(self._clip_ids):
-            _put(target, rows, self.model.memory(self._clip_batch(rows), "t").t)  # type: ignore[arg-type]  # same
+            _put(target, rows, self.model.memory(self._clip_batch(rows), T.name).t)  # type: ignore[arg-type]  # same
 
     def write_queries(self, place: Path, teacher: ClipTextTower) -> None:
         target = _make_rows(place, (len(self.examples), teacher.config.feature_dim), np.float32)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.experts import V, reads_bank
 from xadapter_export.model.plm import additive_mask
 from xadapter_export.model.tasks import task_head
 from xadapter_export.model.x_adapter import XAdapterLayer
@@ -80,16 +81,16 @@ class TrainingModel(nn.Module):
         active = model.active_experts(experts)
         if only_distill:
             assert hidden is not None and queries is not None  # noqa: PT018  # what this phase is for
-            layer = cast(nn.ModuleDict, model.adapters[str(model.config.layers[0])])["v"]
+            layer = cast(nn.ModuleDict, model.adapters[str(model.config.layers[0])])[V.name]
             return {"loss": self._distillation(cast(XAdapterLayer, layer), hidden, queries, attention_mask)}
         v = None
-        if "v" in active:
+        if reads_bank(active):
             v = model.bank_features[None] if retrieved is None else model.bank_features[retrieved]
         attended: list[tuple[XAdapterLayer, Tensor]] = []
         handles = []
-        if self.training and self._distill_weight and queries is not None and "v" in active:
+        if self.training and self._distill_weight and queries is not None and reads_bank(active):
             for layer in model.adapters.values():
-                expert = layer["v"]  # type: ignore[index]  # a ModuleDict of experts
+                expert = layer[V.name]  # type: ignore[index]  # a ModuleDict of experts
                 handles.append(
                     expert.register_forward_pre_hook(lambda m, args: attended.append((m, args[0])))
                 )

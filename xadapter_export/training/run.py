@@ -35,13 +35,14 @@ from xadapter_export.errors import (
     import_extra,
 )
 from xadapter_export.evaluation.labelled import Labelled, read_labelled
+from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.plm import FrozenPlm, load_plm
-from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits, experts_of
+from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits
 from xadapter_export.tasks import TASKS
 from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
@@ -182,7 +183,7 @@ def train(
             raise CheckpointError(
                 f"the frozen {name} changed in training; nothing was written", where=config.plm
             )
-    if config.retrieval == "static" and config.experts == "v":
+    if config.retrieval == "static" and not reads_text(config.experts):
         model.clip = None  # taught, and no longer needed
         model.text_encoder = model.make_text_encoder(model.plm.max_seq)
     for name, tensor in model.trained_state().items():
@@ -227,7 +228,7 @@ def _make_model(
     layers = config.layers or tuple(range(max(0, count - 2), count))
     clip = None if config.clip is None else load_clip(config.clip)
     bank = None
-    if config.bank is not None and "v" in config.experts:
+    if config.bank is not None and reads_bank(config.experts):
         bank = FeatureBank.load(builtin_folder() if config.bank == BUILTIN else config.bank)
     for what, part in (("PLM", plm), ("CLIP", clip), ("bank", bank)):
         name = what.lower()
@@ -242,8 +243,8 @@ def _make_model(
     experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
-        width *= len(config.experts)
-        experts, retrieval, query, clip = "v", "static", "token", None
+        width *= len(experts_of(config.experts))
+        experts, retrieval, query, clip = V.name, "static", "token", None
     model = XAdapterModel(
         XAdapterConfig.model_validate(
             {
@@ -419,16 +420,17 @@ def _num_rows(model: XAdapterModel) -> int:
 def _phases(config: TrainConfig) -> tuple[_Phase, ...]:
     experts = config.experts
     if config.head_only:
-        return (_Phase(("none",), "none", 1),)
+        return (_Phase((NONE,), NONE, 1),)
+    alone = experts_of(experts)
     phases: tuple[_Phase, ...] = (_Phase((experts,), experts, 1),)
-    if experts == "vt" and config.order == "alternating":
-        phases = (_Phase(("v", "t", "vt"), "vt", 3),)
-    elif experts == "vt" and config.order == "sequential":
-        phases = (_Phase(("v",), "v", 1), _Phase(("vt",), "t", 1))
+    if len(alone) > 1 and config.order == "alternating":
+        phases = (_Phase((*alone, experts), experts, len(alone) + 1),)
+    elif len(alone) > 1 and config.order == "sequential":  # each on top of those before
+        phases = tuple(_Phase((set_of(alone[: n + 1]),), alone[n], 1) for n in range(len(alone)))
     if config.control:  # one adapter, for as many steps in all
-        return (_Phase(("v",), "v", sum(phase.turns for phase in phases)),)
+        return (_Phase((V.name,), V.name, sum(phase.turns for phase in phases)),)
     if config.distill_steps:
-        return _Phase(("v",), "v", 1, only_distill=True), *phases
+        return _Phase((V.name,), V.name, 1, only_distill=True), *phases
     return phases
 
 
@@ -548,7 +550,7 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
 
 
 def _expert_of(name: str) -> Expert:
-    return name.split(".")[1]  # type: ignore[return-value]  # "<layer>.<expert>.<matrix>"
+    return name.split(".")[1]  # "<layer>.<expert>.<matrix>"
 
 
 def _metrics(config: TrainConfig) -> Callable[[Any], dict[str, float]]:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import Optimisation
 from xadapter_export.errors import ParityError
+from xadapter_export.experts import reads_text
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
 from xadapter_export.exporters.passes.bank_search import search_bank
 from xadapter_export.exporters.passes.fuse import run_pass
@@ -201,4 +202,4 @@ def _num_exact_gelus(model: ir.Model) -> int:
 
 def _num_fused_experts(merged: MergedModel) -> int:
     """Attentions of experts, but not those over a static bank, which the whole batch shares."""
-    return sum(expert == "t" or merged.retrieves for _, expert in merged.taps)
+    return sum(reads_text([expert]) or merged.retrieves for _, expert in merged.taps)

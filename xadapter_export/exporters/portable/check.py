@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import Component
 from xadapter_export.errors import ParityError
+from xadapter_export.experts import reads_bank
 from xadapter_export.exporters.portable.merge import MergedModel, tap_name
 
 _CONSTANT_LIMIT = 4096  # elements; a constant larger than this is a weight whose name was lost
@@ -36,7 +37,7 @@ def check_graph(model: ir.Model, merged: MergedModel, opset: int) -> None:
         _require(axes == wanted, f"axes of {value.name}", wanted, axes)
     allowed = {"plm", "head", *(f"adapter_{expert}" for expert in merged.active)} if merged.answers else set()
     allowed |= {"clip"} if merged.clip is not None else set()
-    allowed |= {"bank"} if merged.searches or ("v" in merged.active and not merged.retrieves) else set()
+    allowed |= {"bank"} if merged.searches or (reads_bank(merged.active) and not merged.retrieves) else set()
     found = set(component_parameters(model))
     _require(found <= allowed, "weights", sorted(allowed), sorted(found))
     lost = [v.name for v in _weights(model) if _component(str(v.name)) is None and _size(v) > _CONSTANT_LIMIT]
@@ -57,7 +58,7 @@ def component_parameters(model: ir.Model) -> dict[Component, int]:
 def _component(name: str) -> Component | None:
     part, _, rest = name.partition(".")
     if part == "adapters":
-        return "adapter_v" if rest.split(".")[1] == "v" else "adapter_t"
+        return f"adapter_{rest.split('.')[1]}"
     if part.startswith("bank"):
         return "bank"
     if part in {"head", "candidate_decoder"}:

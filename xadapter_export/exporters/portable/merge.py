@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
+from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
 from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import additive_mask
@@ -64,18 +65,18 @@ class MergedModel(nn.Module):
         self.task = TASKS[task]
         self.part = part
         self.active = model.active_experts(expert_set)
-        self.retrieves = "v" in self.active and model.config.retrieval.mode == "topk"
+        self.retrieves = reads_bank(self.active) and model.config.retrieval.mode == "topk"
         self.k = model.config.retrieval.k
         self.searches = self.retrieves and part != "answer" and retrieval == "in-graph"
-        reads_clip = self.retrieves or "t" in self.active
+        reads_clip = self.retrieves or reads_text(self.active)
         self.answers = part != "query"
-        self.width_v = model.bank_features.shape[1] if "v" in self.active else 0
+        self.width_v = model.bank_features.shape[1] if reads_bank(self.active) else 0
         self.width_t = model.clip.config.width if model.clip is not None else 0
         self.clip_context = model.clip.config.context_length if model.clip is not None else None
         if self.answers:
             self._add_answer(model, candidate_ids, without)
         self.clip = model.clip if reads_clip and part != "answer" else None
-        self.clip_at_end = "t" not in self.active and "clip_last_block_at_end" not in without
+        self.clip_at_end = not reads_text(self.active) and "clip_last_block_at_end" not in without
         packed = "packed_projections" not in without
         self.clip_layers = (
             ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
@@ -105,7 +106,7 @@ class MergedModel(nn.Module):
                 if self.active
             }
         )
-        if "v" in self.active and not self.retrieves:
+        if reads_bank(self.active) and not self.retrieves:
             if "folded_bank" not in without:
                 self._fold_bank(model.bank_features)
             else:
@@ -136,7 +137,7 @@ class MergedModel(nn.Module):
         }
 
     def _v_adapter(self, layer: str) -> XAdapterLayer:
-        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])["v"])
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])[V.name])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
         decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
@@ -188,7 +189,7 @@ class MergedModel(nn.Module):
     def _memory_names(self) -> list[str]:
         """What the answer graph of a split set is given of pictures and text."""
         names = ["memory_v"] if self.retrieves else []
-        return names + (["memory_t", "memory_t_mask"] if "t" in self.active else [])
+        return names + (["memory_t", "memory_t_mask"] if reads_text(self.active) else [])
 
     @property
     def output_names(self) -> list[str]:
@@ -224,23 +225,22 @@ class MergedModel(nn.Module):
             return tuple(named[name] for name in self.output_names)
         mask = additive_mask(inputs["attention_mask"])
         asked = self._ask(inputs["clip_input_ids"]) if self.clip is not None else inputs
-        memory: dict[Expert, Tensor] = {}
-        memory_masks: dict[Expert, Tensor] = {}
+        memory: dict[Read, tuple[Tensor, Tensor | None]] = {}
         if self.retrieves:
-            memory["v"] = asked["memory_v"]
-        elif "v" in self.active and not self.folds_bank:
-            memory["v"] = cast(Tensor, self.bank)[None]
-        if "t" in self.active:
+            memory["bank"] = asked["memory_v"], None
+        elif reads_bank(self.active) and not self.folds_bank:
+            memory["bank"] = cast(Tensor, self.bank)[None], None
+        if reads_text(self.active):
             token_mask = asked["memory_t_mask"]
-            memory["t"] = asked["memory_t"]
-            memory_masks["t"] = token_mask if self.part == "whole" else additive_mask(token_mask)
+            token_mask = token_mask if self.part == "whole" else additive_mask(token_mask)
+            memory["text"] = asked["memory_t"], token_mask
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
         positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
         contributions: list[Tensor] = []
         for index, layer in enumerate(self.plm_layers):
             if str(index) in self.adapters:
                 added = [
-                    self._contribution(index, expert, hidden, memory, memory_masks, mask)
+                    self._contribution(index, expert, hidden, memory.get(KINDS[expert].reads), mask)
                     for expert in self.active
                 ]
                 contributions += added
@@ -269,7 +269,7 @@ class MergedModel(nn.Module):
             bank = cast(Tensor, self.bank)
             scores, rows = (asked["query"] @ bank.T).topk(self.k)  # (B, K)
             asked |= {"memory_v": bank[rows], "retrieved": rows, "retrieved_scores": scores}
-        if "t" in self.active:
+        if reads_text(self.active):
             asked["memory_t"] = states
             asked["memory_t_mask"] = added_mask if self.part == "whole" else token_mask.to(torch.int64)
         return asked
@@ -279,20 +279,21 @@ class MergedModel(nn.Module):
         layer: int,
         expert: Expert,
         hidden: Tensor,
-        memory: dict[Expert, Tensor],
-        masks: dict[Expert, Tensor],
+        memory: tuple[Tensor, Tensor | None] | None,
         token_mask: Tensor,
     ) -> Tensor:
         adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
-        if expert in memory:
-            keys, values = adapter.project_memory(memory[expert])
+        memory_mask = None
+        if memory is not None:
+            keys, values = adapter.project_memory(memory[0])
+            memory_mask = memory[1]
         else:
             keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
         if isinstance(adapter, SentenceXAdapterLayer):
             return adapter.attend(hidden, keys, values, None, token_mask)
         scale = (keys.shape[-1] / adapter.num_heads) ** -0.5
         query = adapter.query(adapter.norm(hidden)) * scale
-        return adapter.out(attend(query, keys, values, adapter.num_heads, masks.get(expert)))  # type: ignore[no-any-return]  # nn.Module call
+        return adapter.out(attend(query, keys, values, adapter.num_heads, memory_mask))  # type: ignore[no-any-return]  # nn.Module call
 
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:
