@@ -299,7 +299,7 @@ def load_plm(
 def _copy_model(source: PreTrainedModel, task: Task, name: str) -> PreTrainedModel:
     """Returns what ``_load_model`` would make of a model's weights, in memory of its own."""
     base = family_of(source.config).base
-    with _quiet_transformers():
+    with _quiet_transformers(), torch.random.fork_rng(devices=()):  # what is drawn here is overwritten
         model = _auto(task).from_config(source.config, attn_implementation="sdpa", dtype=torch.float32)
     weights = source.state_dict()
     if not hasattr(model, base):
