@@ -222,7 +222,7 @@ def test_the_model_for_features_is_the_same_model() -> None:
     with torch.no_grad():
         states = [each(**feed, experts="t").last_hidden_state for each in (model, features)]
         assert torch.equal(*states)
-        assert features(**feed, experts="t").sentence_embedding.shape == (2, 128)
+        assert features(**feed, experts="t").answers["sentence_embedding"].shape == (2, 128)
 
 
 def test_fp32_passes_where_the_interval_reaches_and_misses_where_it_does_not() -> None:

@@ -25,7 +25,7 @@ from xadapter_export.cli.parity import parity as parity_command
 from xadapter_export.cli.run import run as run_command
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.exporters import pipeline
-from xadapter_export.exporters.judge import agreement
+from xadapter_export.exporters.judge import agreement, judge
 from xadapter_export.exporters.judge.judge import Judge, LeftOutWarning
 from xadapter_export.exporters.passes import half as half_pass
 from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
@@ -550,7 +550,7 @@ def test_a_recipe_that_fails_its_gate_gives_way_to_the_next(
         return measured
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "agreement", SimpleNamespace(**{**vars(agreement), "compare": compare}))
+        patch.setattr(judge, "agreement", SimpleNamespace(**{**vars(agreement), "compare": compare}))
         with pytest.raises(ParityError, match=r"a variant is below its gate: cpu-int4, experts t") as error:
             embed("none", min_agreement=1)
     message = str(error.value)

@@ -301,6 +301,7 @@ def _copy_model(source: PreTrainedModel, task: Task, name: str) -> PreTrainedMod
     base = family_of(source.config).base
     with _quiet_transformers(), torch.random.fork_rng(devices=()):  # what is drawn here is overwritten
         model = _auto(task).from_config(source.config, attn_implementation="sdpa", dtype=torch.float32)
+    model.name_or_path = source.name_or_path  # where its tokenizer is
     weights = source.state_dict()
     if not hasattr(model, base):
         weights = getattr(source, base, source).state_dict()
