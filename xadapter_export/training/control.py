@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xadapter_export.errors import CheckpointError, ConfigError
-from xadapter_export.experts import reads_bank
+from xadapter_export.experts import reads_bank, reads_text
 from xadapter_export.training.config import make_config
 from xadapter_export.training.run import TRAIN_NAME, OnStage, TrainResult, file_hashes, train
 
@@ -46,7 +46,7 @@ def train_control(
     trained = make_config(record["config"], str(folder / TRAIN_NAME))
     settings = trained.model_dump(mode="json") | _CHANGES | {"output": str(output)}
     settings |= {name: str(folder / name) for name in ("plm", "clip") if (folder / name).is_dir()}
-    if trained.experts == "v" and trained.retrieval == "static":
+    if not reads_text(trained.experts) and trained.retrieval == "static":
         settings["clip"] = None  # it taught the checkpoint where to look
     if reads_bank(trained.experts):
         settings["bank"] = str(folder)
