@@ -91,7 +91,7 @@ def _check_alike(first: BankReader, other: BankReader) -> None:
                 where=other.folder,
                 expected=f"{expected or 'one that nobody named'}, as {first.folder}",
                 got=got or "one that nobody named",
-                mend="build them with the same CLIP",
+                hint="build them with the same CLIP",
             )
 
 
@@ -125,7 +125,7 @@ def _refuse_duplicates(banks: Sequence[BankReader]) -> None:
         raise ConfigError(
             f"{len(repeated)} pictures are there twice; the first is {name!r}",
             where=f"{first} and {second}",
-            mend="merge other banks, or keep both rows with --keep-duplicates",
+            hint="merge other banks, or keep both rows with --keep-duplicates",
         )
 
 

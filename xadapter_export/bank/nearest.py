@@ -44,7 +44,7 @@ def find_nearest(bank: BankReader, queries: Float32, k: int) -> Nearest:
             where=bank.folder,
             expected=bank.dim,
             got=queries.shape[1],
-            mend="use the CLIP that made the bank",
+            hint="use the CLIP that made the bank",
         )
     scores, rows = search_blocks(bank.row_blocks(), queries, k)
     return Nearest(rows, scores)

@@ -102,7 +102,7 @@ class BankReader:
                     where=self.folder / RECORD_NAME,
                     expected=said,
                     got=found,
-                    mend="copy or build the bank again",
+                    hint="copy or build the bank again",
                 )
 
     @property

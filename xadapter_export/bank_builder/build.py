@@ -266,7 +266,7 @@ def _assemble(
             raise ConfigError(
                 f"{num_skipped} of {work.num_rows} pictures cannot be decoded; the first is",
                 where=first_skipped,
-                mend=f"mend or remove them; what was done is kept in {work.folder}",
+                hint=f"hint or remove them; what was done is kept in {work.folder}",
             )
         skipped_lines.close()
         if first_skipped is None:

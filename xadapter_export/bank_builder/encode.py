@@ -146,7 +146,7 @@ def encode_batches(
             raise
         raise ConfigError(
             "a process that decodes pictures died", got=str(error).split("\n", 1)[0],
-            mend="use fewer with --workers, or a smaller --batch-size: memory may be short",
+            hint="use fewer with --workers, or a smaller --batch-size: memory may be short",
         ) from error  # fmt: skip
     if waiting is not None:
         yield _fetch(*waiting)
@@ -163,7 +163,7 @@ def _fetch(batch: DecodedBatch, encoded: Tensor | None) -> tuple[DecodedBatch, F
             where=batch.rows[good.index(False)].id,
             expected="length 1",
             got=f"{encoded[good.index(False)].norm().item():.4g}",
-            mend="check its weights, or use --precision fp32",
+            hint="check its weights, or use --precision fp32",
         )
     features: Float32 = encoded.numpy()
     return batch, features

@@ -111,7 +111,7 @@ def open_source(
         raise ConfigError(
             "several sources must all be .tar shards",
             where=next(path for path in found if path.suffix != ".tar"),
-            mend="build a bank of each, and put them together with: xad-bank merge",
+            hint="build a bank of each, and put them together with: xad-bank merge",
         )
     path = found[0]
     if path.is_dir():
@@ -119,7 +119,7 @@ def open_source(
             return _load_saved_dataset(path, columns)
         return FolderSource(path, tuple(folder.resolve() for folder in exclude))
     if path.name.endswith((".tar.gz", ".tgz", ".zip")):
-        raise ConfigError("packed shards cannot be read in any order", where=path, mend="unpack them to .tar")
+        raise ConfigError("packed shards cannot be read in any order", where=path, hint="unpack them to .tar")
     return ListSource(path)
 
 
@@ -216,7 +216,7 @@ class ListSource(_Files):
                     if "\0" in line:
                         raise ConfigError(
                             "the list of pictures is no text", where=f"{self._path}, line {number}",
-                            mend="give a folder, a list with a path on each line, CSV, JSONL or .tar",
+                            hint="give a folder, a list with a path on each line, CSV, JSONL or .tar",
                         )  # fmt: skip
                     if line.strip():
                         yield line.strip(), None
@@ -295,7 +295,7 @@ class TarSource(_Files):
                     yield key, member, opened.read() if opened else b""
         except (OSError, tarfile.TarError) as error:
             raise ConfigError(
-                "the shard cannot be read", where=path, got=error, mend="fetch it again"
+                "the shard cannot be read", where=path, got=error, hint="fetch it again"
             ) from error
 
     @staticmethod
@@ -332,7 +332,7 @@ class DatasetSource:
                     f"column {column!r} is missing",
                     where=f"dataset {name}",
                     got=", ".join(data.column_names),
-                    mend="name the columns with --image-column and --caption-column",
+                    hint="name the columns with --image-column and --caption-column",
                 )
         datasets: Any = import_extra("datasets", "bank")
         self._columns = columns
@@ -405,7 +405,7 @@ def _load_saved_dataset(path: Path, columns: DatasetColumns) -> DatasetSource:
         if columns.split not in data:
             raise ConfigError(
                 "which split of the dataset is meant", where=path, expected=", ".join(data),
-                got=columns.split or "none", mend="choose one with --split",
+                got=columns.split or "none", hint="choose one with --split",
             )  # fmt: skip
         data = data[columns.split]
     return DatasetSource(data, columns, path.name)
@@ -418,7 +418,7 @@ def _load_hub_dataset(name: str, columns: DatasetColumns) -> DatasetSource:
     except Exception as error:  # the hub client, pyarrow and datasets raise many kinds
         raise ConfigError(
             "the dataset cannot be had", where=name, got=f"{type(error).__name__}: {str(error)[:200]}",
-            mend="check its name and --split; a folder from save_to_disk is given as SOURCE",
+            hint="check its name and --split; a folder from save_to_disk is given as SOURCE",
         ) from error  # fmt: skip
     return DatasetSource(data, columns, name)
 

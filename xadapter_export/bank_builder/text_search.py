@@ -43,7 +43,7 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
         except CheckpointError as error:
             raise CheckpointError(
                 "the CLIP that made the bank cannot be loaded", where=made_by, got=error,
-                mend="give it with --clip",
+                hint="give it with --clip",
             ) from error  # fmt: skip
     else:
         tower = load_clip(given)
@@ -54,7 +54,7 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
             where=bank.folder,
             expected=made_by,
             got=f"{given} ({found[:12]})",
-            mend="give the right one with --clip",
+            hint="give the right one with --clip",
         )
     if made_by is None:
         warnings.warn(
@@ -97,7 +97,7 @@ def _default_source(bank: BankReader, made_by: BankClip | None) -> str:
         return str(bank.folder / "clip")
     if made_by is None:
         raise ConfigError(
-            "the bank does not say which CLIP made it", where=bank.folder, mend="give it with --clip"
+            "the bank does not say which CLIP made it", where=bank.folder, hint="give it with --clip"
         )
     builtin = BankReader(builtin_folder()).clip
     return BUILTIN if builtin is not None and builtin.sha256 == made_by.sha256 else made_by.source

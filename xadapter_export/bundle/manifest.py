@@ -431,7 +431,7 @@ class Manifest(_Strict):
             "the bundle does not hold this expert set",
             where=expert_set,
             expected=f"one of {', '.join(self.expert_sets)}",
-            mend="choose one of those, or export the checkpoint again with this set",
+            hint="choose one of those, or export the checkpoint again with this set",
         )
 
     def variant(self, expert_set: ExpertSet, name: str = PORTABLE) -> Variant:
@@ -448,7 +448,7 @@ class Manifest(_Strict):
             "the bundle does not hold this variant",
             where=f"{name}, experts {expert_set}",
             expected=f"one of {', '.join(variant.name for variant in variants)}",
-            mend="choose one of those, or export with its --precision and --target",
+            hint="choose one of those, or export with its --precision and --target",
         )
 
     @property
@@ -482,7 +482,7 @@ class Manifest(_Strict):
                 where=where,
                 expected=FORMAT_VERSION,
                 got=version,
-                mend="export the bundle again, or install the version of xadapter-export that made it",
+                hint="export the bundle again, or install the version of xadapter-export that made it",
             )
         try:
             return cls.model_validate_json(text)

@@ -107,7 +107,7 @@ def _resolve(final: Path) -> Path:
         raise ConfigError(
             "the output path is a root, not a folder of its own",
             where=resolved,
-            mend="add the name of the folder to make",
+            hint="add the name of the folder to make",
         )
     return resolved
 
@@ -128,7 +128,7 @@ def _unwritable(error: Exception, final: Path) -> OutputWriteError:
         "the output cannot be written",
         where=final,
         got=getattr(error, "strerror", None) or error,
-        mend="free some space, or choose a place that you may write to",
+        hint="free some space, or choose a place that you may write to",
     )
 
 
@@ -154,14 +154,14 @@ def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
         raise OutputExistsError(
             "something is already at the output path",
             where=final,
-            mend="choose another path, or replace it with --force (force=True)",
+            hint="choose another path, or replace it with --force (force=True)",
         )
     if not final.is_dir() or (any(final.iterdir()) and not (final / marker).is_file()):
         raise OutputExistsError(
             "what is at the output path is not ours to replace",
             where=final,
             expected=f"a folder with {marker}",
-            mend="choose another path, or remove it yourself",
+            hint="choose another path, or remove it yourself",
         )
 
 
@@ -188,7 +188,7 @@ def _move_into_place(temporary: Path, final: Path) -> None:
                     "the output cannot be moved to its place, nor what was there moved back",
                     where=final,
                     got=error,
-                    mend=f"rename {old} to {final.name}",
+                    hint=f"rename {old} to {final.name}",
                 ) from error
         raise
     _sync_folder(final.parent)

@@ -255,7 +255,7 @@ def search(
     reader = _open(folder)
     if sheet is not None and sheet.exists() and not force:
         raise OutputExistsError(
-            "something is already at the output path", where=sheet, mend="replace it with --force"
+            "something is already at the output path", where=sheet, hint="replace it with --force"
         )
     from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
     from xadapter_export.bank.nearest import check_k, find_nearest

@@ -424,7 +424,7 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
         raise OutputExistsError(
             "the control that is there belongs to another training",
             where=output,
-            mend="choose another --control-folder, or remove it",
+            hint="choose another --control-folder, or remove it",
         )
     return output
 
@@ -450,7 +450,7 @@ def _select(
             raise ConfigError(
                 "the model retrieves no pictures, so nothing is in its bank",
                 where=scorer.name,
-                mend="leave --in-bank out, or export the V-expert too",
+                hint="leave --in-bank out, or export the V-expert too",
             )
         only = [*only, tuple(picture.caption for picture in scorer.pictures)]
     return select_objects(things, only=only, leave_out=leave_out)

@@ -248,7 +248,7 @@ def _require_agreement(bundle: str, of: _Findings) -> None:
             raise ParityError(
                 "a lossy variant was not measured against fp32",
                 where=f"{bundle}, {variant.name}, experts {variant.expert_set}",
-                mend="export the bundle again",
+                hint="export the bundle again",
             )
 
 

@@ -171,7 +171,7 @@ def _read_stdin() -> list[str]:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputTextError(
-            "the texts on stdin are not UTF-8", got=error, mend="convert them, with iconv -t UTF-8 say"
+            "the texts on stdin are not UTF-8", got=error, hint="convert them, with iconv -t UTF-8 say"
         ) from error
     return [line for line in text.splitlines() if line.strip()]
 

@@ -88,7 +88,7 @@ def evaluate_colour(
                 where=f"{data.where}, {thing.name}",
                 expected=f"one of {', '.join(colors)}",
                 got=thing.color,
-                mend="choose candidates that hold it",
+                hint="choose candidates that hold it",
             )
     counts = Counter(thing.color for thing in data.objects)
     majority, num_majority = counts.most_common(1)[0]

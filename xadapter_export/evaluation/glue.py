@@ -48,7 +48,7 @@ def match_labels(data: Labelled, scorer: Scorer) -> Labelled:
         where=data.where,
         expected=", ".join(ours),
         got=", ".join(theirs),
-        mend="choose the task, or the data, that the model was trained for",
+        hint="choose the task, or the data, that the model was trained for",
     )
 
 

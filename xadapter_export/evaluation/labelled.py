@@ -142,7 +142,7 @@ def read_labelled(
     known = None if task is None else glue_task(task)
     if data is None:
         if task is None:
-            raise ConfigError("no data was named", mend="give a file, a folder, or a GLUE task")
+            raise ConfigError("no data was named", hint="give a file, a folder, or a GLUE task")
         rows, where = _read_hub(task, split)
     else:
         path = _find_file(Path(data), known, split)
@@ -210,7 +210,7 @@ def _read_hub(task: str, split: str) -> tuple[list[dict[str, Any]], str]:
             "GLUE cannot be had from the hub",
             where=where,
             got=str(error)[:200],
-            mend="give a folder with its files",
+            hint="give a folder with its files",
         ) from error
     return class_names(table), where
 

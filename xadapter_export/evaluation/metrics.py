@@ -58,7 +58,7 @@ def task_metrics(
             got=f"{scores.shape} and {truth.shape}",
         )
     if not (np.isfinite(scores).all() and np.isfinite(truth.astype(np.float64)).all()):
-        raise ShapeError("logits and labels must be finite", mend="look for a training run that diverged")
+        raise ShapeError("logits and labels must be finite", hint="look for a training run that diverged")
     num_labels = scores.shape[1]
     if task is not None:
         names = GLUE_METRICS[task]

@@ -130,7 +130,7 @@ def read_names(value: str) -> tuple[str, ...]:
     """
     path = Path(value)
     if path.suffix and not path.is_file():
-        raise ConfigError("there is no such file", where=value, mend="give a file, or names with commas")
+        raise ConfigError("there is no such file", where=value, hint="give a file, or names with commas")
     if not path.is_file():
         names = [name.strip() for name in value.split(",")]
     elif path.suffix in {".jsonl", ".csv"}:
@@ -175,7 +175,7 @@ def select_objects(
             "no object is left to ask for",
             where=data.where,
             got=f"{len(data.objects)} objects, none of them among those asked for",
-            mend="look at --objects, --in-bank and --not-in",
+            hint="look at --objects, --in-bank and --not-in",
         )
     return ObjectSet(data.benchmark, kept, data.colors, data.where)
 
@@ -221,7 +221,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                     "a row has another number of cells than the header", where=f"{path}, row {number}"
                 )
     if not rows:
-        raise InputTextError("the data is empty", where=path, mend="give a file with at least one object")
+        raise InputTextError("the data is empty", where=path, hint="give a file with at least one object")
     if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
         raise InputTextError("a row is no JSON object", where=f"{path}, row {wrong[0]}")
     return rows

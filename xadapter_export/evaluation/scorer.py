@@ -236,7 +236,7 @@ class Scorer(ABC):
             raise UnsupportedError(
                 "the model answers its candidates only, so it has no probability for other tokens",
                 where=self.name,
-                mend="export the checkpoint without --candidates",
+                hint="export the checkpoint without --candidates",
             )
         copies = self._masked_copies(texts, memory_texts)
         log_probability = np.empty(len(copies), np.float64)

@@ -403,7 +403,7 @@ class _Builder:
                     "every variant that was asked for is below its gate, so there is no bundle",
                     where=f"experts {expert_set}",
                     got=", ".join(map(str, wanted)),
-                    mend="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
+                    hint="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
                 )
 
     def _record_lossy(self, manifest: Manifest) -> None:

@@ -83,13 +83,13 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
             got="a static bank, all of which is read"
             if reads_bank(model.config.experts) and not searched
             else None,
-            mend="leave --retrieval external out; --split alone splits what reads CLIP",
+            hint="leave --retrieval external out; --split alone splits what reads CLIP",
         )
     if not any(reads_clip(model, name) for name in plan.expert_sets):
         raise ConfigError(
             "no graph reads CLIP, so there is nothing to split",
             where=f"experts {', '.join(plan.expert_sets)}",
-            mend="leave --split out",
+            hint="leave --split out",
         )
 
 

@@ -395,7 +395,7 @@ def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> To
             where=source,
             expected=f"{OPEN_CLIP_VOCAB_SIZE} tokens",
             got=config.vocab_size,
-            mend=f"save it in open_clip's hub layout with its {TOKENIZER_NAME}, and give the folder",
+            hint=f"save it in open_clip's hub layout with its {TOKENIZER_NAME}, and give the folder",
         )
     if not path.is_file():
         raise CheckpointError(

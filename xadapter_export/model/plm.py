@@ -326,13 +326,13 @@ def _complete(model: Any, missing: Sequence[str], task: Task, name: str) -> PreT
         raise NoMlmHeadError(
             f"PLM {name} has no MLM head, which {task} needs",
             got=f"{len(lacking)} weights less, first {lacking[0]}",
-            mend="take one that has, or another task",
+            hint="take one that has, or another task",
         )
     if lacking:
         raise CheckpointError(
             f"PLM {name}: the file is not complete",
             got=f"{len(lacking)} weights less, first {lacking[0]}",
-            mend="get the whole file",
+            hint="get the whole file",
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

@@ -62,7 +62,7 @@ def prove_engines(
         raise BundleError(
             "the bundle holds no such engine",
             where=f"{target}, experts {', '.join(expert_sets or ['any'])}, {', '.join(variants or ['any'])}",
-            mend=f"export it with --target {target}",
+            hint=f"export it with --target {target}",
         )
     gpu = find_gpu()
     chosen = [(made, engine_file_for(made, gpu)) for made in wanted]
@@ -114,7 +114,7 @@ def compare_engine(
         raise ParityError(
             "no reference input has lengths that the engine was planned for",
             where=f"{made.target}, experts {made.expert_set}, {made.source}",
-            mend="export again with a wider --profile",
+            hint="export again with a wider --profile",
         )
     held = dict.fromkeys(keys, TOLERANCES["fp32"])
     tie = TIE

@@ -104,7 +104,7 @@ def prove_bundle(
                 where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
                 expected=f"{variant.parity.num_cells} cells",
                 got=len(compared),
-                mend="copy or export the bundle again",
+                hint="copy or export the bundle again",
             )
         cells += compared
     if not cells:
@@ -138,7 +138,7 @@ def _choose(
             raise ConfigError(
                 "a lossy variant cannot be proven by tolerance",
                 where=variant.name,
-                mend="the manifest says how far it agrees: see xad-inspect",
+                hint="the manifest says how far it agrees: see xad-inspect",
             )
     return [variant for variant in manifest.variants if variant in chosen]
 
@@ -310,5 +310,5 @@ def _look_up(reference: Mapping[str, Array], key: str) -> Array:
         raise ParityError(
             "the reference lacks an array",
             where=key,
-            mend=f"export the bundle again: {REFERENCE_NAME} is not whole",
+            hint=f"export the bundle again: {REFERENCE_NAME} is not whole",
         ) from error

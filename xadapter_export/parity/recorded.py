@@ -373,5 +373,5 @@ def _look_up(reference: Mapping[str, Array], key: str) -> Array:
         return reference[key]
     except KeyError as error:
         raise ParityError(
-            "the bundle holds nothing to compare with", where=key, mend="export it again"
+            "the bundle holds nothing to compare with", where=key, hint="export it again"
         ) from error

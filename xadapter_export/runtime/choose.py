@@ -153,22 +153,22 @@ def choose(
                 "an engine runs on the GPU by itself, with no execution provider",
                 where=name,
                 got=", ".join(providers),
-                mend="leave the provider out, or choose another variant",
+                hint="leave the provider out, or choose another variant",
             )
         return Choice(by_name[engine.source], "named", engine, named=True)
     if name == "auto":
         rules = _rules(providers, machine)
-        mend = "name one of those with variant=, or export with --precision fp32"
+        hint = "name one of those with variant=, or export with --precision fp32"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
-            mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --variant {PORTABLE} too"
+            hint = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --variant {PORTABLE} too"
     elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
             for target in (_cpu_targets(name, machine) if on_cpu else _gpu_targets(providers))
         ]
-        mend = "choose one of those, or export with its --precision and --target"
+        hint = "choose one of those, or export with its --precision and --target"
     else:
-        rules, mend = [(name, "named")], "choose one of those, or export with its --precision and --target"
+        rules, hint = [(name, "named")], "choose one of those, or export with its --precision and --target"
     found = [(wanted, reason) for wanted, reason in rules if wanted in by_name]
     _check_providers(name, providers)
     for wanted, reason in found:
@@ -178,7 +178,7 @@ def choose(
         raise ParityError(
             "every variant that suits gives wrong answers on this processor",
             where=f"{', '.join(wanted for wanted, _ in found)}, experts {variants[0].expert_set}, {machine}",
-            mend="copy the bundle again, update onnxruntime, and please report this",
+            hint="copy the bundle again, update onnxruntime, and please report this",
         )
     raise BundleError(
         "the bundle holds no variant that suits this machine"
@@ -186,7 +186,7 @@ def choose(
         else "the bundle does not hold this variant",
         where=f"{name}, experts {variants[0].expert_set}",
         expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
-        mend=mend,
+        hint=hint,
     )
 
 
@@ -202,7 +202,7 @@ def _check_providers(name: str, providers: Sequence[str]) -> None:
         raise ConfigError(
             "fp16 is slower than fp32 on a CPU, and no GPU provider was asked for",
             where=name,
-            mend="ask for one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
+            hint="ask for one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
         )
     if target is None or target.provider is None:
         return
@@ -211,14 +211,14 @@ def _check_providers(name: str, providers: Sequence[str]) -> None:
             "this variant is for the CPU, and another provider was asked for",
             where=name,
             got=", ".join(providers),
-            mend=f"leave the provider out, or choose another variant, such as {PORTABLE}",
+            hint=f"leave the provider out, or choose another variant, such as {PORTABLE}",
         )
     if target.provider not in providers and target.provider != CPU_PROVIDER:
         raise ConfigError(
             f"this variant is for {target.says}",
             where=name,
             got=", ".join(providers),
-            mend=f"ask for it (--provider {target.provider}), or choose another variant",
+            hint=f"ask for it (--provider {target.provider}), or choose another variant",
         )
 
 

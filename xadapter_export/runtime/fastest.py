@@ -128,7 +128,7 @@ def remember(cache_dir: Path, key: str, timings: Timings) -> None:
             "what was measured cannot be kept",
             where=cache_dir,
             got=error.strerror or error,
-            mend="choose a folder that you may write to, or leave cache_dir (--cache-dir) out",
+            hint="choose a folder that you may write to, or leave cache_dir (--cache-dir) out",
         ) from error
 
 

@@ -158,13 +158,13 @@ class Graphs:
         self._checks.append(check)
         if check.passed:
             return None
-        mend = 'choose another variant, or vouch for it with check="never" (--check never)'
+        hint = 'choose another variant, or vouch for it with check="never" (--check never)'
         return ParityError(
             "a variant gives wrong answers on this processor",
             where=f"{variant.name}, experts {variant.expert_set}, {read_machine()}",
             expected=check.expected,
             got=check.got,
-            mend=mend if self._asked == variant.name else None,
+            hint=hint if self._asked == variant.name else None,
         )
 
     def _choose_another(self, choice: Choice, error: ParityError) -> None:
@@ -181,7 +181,7 @@ class Graphs:
             asked = self._asked if self._asked in PRECISIONS else "auto"
             self._choices[experts] = self._choose(experts, asked)
         except XAdapterError as none_left:
-            raise ParityError(str(error), mend=str(none_left)) from none_left
+            raise ParityError(str(error), hint=str(none_left)) from none_left
         answers = self._choices[experts].name
         warnings.warn(f"{error}; {answers} answers instead", UserWarning, stacklevel=2)
 

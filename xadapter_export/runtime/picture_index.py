@@ -158,7 +158,7 @@ def read_index_record(folder: Path) -> IndexRecord:
             "this is not an index",
             where=folder,
             expected=f"a folder with {INDEX_RECORD_NAME}",
-            mend="make one with: xad-bank index BUNDLE -o INDEX",
+            hint="make one with: xad-bank index BUNDLE -o INDEX",
         ) from error
 
 
@@ -183,14 +183,14 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
         raise BundleError(
             "the index does not list one of its files, so its hash cannot be checked",
             where=folder / unlisted[0],
-            mend="make it again",
+            hint="make it again",
         )
     for name, entry in record.files.items():
         path = inside(folder, name, "index")
         if path.stat().st_size != entry.size_bytes:
-            raise BundleError("a file of the index is cut short", where=path, mend="make it again")
+            raise BundleError("a file of the index is cut short", where=path, hint="make it again")
         if verify and sha256_file(path) != entry.sha256:
-            raise HashMismatchError("a file of the index was changed", where=path, mend="make it again")
+            raise HashMismatchError("a file of the index was changed", where=path, hint="make it again")
     try:
         if record.kind == "lancedb":
             lancedb = import_lancedb()

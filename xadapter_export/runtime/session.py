@@ -420,7 +420,7 @@ class XAdapterSession:
             raise UnsupportedError(
                 "this expert set looks at no pictures",
                 where=experts or self.experts,
-                mend=f"choose {' or '.join(sets)}"
+                hint=f"choose {' or '.join(sets)}"
                 if sets
                 else "export the checkpoint with --experts v or vt",
             )
@@ -485,7 +485,7 @@ class XAdapterSession:
                 raise BundleError(
                     "the graph gives NaN or infinity",
                     where=f"{name} of {self._graphs.choice(experts or self.experts).name}",
-                    mend="copy or export the bundle again; xad-parity says which graphs are right",
+                    hint="copy or export the bundle again; xad-parity says which graphs are right",
                 )
         return dict(zip(names, values, strict=True))
 

@@ -43,7 +43,7 @@ class SplitPairs:
             raise ConfigError(
                 "no graph of this bundle takes what an index finds",
                 where=bundle.folder,
-                mend="leave the index out, or export the checkpoint with --retrieval external",
+                hint="leave the index out, or export the checkpoint with --retrieval external",
             )
         self._index = open_index(index, verify=verify) if isinstance(index, str | Path) else index
         if self._index is not None:

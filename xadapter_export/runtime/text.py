@@ -232,7 +232,7 @@ class TextEncoder:
                 where=_quoted(text),
                 expected=f"within {budget} tokens",
                 got=sum(needs),
-                mend="shorten the text between them or ask for one mask at a time",
+                hint="shorten the text between them or ask for one mask at a time",
             )
         # The longer text gives way first, but never so far that it loses a mask.
         lengths = len(spans[0]), len(spans[1])
@@ -258,7 +258,7 @@ class TextEncoder:
                 raise InputTextError(
                     "the text has no mask to fill",
                     where=_quoted(text),
-                    mend=f"write {self.mask_token} where the word should go",
+                    hint=f"write {self.mask_token} where the word should go",
                 )
         return rows
 
@@ -319,7 +319,7 @@ def check_texts(texts: str | Sequence[str], name: str = "text") -> list[str]:
         if not isinstance(row, str):
             raise InputTextError(f"a {name} is not a string", where=where, got=type(row).__name__)
         if not row.strip():
-            raise InputTextError(f"a {name} is empty", where=where, mend="write a sentence")
+            raise InputTextError(f"a {name} is empty", where=where, hint="write a sentence")
         try:
             row.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -115,7 +115,7 @@ def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) ->
         f"the execution provider {CUDA_PROVIDER} did not start{lacking}",
         expected=", ".join(names),
         got=got,
-        mend=_clash()
+        hint=_clash()
         or 'install an NVIDIA driver, and CUDA and cuDNN with: pip install "onnxruntime-gpu[cuda,cudnn]"; or '
         "accept the CPU with allow_fallback=True (xad-run --allow-fallback)",
     )
@@ -143,7 +143,7 @@ def _import_onnxruntime() -> ModuleType:
     except MissingExtraError as error:
         if clash is None:
             raise
-        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, mend=clash) from error
+        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, hint=clash) from error
     ort.disable_telemetry_events()
     if clash is not None:
         warnings.warn(clash, UserWarning, stacklevel=3)
@@ -157,7 +157,7 @@ def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> 
             f"the execution provider {missing[0]} {problem}",
             expected=", ".join(names),
             got=", ".join(active),
-            mend=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
+            hint=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
         )
 
 

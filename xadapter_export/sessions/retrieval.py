@@ -60,7 +60,7 @@ class Retriever:
         if stored is None and index is None:
             raise BundleError(
                 "the bundle holds no features to search",
-                mend="load it with an index of its bank that returns features: index= (--index)",
+                hint="load it with an index of its bank that returns features: index= (--index)",
             )
         if stored is not None and (stored.num_pictures, stored.dim) != (bank.num_pictures, bank.dim):
             raise BundleError(
@@ -94,7 +94,7 @@ class Retriever:
             if self._stored is None:
                 raise BundleError(
                     "the bundle holds no features and the index returns none",
-                    mend="use an index that returns features, or export the bundle with its bank",
+                    hint="use an index that returns features, or export the bundle with its bank",
                 )
             features = self._stored.take(rows)
         scores = np.einsum("qd,qcd->qc", queries, features)
@@ -131,7 +131,7 @@ class Retriever:
                 where=type(index).__name__,
                 expected=f"{bank.k} different ones for each query",
                 got=least,
-                mend="search more of it: raise its nprobe",
+                hint="search more of it: raise its nprobe",
             )
         if len(answer) == 2 or answer[2] is None:
             return rows, None
@@ -158,7 +158,7 @@ def check_index(index: object, bank: BankSpec) -> None:
                 where=f"{type(index).__name__}.{name}",
                 expected=expected,
                 got=found,
-                mend="make one with: xad-bank index BUNDLE -o INDEX",
+                hint="make one with: xad-bank index BUNDLE -o INDEX",
             )
 
 

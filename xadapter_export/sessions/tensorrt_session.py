@@ -41,7 +41,7 @@ def find_gpu() -> str:
         raise ProviderError(
             "an engine runs on an NVIDIA GPU, and this machine has none that CUDA can use",
             got=error.name if int(error) else "no device",
-            mend="run the same command on a machine with a GPU and its driver",
+            hint="run the same command on a machine with a GPU and its driver",
         )
     attribute = cuda.cudaDeviceAttr
     major, minor = (
@@ -70,7 +70,7 @@ def engine_file_for(made: Deployment, gpu: str) -> str:
         f"the bundle holds no engine for this GPU ({gpu})",
         where=f"{made.target}, experts {made.expert_set}, {made.source}",
         expected=f"one of {', '.join(made.engines)}",
-        mend=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
+        hint=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
     )
 
 
@@ -132,7 +132,7 @@ class EngineSession:
                     where=name,
                     expected=f"{least} to {largest}",
                     got=input_feed[name].shape,
-                    mend="export again with a wider --profile, or choose another variant",
+                    hint="export again with a wider --profile, or choose another variant",
                 )
             for name in self._inputs:
                 array = np.ascontiguousarray(input_feed[name])
@@ -213,7 +213,7 @@ def open_engine(file: Path, target: str) -> EngineSession:
             f"{library.__name__} {library.__version__} cannot load the engine on this GPU ({gpu})",
             where=file,
             got=complaints[0] if complaints else "no reason given",
-            mend="an engine belongs to the version that built it: export again with this one",
+            hint="an engine belongs to the version that built it: export again with this one",
         )
     cuda = import_extra("cuda.bindings.runtime", "tensorrt")
     return EngineSession(engine, library, cuda, (runtime, logger))

@@ -110,7 +110,7 @@ def swap_bank(
             raise ConfigError(
                 "the output lies inside the bundle",
                 where=staged.final,
-                mend="choose a place beside the bundle",
+                hint="choose a place beside the bundle",
             )
         make = BankWeights(FeatureBank.load(reader.folder), old)
         files = SwappedFiles(old, staged.path, kept, make)
@@ -143,7 +143,7 @@ def _check_only_listed(bundle: Bundle) -> None:
             raise OutputExistsError(
                 "the bundle holds a file that its manifest does not list, which replacing it would remove",
                 where=path,
-                mend="move it away, or write to another folder with -o",
+                hint="move it away, or write to another folder with -o",
             )
 
 
@@ -194,7 +194,7 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes "
             f"(query = sentence), or it was not folded or is of a version without {PROJECTIONS_NAME}",
             where=old.folder,
-            mend="train with the new bank, or export again",
+            hint="train with the new bank, or export again",
         )
     for variant in kept.variants:
         why = TARGETS[variant.target].swap_refused.get(variant.precision)
@@ -202,13 +202,13 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
         if reads_bank(variant.expert_set) and why is not None:
             raise UnsupportedError(
                 f"variant {variant.name} {why} and cannot be swapped",
-                mend=f"leave it out with --leave-out {variant.name}, or export again",
+                hint=f"leave it out with --leave-out {variant.name}, or export again",
             )
     for deployment in kept.deployments:
         if reads_bank(deployment.expert_set):
             raise UnsupportedError(
                 f"the deployment {deployment.name} holds the old bank",
-                mend=f"leave it out with --leave-out {deployment.name}, or export again",
+                hint=f"leave it out with --leave-out {deployment.name}, or export again",
             )
     sha256 = reader.sha256()
     proven = bank.swapped_from or ProvenBank(num_pictures=bank.num_pictures, sha256=bank.sha256)
@@ -238,14 +238,14 @@ def _check_clip(kept: Manifest, bank: BankSpec, reader: BankReader, *, assume_cl
                 where=reader.folder,
                 expected=wanted[:12],
                 got=reader.clip,
-                mend="build the bank with the CLIP of the bundle",
+                hint="build the bank with the CLIP of the bundle",
             )
     elif not assume_clip:
         silent = "the bank" if reader.clip is None else "the bundle"
         raise ConfigError(
             f"{silent} does not say which CLIP its features are of",
             where=reader.folder,
-            mend="build the bank again with xad-bank build, or vouch for it with --assume-clip",
+            hint="build the bank again with xad-bank build, or vouch for it with --assume-clip",
         )
 
 
@@ -293,7 +293,7 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
                 raise ParityError(
                     "the graph does not retrieve what is in the new bank, or gives NaN or infinity",
                     where=f"{variant.file}, case {case}",
-                    mend="please report this",
+                    hint="please report this",
                 )
     return num_searched
 

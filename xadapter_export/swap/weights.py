@@ -87,5 +87,5 @@ class BankWeights:
         raise UnsupportedError(
             "a graph holds its bank in a form that cannot be swapped",
             where=f"{name} {weight.dtype} {weight.shape}",
-            mend="export again",
+            hint="export again",
         )

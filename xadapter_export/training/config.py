@@ -238,7 +238,7 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
     for key in values:
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.0)
-            raise ConfigError("unknown setting", where=f"{where}, {key}", mend=f"did you mean {near[0]}?")
+            raise ConfigError("unknown setting", where=f"{where}, {key}", hint=f"did you mean {near[0]}?")
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:

@@ -61,7 +61,7 @@ def train_control(
                 where=name,
                 expected=f"SHA-256 {sha256[:12]}",
                 got=found.get(Path(name).name, "none")[:12],
-                mend="get the original, or name a control that was trained before",
+                hint="get the original, or name a control that was trained before",
             )
     return train(config, frozen_sha256=record["frozen_sha256_before"], on_stage=on_stage, on_step=on_step)
 
@@ -90,7 +90,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             "the checkpoint does not say how it was trained, so its control cannot be",
             where=path,
-            mend="name a control that was trained before",
+            hint="name a control that was trained before",
         )
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

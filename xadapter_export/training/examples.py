@@ -162,7 +162,7 @@ class Masker:
         if not masked:
             raise InputTextError(
                 "no text has a word that can be masked",
-                mend=f"give sentences without {self._mask}, or .jsonl with text and answers",
+                hint=f"give sentences without {self._mask}, or .jsonl with text and answers",
             )
         return masked
 
@@ -251,7 +251,7 @@ def answered_texts(rows: Sequence[Mapping[str, Any]], encoder: TextEncoder, wher
         given = given if isinstance(given, list) else [given]
         num_masks = text.count(mask)
         if not num_masks:
-            raise InputTextError("a text has no mask", where=place, mend=f"write {mask}")
+            raise InputTextError("a text has no mask", where=place, hint=f"write {mask}")
         if given == [None]:
             found.append(MaskedText(text, ({},) * num_masks))
             continue

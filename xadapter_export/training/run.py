@@ -192,7 +192,7 @@ def train(
                 "the training diverged",
                 where=name,
                 got="values that are not finite",
-                mend="lower learning_rate",
+                hint="lower learning_rate",
             )
     model.calibration = _calibration(rows, config.seed)
     record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
@@ -238,7 +238,7 @@ def _make_model(
                 where=getattr(config, name),
                 expected=f"SHA-256 {expected[:12]}",
                 got=part.sha256[:12],
-                mend="get the original",
+                hint="get the original",
             )
     experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
     if config.control:
@@ -484,7 +484,7 @@ def _run_phase(
         stopped = TrainingStopped(
             f"stopped after step {trainer.state.global_step} of {steps}",
             where=config.run_folder,
-            mend="the same command goes on from there",
+            hint="the same command goes on from there",
         )
         stopped.exit_code = progress.exit_code
         if progress.stopped and trainer.state.global_step < steps:
@@ -514,7 +514,7 @@ def _blaming(folder: Path) -> Iterator[None]:
             "the run folder cannot be written",
             where=folder,
             got=getattr(error, "strerror", None) or error,
-            mend="free some space, or choose another with --run; the same command goes on",
+            hint="free some space, or choose another with --run; the same command goes on",
         ) from error
 
 
@@ -569,7 +569,7 @@ def _arguments(
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
-        raise ConfigError("fp16 training needs a GPU", got="no GPU", mend="use precision bf16 or fp32")
+        raise ConfigError("fp16 training needs a GPU", got="no GPU", hint="use precision bf16 or fp32")
     use_bf16 = config.precision == "bf16" or (
         config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
     )
@@ -657,7 +657,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
         raise ConfigError(
             "the run folder holds an unfinished run with other settings, data or models",
             where=folder,
-            mend="go on with the old settings, remove the folder, or choose another with --run",
+            hint="go on with the old settings, remove the folder, or choose another with --run",
         )
     with _blaming(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ def read_questions(
         raise ConfigError(
             "there is no share of right answers to be lost",
             where="a regression" if spec.labels_texts else task,
-            mend="leave --evaluate out: the variants are judged by their agreement with fp32 alone",
+            hint="leave --evaluate out: the variants are judged by their agreement with fp32 alone",
         )
     return replace(_label_questions(model, source), source=source.name)
 
@@ -403,7 +403,7 @@ def check(agreement: Agreement, variant_name: str) -> None:
             where=variant_name,
             expected=" and ".join(expected),
             got=" and ".join(got),
-            mend=f"choose another precision, give --calibration with texts as the model will read, or change "
+            hint=f"choose another precision, give --calibration with texts as the model will read, or change "
             f"the gate with {' and '.join(flags)}",
         )
 
@@ -459,7 +459,7 @@ def _color_questions(model: XAdapterModel, source: Path, candidates: Sequence[Ca
                 "a question's answer is not among the candidates",
                 where=f"{source}, {', '.join(absent)}",
                 expected=", ".join(candidate.word for candidate in candidates),
-                mend="add it to --candidates, or leave --evaluate out",
+                hint="add it to --candidates, or leave --evaluate out",
             )
         columns = [column_of[i] for i in columns]
     texts = CalibrationTexts(tuple(text for text, _ in asked))

@@ -304,7 +304,7 @@ def _read_texts(path: Path, *, with_pairs: bool) -> list[_Row]:
     if path.suffix not in _TABLES:
         lines = [line.strip() for line in read_lines(path)]
         if not lines:
-            raise InputTextError("the file has no text", where=path, mend="give a file with one text a line")
+            raise InputTextError("the file has no text", where=path, hint="give a file with one text a line")
         return [(line, None) for line in lines]
     return _texts_of(read_text_table(path), path, with_pairs=with_pairs)
 

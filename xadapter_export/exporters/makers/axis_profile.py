@@ -111,7 +111,7 @@ def check_cases(profile: Mapping[str, tuple[int, int]], cases: Iterable[Mapping[
         raise ConfigError(
             "no reference input has lengths within the profile, so nothing could be proven",
             where=", ".join(f"{axis}={least}..{largest}" for axis, (least, largest) in profile.items()),
-            mend="give --profile wider ranges",
+            hint="give --profile wider ranges",
         )
 
 

@@ -261,7 +261,7 @@ def _restore_weights(model: Any, weights: Mapping[str, tuple[Any, Any]]) -> None
         raise ParityError(
             "products were lost while activations were measured",
             got=", ".join(left),
-            mend="please report this",
+            hint="please report this",
         )
 
 
