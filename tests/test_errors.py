@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,10 @@ def test_missing_extra_gives_the_exact_line_to_install_it() -> None:
 
 def test_import_extra_returns_the_module() -> None:
     assert import_extra("json", "export").loads("1") == 1
+
+
+def test_an_error_of_the_system_is_told_without_its_number(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "y").read_text(encoding="utf-8")
+    line = str(ShapeError("the file cannot be read", where="y", got=caught.value))
+    assert line == "the file cannot be read: y (got No such file or directory)"

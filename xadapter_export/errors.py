@@ -32,6 +32,8 @@ class XAdapterError(Exception):
     ) -> None:
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
         line = what if where is None else f"{what}: {where}"
+        if isinstance(got, OSError) and got.strerror:  # its number and its path tell the reader nothing new
+            got = got.strerror
         facts = [f"{k} {v}" for k, v in (("expected", expected), ("got", got)) if v is not None]
         if facts:
             line += f" ({', '.join(facts)})"

@@ -71,10 +71,10 @@ def inside(folder: Path, relative: str, kind: str) -> Path:
     path = folder / relative
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(
-            f"a file of the {kind} lies outside its folder",
+            f"a file of the {kind} is outside its folder",
             where=path,
             got=path.resolve(),
-            hint=f"copy the {kind} with its links followed (cp -rL)",
+            hint=f"copy the {kind} so that links become files (cp -rL)",
         )
     if not path.is_file():
         raise BundleError(f"a file of the {kind} is missing", where=path, hint="copy the whole folder")
@@ -112,7 +112,7 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
     unlisted = sorted(_files_to_list(bundle) - set(bundle.manifest.files))
     if unlisted:
         raise BundleError(
-            "the manifest does not list a file of the bundle, so its hash cannot be checked",
+            "the bundle has a file that its manifest does not list, so its hash cannot be checked",
             where=folder / unlisted[0],
             hint="copy or export the bundle again",
         )
@@ -142,7 +142,7 @@ def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
         path, entry = bundle.file(name), bundle.manifest.files[name]
         if (found := sha256_file(path)) != entry.sha256:
             raise HashMismatchError(
-                "a file of the bundle was changed",
+                "a file of the bundle has changed",
                 where=path,
                 expected=f"SHA-256 {entry.sha256}",
                 got=found,

@@ -428,7 +428,7 @@ class Manifest(_Strict):
         if found := tuple(variant for variant in self.variants if variant.expert_set == expert_set):
             return found
         raise BundleError(
-            "the bundle does not hold this expert set",
+            "the bundle does not have this expert set",
             where=expert_set,
             expected=f"one of {', '.join(self.expert_sets)}",
             hint="choose one of those, or export the checkpoint again with this set",
@@ -445,7 +445,7 @@ class Manifest(_Strict):
             if variant.name == name:
                 return variant
         raise BundleError(
-            "the bundle does not hold this variant",
+            "the bundle does not have this variant",
             where=f"{name}, experts {expert_set}",
             expected=f"one of {', '.join(variant.name for variant in variants)}",
             hint="choose one of those, or export with its --precision and --target",
@@ -478,7 +478,7 @@ class Manifest(_Strict):
             raise BundleError("the manifest is not a JSON object", where=where, got=error) from error
         if version != FORMAT_VERSION:
             raise BundleError(
-                "the manifest is of another format version",
+                "the manifest has another format version",
                 where=where,
                 expected=FORMAT_VERSION,
                 got=version,

@@ -83,7 +83,7 @@ def read_prompts(value: str) -> tuple[str, ...]:
         raise ConfigError(
             "the prompts cannot be read",
             where=value,
-            expected=f"{', '.join(PROMPTS)}, or a UTF-8 file with one prompt a line",
+            expected=f"{', '.join(PROMPTS)}, or a UTF-8 file with one prompt per line",
             got=error,
         ) from error
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

@@ -126,7 +126,7 @@ class ClipTextConfig:
             )
         except ValidationError as error:
             raise UnsupportedError(
-                f"CLIP {source}: text_cfg has a setting that is not known: {describe(error)}"
+                f"CLIP {source}: text_cfg has an unknown setting: {describe(error)}"
             ) from error
         if config.heads < 1 or config.width % config.heads:
             raise CheckpointError(
@@ -501,6 +501,6 @@ def download_clip(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"CLIP {name} is neither a folder nor a hub id that can be reached ({reason}). "
+            f"CLIP {name} is neither a folder nor a reachable hub id ({reason}). "
             f"Expected a folder with {CONFIG_NAME}, or model:tag as open_clip names them"
         ) from error

@@ -93,7 +93,7 @@ class XAdapterTrainer(Trainer):
                 "the state of the run cannot be written",
                 where=self.args.output_dir,
                 got=" ".join(str(error).split())[:200],
-                hint="free some space; the same command goes on from the last state",
+                hint="free some space, then run the same command again to resume from the last state",
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -209,7 +209,7 @@ def quantise(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding
     ]
     if left:
         raise ParityError(
-            "quantisation left large matrices in fp32", got=", ".join(left), hint="please report this"
+            "quantization left large matrices in fp32", got=", ".join(left), hint="please report this"
         )
 
 
