@@ -339,7 +339,7 @@ def test_a_compiled_graph_is_kept_where_it_is_asked_for(t: Case, t_int8: Path, t
 
 def test_a_place_for_compiled_graphs_that_cannot_be_written(t_int8: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"compiled graphs cannot be written: .*file.*leave cache_dir"):
+    with pytest.raises(ConfigError, match=r"compiled graphs cannot be written: .*file.*remove cache_dir"):
         create_openvino_session(t_int8, cache_dir=tmp_path / "file")
 
 
