@@ -168,7 +168,7 @@ def open_faiss(rows: Float32Array, threads: int) -> Search:
         faiss = importlib.import_module("faiss")
     except ImportError as error:
         raise MissingExtraError(
-            "faiss cannot be imported", got=error, mend="pip install faiss-cpu, or leave out --faiss"
+            "faiss cannot be imported", got=error, hint="pip install faiss-cpu, or leave out --faiss"
         ) from error
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatIP(rows.shape[1])

@@ -89,7 +89,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
         + ", ".join(f"{_TITLES[experts]} {share:.1%}" for experts, share in shares.items())
         + f" (chance {1 / len(_COLORS):.1%}). Caveats: docs/results.md"
     )
-    console.print(f"parity: passed in {len(result.parity.cells)} cells. bundle: {result.folder}")
+    console.print(f"parity: passed, {len(result.parity.cells)} comparisons. bundle: {result.folder}")
     program = os.path.relpath(Path(sys.executable).parent / "xad-run")
     bundle = os.path.relpath(result.folder)
     console.print(f'try: {program} {bundle} "The color of a strawberry is [MASK]." --compare')

@@ -142,7 +142,7 @@ def main(output: Path, names: tuple[str, ...], opset: int) -> None:
         reports[name] = result.parity
     Console(width=160, highlight=False).print(parity_table(reports))
     num_cells = sum(len(report.cells) for report in reports.values())
-    click.echo(f"parity: passed in {num_cells} cells of {len(reports)} cases; bundles: {output}")
+    click.echo(f"parity: passed, {num_cells} comparisons in {len(reports)} cases; bundles: {output}")
 
 
 if __name__ == "__main__":

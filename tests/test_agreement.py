@@ -380,7 +380,7 @@ def test_what_differs_is_counted(bundles: dict[Task, Path], task: Task) -> None:
     got = (
         "got 0\\.66667 over 12" if task == "feature-extraction" else "got 8[13]\\...? %: [23] of 1[26] differ"
     )
-    with pytest.raises(ParityError, match=f"below its gate: cpu-int8 .*{got}.*--min-agreement"):
+    with pytest.raises(ParityError, match=f"failed its accuracy check: cpu-int8 .*{got}.*--min-agreement"):
         check(agreement, "cpu-int8")
 
 
@@ -451,7 +451,7 @@ def test_answers_that_cannot_be_compared(tiny: Path, bundles: dict[Task, Path]) 
     for vectors in (answers.vectors[:, :1], answers.vectors[:1]):  # both would broadcast
         with pytest.raises(ParityError, match=r"another shape: cpu-int8 \(expected \(16, 21\), got"):
             compare(answers, replace(answers, vectors=vectors), probe, "int8")
-    with pytest.raises(ParityError, match="no text to compare a variant on: cpu-int8"):
+    with pytest.raises(ParityError, match="no texts to compare a variant on: cpu-int8"):
         collect(graph, replace(probe, feeds=()), "cpu-int8")
 
 
@@ -493,13 +493,14 @@ def test_a_variant_below_both_gates_is_told_both() -> None:
     with pytest.raises(ParityError) as caught:
         check(agreement, "cpu-int8, experts t")
     assert str(caught.value) == (
-        "a variant is below its gate: cpu-int8, experts t (expected the same top answer in at least 99.00 % "
-        "and at most 1 point of accuracy lost, got 98.67 %: 4 of 300 differ and 2.00: 60.00 % to 58.00 % of "
-        "300 questions); "
-        "choose another precision, give --calibration with texts as the model will read, or change the gate "
+        "a variant failed its accuracy check: cpu-int8, experts t (expected the same top answer in at least "
+        "99.00 % and at most 1 point of accuracy lost, got 98.67 %: 4 of 300 differ and 2.00: 60.00 % to "
+        "58.00 % of "
+        "300 questions); choose another precision, give typical texts with --calibration, or change the "
+        "limit "
         "with --min-agreement and --max-points-lost"
     )
-    with pytest.raises(ParityError, match=r"change the gate with --max-points-lost$"):
+    with pytest.raises(ParityError, match=r"change the limit with --max-points-lost$"):
         check(make_agreement(accuracy=0.58), "cpu-int8")
 
 
@@ -633,7 +634,7 @@ def test_labelled_texts_are_questions_for_a_classifier(classifier: XAdapterModel
     with pytest.raises(InputTextError, match=r"a label is out of range: .*expected one of no, yes"):
         read_questions(classifier, other, "text-classification")
     with pytest.raises(
-        ConfigError, match=r"no share of right answers .*feature-extraction; leave --evaluate out"
+        ConfigError, match=r"accuracy cannot be measured .*feature-extraction; remove --evaluate"
     ):
         read_questions(classifier, names, "feature-extraction")
 
@@ -641,7 +642,7 @@ def test_labelled_texts_are_questions_for_a_classifier(classifier: XAdapterModel
 def test_a_regression_has_no_share_of_right_answers(tmp_path: Path) -> None:
     model = make_model(tmp_path, task="text-classification", labels=("score",))
     path = write(tmp_path / "dev.csv", "sentence1,sentence2,score\na,b,2.5\n")
-    with pytest.raises(ConfigError, match="right answers to be lost: a regression"):
+    with pytest.raises(ConfigError, match="cannot be measured for this task: a regression"):
         read_questions(model, path, "text-classification")
 
 

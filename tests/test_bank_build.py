@@ -145,17 +145,17 @@ def test_clips_that_cannot_encode_pictures(tmp_path: Path) -> None:
     weights["visual.proj"][:] = float("nan")
     save_file(weights, poisoned / "open_clip_model.safetensors")
     for clip, message in [
-        ("text-only", "holds its text tower only"),
+        ("text-only", "has only its text tower"),
         ("damaged", "open_clip_config.json cannot be read"),
-        ("nowhere", "neither a folder nor a hub id"),
-        ("poisoned", "no usable feature for a picture: thing_000.png .*got nan"),
+        ("nowhere", "neither a folder nor a reachable hub id"),
+        ("poisoned", "no usable feature for an image: thing_000.png .*got nan"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             make(source, tmp_path / "bank", clip=str(tmp_path / clip))
     assert not (tmp_path / "bank").exists()
     for settings, message in [
-        ({"device": "cuda:9"}, "there is no such device: cuda:9"),
-        ({"device": "abacus"}, "there is no such device: abacus"),
+        ({"device": "cuda:9"}, "no such device: cuda:9"),
+        ({"device": "abacus"}, "no such device: abacus"),
         ({"precision": "fp16"}, "fp16 on a CPU"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -229,7 +229,7 @@ def test_what_is_no_picture_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyP
     strip = encoded(Image.new("RGB", (60_000, 1)))
     cases = [
         (b"", "empty file"),
-        (b"hello", "not a picture that Pillow can read"),
+        (b"hello", "not an image that Pillow can read"),
         (whole[: len(whole) // 2], "damaged: .*truncated"),
         (encoded(picture(1))[:300], "damaged: "),
         (strip, "too long for its width: 60000 x 1 pixels"),
@@ -267,14 +267,14 @@ def test_undecodable_pictures_are_skipped_listed_and_counted(mixed: Path, tmp_pa
     skipped = [json.loads(line) for line in (tmp_path / "bank" / "skipped.jsonl").read_text().splitlines()]
     assert [line["id"] for line in skipped] == ["a-truncated.jpg", "b-zero.png", "missing.png", "notes.txt"]
     assert [line["reason"].split(":")[0] for line in skipped] == [
-        *("damaged", "empty file", "there is no such file", "not a picture that Pillow can read")
+        *("damaged", "empty file", "no such file", "not an image that Pillow can read")
     ]
     assert str(tmp_path) not in json.dumps(skipped)
 
 
 def test_strict_refuses_and_keeps_what_was_done(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"4 of 9 pictures cannot be decoded; the first is: a-truncated.jpg \(damaged: "
+        ConfigError, match=r"4 of 9 images cannot be decoded; the first is: a-truncated.jpg \(damaged: "
     ):
         make(mixed, tmp_path / "bank", strict=True)
     assert not (tmp_path / "bank").exists()
@@ -285,13 +285,13 @@ def test_strict_refuses_and_keeps_what_was_done(mixed: Path, tmp_path: Path) -> 
 
 def test_sources_without_a_picture(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="the source lists no pictures"):
+    with pytest.raises(ConfigError, match="the source has no images"):
         make(tmp_path / "empty", tmp_path / "bank")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no")
-    with pytest.raises(ConfigError, match=r"1 of 1 pictures cannot be decoded; the first is: x.png"):
+    with pytest.raises(ConfigError, match=r"1 of 1 images cannot be decoded; the first is: x.png"):
         make(tmp_path / "bad", tmp_path / "bank")
-    with pytest.raises(ConfigError, match="there is no such source"):
+    with pytest.raises(ConfigError, match="no such source"):
         make(tmp_path / "nothing", tmp_path / "bank")
     shutil.rmtree(work_folder_of(tmp_path / "bank"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "empty"]
@@ -344,11 +344,11 @@ def test_lists_of_pictures(tmp_path: Path) -> None:
             "column 'path' is missing: .*line 2",
         ),
         ("b.jsonl", '{"path": \n', "not JSON: .*line 1"),
-        ("c.jsonl", '{"path": "x", "caption": 3}\n', "path and caption must be texts: .*line 1"),
-        ("d.csv", "path,caption\nx.png\n", "path and caption must be texts: .*line 2"),
-        ("e.bin", "\0\0\0", "the list of pictures is no text"),
+        ("c.jsonl", '{"path": "x", "caption": 3}\n', "path and caption must be strings: .*line 1"),
+        ("d.csv", "path,caption\nx.png\n", "path and caption must be strings: .*line 2"),
+        ("e.bin", "\0\0\0", "the list of images is not a text file"),
         ("f.tar", "this is not a tar" * 100, "the shard cannot be read: .*f.tar"),
-        ("g.tar.gz", "", "packed shards cannot be read"),
+        ("g.tar.gz", "", "compressed shards are not supported"),
     ],
 )
 def test_lists_that_are_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -394,7 +394,7 @@ def test_webdataset_shards(tmp_path: Path, reference: Any) -> None:
     bank = make([str(tmp_path / "shard-{001..002}.tar")], tmp_path / "bank", workers=1)
     assert len(bank.pictures) == 6
     assert np.abs(bank.rows()[1] - reference(picture(11))).max() < 2e-6
-    with pytest.raises(ConfigError, match=r"there is no such source: .*shard-003.tar"):
+    with pytest.raises(ConfigError, match=r"no such source: .*shard-003.tar"):
         make([str(tmp_path / "shard-{002..003}.tar")], tmp_path / "other")
     cut = tmp_path / "cut.tar"
     cut.write_bytes((tmp_path / "shard-000.tar").read_bytes()[:3000])
@@ -432,9 +432,9 @@ def test_a_saved_dataset(tmp_path: Path, reference: Any) -> None:
     source = open_source([str(tmp_path / "splits")], dataset=None, columns=labelled)
     assert _ids(source)[0] == ("test/00000000", "a b")
     for columns, message in [
-        (DatasetColumns(), r"which split of the dataset is meant: .* \(expected train, test, got none\)"),
+        (DatasetColumns(), r"the dataset has several splits: .* \(expected train, test, got none\)"),
         (DatasetColumns("train", caption="text"), "column 'text' is missing: .*got image, caption, label"),
-        (DatasetColumns("train", image="label"), "column 'label' holds no pictures"),
+        (DatasetColumns("train", image="label"), "column 'label' holds no images"),
     ]:
         with pytest.raises(ConfigError, match=message):
             make(tmp_path / "splits", tmp_path / "other", columns=columns)
@@ -461,7 +461,7 @@ def test_no_space_left_keeps_the_shards_so_far(tmp_path: Path, monkeypatch: pyte
         save_numpy_file(*arguments)
 
     monkeypatch.setattr(work_folder, "save_file", fills_up)
-    with pytest.raises(OutputWriteError, match="the shards that are done are kept") as caught:
+    with pytest.raises(OutputWriteError, match="finished shards are kept") as caught:
         make(source, tmp_path / "bank", shard_rows=4)
     assert "No space left on device" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -484,10 +484,12 @@ def test_a_stopped_build_goes_on_only_with_the_same_work(
     with pytest.raises(KeyboardInterrupt):
         build_bank([str(source)], output, settings, on_pictures=stop)
     assert not output.exists()
-    with pytest.raises(ConfigError, match=r"another build was begun and not finished: .*another batch size"):
+    with pytest.raises(ConfigError, match=r"an unfinished build with other settings: .*different batch size"):
         make(source, output, shard_rows=4, batch_size=3)
     fill(source, 1, start=9)
-    with pytest.raises(ConfigError, match=r"got another listing\); finish it, remove .*bank.build, or start"):
+    with pytest.raises(
+        ConfigError, match=r"got different listing\); finish that build, remove .*bank.build, or start"
+    ):
         make(source, output, shard_rows=4)
     (source / "thing_009.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in work_folder_of(output).rglob("shards/*")}
@@ -503,7 +505,7 @@ def test_a_stopped_build_goes_on_only_with_the_same_work(
     assert result is not None
     assert before
     assert result.num_resumed_shards == len(before)
-    assert any(f"going on: {len(before)} shards are done" in note for note in notes)
+    assert any(f"resuming: {len(before)} shard" in note for note in notes)
     assert min(encoded_batches) > 4 * len(before)
     assert [p.id for p in FeatureBank.load(output).pictures] == [f"thing_{i:03}.png" for i in range(9)]
 
@@ -517,7 +519,7 @@ def test_force_starts_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another listing"):
         make(source, output)
     assert len(make(source, output, force=True).pictures) == 5
-    with pytest.raises(OutputExistsError, match="something is already at the output path"):
+    with pytest.raises(OutputExistsError, match="the output path already exists"):
         make(source, output)
 
 
@@ -526,13 +528,13 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(build, "load_image_tower", lambda *_a, **_k: pytest.fail("it should not get so far"))
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "thesis.txt").write_text("years of work")
-    for force, message in [(False, "something is already"), (True, "not ours to replace")]:
+    for force, message in [(False, "already exists"), (True, "xadapter-export did not write")]:
         with pytest.raises(OutputExistsError, match=message):
             make(source, tmp_path / "bank", force=force)
     monkeypatch.undo()
     (tmp_path / "other.build").mkdir()
     (tmp_path / "other.build" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="not ours to use"):
+    with pytest.raises(OutputExistsError, match="holds something else"):
         make(source, tmp_path / "other", force=True)
     assert (tmp_path / "bank" / "thesis.txt").is_file()
     assert (tmp_path / "other.build" / "thesis.txt").is_file()

@@ -66,10 +66,10 @@ def test_build_says_what_it_made(pictures: Path, tmp_path: Path) -> None:
         f"bank: {tmp_path / 'bank'}",
     ]
     notes = [line.split(" s  ")[1] for line in result.stderr.splitlines()]
-    assert "8 pictures in 1 shards" in notes
-    assert re.fullmatch(r"8 of 8 pictures, \d+ pictures/s", notes[-2])
+    assert "8 images in 1 shard" in notes
+    assert re.fullmatch(r"8 of 8 images(, \d+ images/s)?", notes[-2])
     assert error_of("build", tmp_path / "source", "-o", tmp_path / "bank").startswith(
-        f"Error: something is already at the output path: {tmp_path / 'bank'}; "
+        f"Error: the output path already exists: {tmp_path / 'bank'}; "
     )
 
 
@@ -77,13 +77,11 @@ def test_build_counts_what_it_skipped(pictures: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(pictures, tmp_path / "source"))
     (source / "blue" / "zero.png").write_bytes(b"")
     stdout = good("build", source, "-o", tmp_path / "bank", "--workers", 0, "--quiet")
-    assert (
-        stdout.splitlines()[1] == "1 skipped, listed in skipped.jsonl; the first: blue/zero.png (empty file)"
-    )
+    assert stdout.splitlines()[1] == "1 skipped, listed in skipped.jsonl; first: blue/zero.png (empty file)"
     shown = json.loads(good("build", source, "-o", tmp_path / "bank", "--force", "--workers", 0, "--json"))
     assert (shown["num_listed"], shown["record"]["num_skipped"]) == (9, 1)
     assert error_of("build", source, "-o", tmp_path / "b", "--strict", "--workers", 0).startswith(
-        "Error: 1 of 9 pictures cannot be decoded; the first is: blue/zero.png (empty file); "
+        "Error: 1 of 9 images cannot be decoded; the first is: blue/zero.png (empty file); "
     )
 
 
@@ -91,7 +89,7 @@ def test_build_needs_one_source(tmp_path: Path) -> None:
     for arguments in (["-o", tmp_path / "bank"], [tmp_path, "-o", tmp_path / "bank", "--dataset", "x/y"]):
         result = call("build", *arguments)
         assert result.exit_code == 2
-        assert "Give a SOURCE, or --dataset, and not both." in result.stderr
+        assert "Give either SOURCE or --dataset." in result.stderr
 
 
 def test_info(built: Path) -> None:
@@ -131,7 +129,7 @@ def test_search_knows_whose_the_bank_is(built: Path, tmp_path: Path) -> None:
     unknown = Path(shutil.copytree(built, tmp_path / "unknown"))
     (unknown / "bank.json").unlink()
     assert error_of("search", unknown, "banana") == (
-        f"Error: the bank does not say which CLIP made it: {unknown}; give it with --clip"
+        f"Error: the bank does not record which CLIP made it: {unknown}; name it with --clip"
     )
     result = call("search", unknown, "blue", "--clip", "builtin", "-k", 1)
     assert result.exit_code == 0
@@ -164,15 +162,15 @@ def test_search_of_a_bank_of_another_width(built: Path, tmp_path: Path) -> None:
     (unknown / "bank.json").unlink()
     result = call("search", unknown, "banana", "--clip", tmp_path / "narrow")
     assert result.exit_code == 1
-    assert "the query is not as wide as the bank's features" in result.stderr
+    assert "the query and the bank's features have different widths" in result.stderr
     assert "(expected 128, got 24)" in result.stderr
 
 
 def test_search_for_too_much_or_nothing(built: Path) -> None:
     assert error_of("search", built, "banana", "-k", 9) == (
-        f"Error: k is larger than the bank: {built} (expected at most 8, got 9)"
+        f"Error: k is larger than the number of images in the bank: {built} (expected at most 8, got 9)"
     )
-    assert error_of("search", built, " ").startswith("Error: a text is empty")
+    assert error_of("search", built, " ").startswith("Error: text 1 of 1 is empty")
 
 
 def test_the_page_holds_its_pictures(built: Path, pictures: Path, tmp_path: Path) -> None:
@@ -186,7 +184,7 @@ def test_the_page_holds_its_pictures(built: Path, pictures: Path, tmp_path: Path
     embedded = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     assert len(embedded) == 3
     assert all(base64.b64decode(data)[8:12] == b"WEBP" for data in embedded)
-    assert "something is already at the output path" in error_of("search", built, "blue", "--html", sheet)
+    assert "the output path already exists" in error_of("search", built, "blue", "--html", sheet)
 
     bare = Path(shutil.copytree(built, tmp_path / "bare"))
     (bare / "thumbnails.zip").unlink()
@@ -201,7 +199,7 @@ def test_the_page_holds_its_pictures(built: Path, pictures: Path, tmp_path: Path
 
 
 def test_merge_and_compact_and_dtype(built: Path, tmp_path: Path) -> None:
-    assert "8 pictures are there twice" in error_of("merge", built, built, "-o", tmp_path / "merged")
+    assert "8 images are in more than one bank" in error_of("merge", built, built, "-o", tmp_path / "merged")
     merged = good("merge", built, built, "--keep-duplicates", "-o", tmp_path / "merged")
     assert merged.splitlines()[0] == "16 pictures, 128 wide, fp16"
     doubled = FeatureBank.load(tmp_path / "merged").rows()
@@ -215,7 +213,7 @@ def test_merge_and_compact_and_dtype(built: Path, tmp_path: Path) -> None:
     mean = re.search(r"^8 pictures, mean cosine to their prototype (\d\.\d{3})$", made, re.MULTILINE)
     assert mean is not None
     assert 0.9 < float(mean[1]) <= 1
-    assert "more prototypes than pictures" in error_of(
+    assert "more prototypes than images" in error_of(
         "compact", built, "--prototypes", 9, "-o", tmp_path / "p"
     )
 

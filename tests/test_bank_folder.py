@@ -115,7 +115,7 @@ def test_a_bank_without_a_record_still_loads_and_has_the_same_hash(tmp_path: Pat
     [
         (lambda record: {**record, "surprise": 1}, "surprise: Extra inputs"),
         (lambda record: {**record, "num_pictures": 21}, "num_pictures .*expected 21, got 20"),
-        (lambda record: {**record, "dtype": "int8"}, "dtype of the bank .*expected int8, got fp16"),
+        (lambda record: {**record, "dtype": "int8"}, "the bank's dtype differs .*expected int8, got fp16"),
         (lambda record: {**record, "format_version": 2}, "format_version"),
     ],
 )
@@ -133,9 +133,9 @@ def test_lines_that_do_not_match_the_rows(tmp_path: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     for kept in (lines[:19], [*lines, lines[0]]):
         path.write_text("".join(kept))
-        with pytest.raises(CheckpointError, match="wrong number of pictures"):
+        with pytest.raises(CheckpointError, match="wrong number of images"):
             list(BankReader(tmp_path / "bank").blocks())
-        with pytest.raises(CheckpointError, match="wrong number of pictures"):
+        with pytest.raises(CheckpointError, match="wrong number of images"):
             FeatureBank.load(tmp_path / "bank")
     path.write_text("".join([*lines[:4], "{}\n", *lines[5:]]))
     with pytest.raises(CheckpointError, match="line 5"):
@@ -150,7 +150,7 @@ def test_features_that_are_no_bank(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="bank row 7: expected a feature of length 1, got 2"):
         list(BankReader(folder).row_blocks(6))
     save_file({"features": rows.astype(np.int8)}, folder / "bank.safetensors")
-    with pytest.raises(CheckpointError, match="scales do not fit"):
+    with pytest.raises(CheckpointError, match="scales do not match"):
         BankReader(folder)
     (folder / "bank.safetensors").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -180,12 +180,12 @@ def test_no_space_left_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_force_replaces_a_bank_and_nothing_else(tmp_path: Path) -> None:
     source = write(tmp_path / "bank", unit_rows(20, 8))
     convert_bank(source, tmp_path / "out", "fp16")
-    with pytest.raises(OutputExistsError, match="already at the output path"):
+    with pytest.raises(OutputExistsError, match="output path already exists"):
         convert_bank(source, tmp_path / "out", "int8")
     convert_bank(source, tmp_path / "out", "int8", force=True)
     assert BankReader(tmp_path / "out").dtype == "int8"
     (tmp_path / "out" / "xadapter.json").write_text("{}")
-    with pytest.raises(OutputExistsError, match="a checkpoint is at the output path"):
+    with pytest.raises(OutputExistsError, match="the output path holds a checkpoint"):
         convert_bank(source, tmp_path / "out", "fp32", force=True)
 
 
@@ -202,12 +202,12 @@ def test_merging_keeps_every_row_in_order(tmp_path: Path) -> None:
 def test_banks_that_cannot_be_merged(tmp_path: Path) -> None:
     first = write(tmp_path / "first", unit_rows(20, 8))
     for name, rows, said, message in [
-        ("wide", unit_rows(20, 9), {}, r"not of the same width: .* \(expected 8, as .*first, got 9\)"),
+        ("wide", unit_rows(20, 9), {}, r"the banks differ in width: .* \(expected 8, as .*first, got 9\)"),
         (
             "other",
             unit_rows(20, 8),
             {"clip": OTHER_CLIP},
-            r"same CLIP: .*expected some/clip \(aaaaaaaaaaaa\).*got other/clip \(cccccccccccc\)",
+            r"differ in CLIP: .*expected some/clip \(aaaaaaaaaaaa\).*got other/clip \(cccccccccccc\)",
         ),
         ("unknown", unit_rows(20, 8), {"clip": None}, "same CLIP.*got one that nobody named"),
         ("middles", unit_rows(20, 8), {"kind": "prototypes"}, "same kind"),
@@ -215,14 +215,14 @@ def test_banks_that_cannot_be_merged(tmp_path: Path) -> None:
         second = write(tmp_path / name, rows, prefix="q", **said)  # type: ignore[arg-type]  # any field
         with pytest.raises(ConfigError, match=message):
             merge_banks([first, second], tmp_path / "out")
-    with pytest.raises(ConfigError, match="two banks or more"):
+    with pytest.raises(ConfigError, match="at least two banks"):
         merge_banks([first], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_that_is_there_twice(tmp_path: Path) -> None:
     first, second = write(tmp_path / "1", unit_rows(20, 8)), write(tmp_path / "2", unit_rows(5, 8, 1))
-    with pytest.raises(ConfigError, match="5 pictures are there twice; the first is 'p0'"):
+    with pytest.raises(ConfigError, match="5 images are in more than one bank; the first is 'p0'"):
         merge_banks([first, second], tmp_path / "out")
     assert merge_banks([first, second], tmp_path / "out", keep_duplicates=True).num_pictures == 25
 
@@ -278,7 +278,9 @@ def test_the_nearest_rows_are_those_of_a_full_search(tmp_path: Path, dtype: Bank
     assert np.array_equal(found.rows[:20], expected[:20])
     assert found.rows[20, :2].tolist() == [10, 4000]
     assert np.abs(found.scores - np.take_along_axis(scores, found.rows, axis=1)).max() < 1e-6
-    with pytest.raises(ConfigError, match=r"k is larger than the bank: .*at most 5000, got 5001"):
+    with pytest.raises(
+        ConfigError, match=r"k is larger than the number of images in the bank: .*at most 5000, got 5001"
+    ):
         find_nearest(reader, queries, 5001)
     with pytest.raises(ConfigError, match="expected 16, got 15"):
         find_nearest(reader, queries[:, :15], 3)
@@ -333,14 +335,14 @@ def test_prototypes_are_the_middles_of_clusters(tmp_path: Path) -> None:
 
 def test_more_prototypes_than_pictures(tmp_path: Path) -> None:
     source = write(tmp_path / "bank", unit_rows(20, 8))
-    with pytest.raises(ConfigError, match=r"more prototypes than pictures: .*at most 20, got 21"):
+    with pytest.raises(ConfigError, match=r"more prototypes than images: .*at most 20, got 21"):
         compact_bank(source, tmp_path / "out", 21)
     assert compact_bank(source, tmp_path / "out", 20).record.num_pictures == 20
 
 
 def test_a_prototype_that_serves_nothing_is_left_out(tmp_path: Path) -> None:
     source = write(tmp_path / "bank", np.repeat(unit_rows(2, 8), 5, axis=0))
-    with pytest.warns(UserWarning, match=r"of 4 prototypes serve no picture"):
+    with pytest.warns(UserWarning, match=r"of 4 prototypes had no images"):
         made = compact_bank(source, tmp_path / "out", 4)
     assert sum(prototype.num_pictures for prototype in made.prototypes) == 10
     assert len(made.prototypes) == made.record.num_pictures < 4

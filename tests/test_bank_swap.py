@@ -189,7 +189,7 @@ def _check_every_variant(bundle: Path) -> None:
         if key.endswith("/out/logits"):
             arrays[key] = arrays[key] + np.float32(1)
     np.savez(path, **arrays)
-    with pytest.raises(ParityError, match="wrong answers on this processor: cpu-fp32"):
+    with pytest.raises(ParityError, match="wrong outputs on this processor: cpu-fp32"):
         XAdapterSession(unchecked, experts=experts, variant="cpu-fp32", num_threads=1)
     path.write_bytes(recorded)
 
@@ -304,9 +304,9 @@ def test_what_does_not_fit_is_refused_and_the_bundle_stays(searched: Exported, t
         ("other", {}, ConfigError, "another CLIP than the bundle's.*got other-clip"),
         ("other", {"assume_clip": True}, ConfigError, "another CLIP"),
         ("silent", {}, ConfigError, "does not say which CLIP.*--assume-clip"),
-        ("few", {}, ConfigError, "fewer pictures than are retrieved.*at least 4, got 3"),
+        ("few", {}, ConfigError, "fewer images than the bundle retrieves.*at least 4, got 3"),
         ("wide", {}, ConfigError, "another width.*expected 24, got 32"),
-        ("few", {"leave_out": ["nothing"]}, ConfigError, "nothing of this name.*: nothing"),
+        ("few", {"leave_out": ["nothing"]}, ConfigError, "no variant or deployment of this name.*: nothing"),
         ("few", {"leave_out": [*VARIANTS, *out]}, ConfigError, "no graph left: vt"),
     ]
     for name, options, kind, message in cases:
@@ -315,7 +315,7 @@ def test_what_does_not_fit_is_refused_and_the_bundle_stays(searched: Exported, t
         assert contents(bundle) == before
     with pytest.raises(UnsupportedError, match=r"onnx-int8 was calibrated .* --leave-out onnx-int8"):
         swap_bank(bundle, searched.banks["second"])
-    with pytest.raises(ConfigError, match=r"output lies inside the bundle: .*bundle/a/new; choose a place"):
+    with pytest.raises(ConfigError, match=r"output lies inside the bundle: .*bundle/a/new; choose a folder"):
         swap_bank(bundle, searched.banks["second"], bundle / "a" / "new", leave_out=out)
     assert contents(bundle) == before
     (bundle / "notes.txt").write_text("years")  # in a new bundle it would be hashed as if it belonged there
@@ -403,9 +403,9 @@ def test_the_proof_still_sees_a_changed_weight(
     assert prove_bundle(folder).passed
     shown = CliRunner().invoke(parity_command, [str(folder)])
     assert shown.exit_code == 0
-    assert "was swapped; sets with the V-expert were proven with rows of the bank" in shown.stderr
+    assert "was swapped. Expert sets with the V-expert were checked with rows of the old bank" in shown.stderr
     facts = CliRunner().invoke(inspect_command, [str(folder)])
-    assert "swapped in for the 30 that it was proven with" in facts.stdout
+    assert "it replaced the 30 that the bundle was exported with" in facts.stdout
     assert "The bank was swapped: it has 77 pictures, and had 30 others" in (folder / "README.md").read_text()
     outcomes = prove_with_each_matrix_off(folder, "vt" if kind == "searched" else "v")
     assert len(outcomes) == (16 if kind == "searched" else 4)  # a static bank is folded: two matrices a layer

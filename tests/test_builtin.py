@@ -161,7 +161,7 @@ def test_the_commands_in_an_empty_folder(tmp_path: Path) -> None:
 
     again = run(tmp_path, "xad-export", "--experts", "t")
     assert again.returncode == 1
-    assert "already at the output path" in again.stderr
+    assert "output path already exists" in again.stderr
     assert "Traceback" not in again.stderr
     old = run(tmp_path, "xad-export", "--experts", "t", "--opset", "16")
     assert old.returncode == 2
@@ -196,7 +196,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("missing.txt", "there is no readable file missing.txt"),
+        ("missing.txt", "cannot read the file missing.txt"),
         ("latin.txt", "latin.txt is not a UTF-8 text file"),
         (",".join(f"no{i}word" for i in range(60)), "a candidate is not one token of the language model"),
     ],

@@ -122,7 +122,7 @@ def test_pictures_are_found_in_a_bank(tmp_path: Path) -> None:
 
 
 def test_pictures_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there are no pictures here"):
+    with pytest.raises(ConfigError, match="no images found"):
         load_thumbnails(tmp_path / "nowhere", [picture(0)])
     (tmp_path / "thumbnails.zip").write_bytes(b"no zip")
     with pytest.raises(CheckpointError, match="the thumbnails cannot be read"):

@@ -239,7 +239,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "truncated": (
         lambda f: _truncate(f / "xadapter.safetensors"),
         CheckpointError,
-        "truncated or no safetensors",
+        "truncated or not safetensors",
     ),
     "tensor missing": (
         _change_plugin(lambda t: t.pop("adapters.1.v.out.weight")),
@@ -265,7 +265,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "captions short": (
         _write("bank.jsonl", '{"id": "1", "caption": "a"}\n'),
         CheckpointError,
-        "wrong number of pictures",
+        "wrong number of images",
     ),
     "other bank": (
         _change_bank,
@@ -306,7 +306,7 @@ def test_no_code_of_a_checkpoint_is_run(saved: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_unknown_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id that can be reached"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a reachable hub id"):
         XAdapterModel.from_pretrained(tmp_path / "nowhere")
 
 

@@ -113,24 +113,24 @@ def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str]
     [
         (["nowhere", BANANA], 1, "Error: this is not a bundle: nowhere"),
         (["{tiny}", "a lime"], 1, "Error: the text has no mask to fill: 'a lime'; write [MASK]"),
-        (["{tiny}", ""], 1, "Error: a text is empty"),
+        (["{tiny}", ""], 1, "Error: text 1 of 1 is empty"),
         (["{tiny}", BANANA, "--candidates", "mauve"], 1, "Error: a candidate is not one token"),
         (["{tiny}", BANANA, "--candidates", ","], 1, "Error: no candidate was given"),
         (["{tiny}", BANANA, "--provider", "CUDAExecutionProvider"], 1, "Error: the execution provider CUDA"),
         (
             ["{tiny}", BANANA, "--variant", "cpu-int8"],
             1,
-            "Error: the bundle does not hold this variant: cpu-",
+            "Error: the bundle does not have this variant: cpu-",
         ),
         (["{tiny}", BANANA, "--variant", "fp16"], 1, "Error: fp16 is slower than fp32 on a CPU, and no GPU"),
         (
             ["{tiny}", BANANA, "--pair", "x"],
             1,
-            "Error: the bundle's task takes no second texts (got fill-mask)",
+            "Error: the bundle's task does not use second texts (got fill-mask)",
         ),
         (["{tiny}"], 2, "Error: Missing argument 'TEXT...'"),
         (["{tiny}", BANANA, "--experts", "w"], 2, "Error: Invalid value for '--experts': 'w' is not one of"),
-        (["{tiny}", BANANA, "--experts", "v", "--compare"], 2, "Error: --compare shows every expert set"),
+        (["{tiny}", BANANA, "--experts", "v", "--compare"], 2, "Error: --compare shows all expert sets"),
         (["{tiny}", BANANA, "--top-k", "0"], 2, "Error: Invalid value for '--top-k'"),
     ],
 )
@@ -146,7 +146,7 @@ def test_what_goes_wrong_is_one_line_on_stderr(
 
 def test_candidates_of_another_task(tmp_path: Path) -> None:
     result = call("run", write_bundle(tmp_path / "b", task="feature-extraction"), "a", "--candidates", "red")
-    assert result.stderr == "Error: the bundle's task takes no candidates (got feature-extraction)\n"
+    assert result.stderr == "Error: the bundle's task does not use candidates (got feature-extraction)\n"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,9 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_warning_is_one_line_on_stderr(tiny: Path) -> None:
     result = script("run", tiny, "very " * 30 + BANANA, "--experts", "none")
     assert result.returncode == 0
-    assert result.stderr.startswith("Warning: 1 of 1 texts (longest: 40 tokens) were cut to the 15 tokens")
+    assert result.stderr.startswith(
+        "Warning: 1 of 1 texts (longest: 40 tokens) were truncated to the 15 tokens"
+    )
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -198,7 +200,7 @@ def test_parity_prints_a_table_and_passes(tiny: Path) -> None:
     result = call("parity", tiny)
     assert result.exit_code == 0, result.output
     assert "x_adapter.0.v" in result.stdout
-    assert result.stderr == f"parity: passed, 60 cells; on {read_machine()}\n"
+    assert result.stderr == f"parity: passed, 60 comparisons; on {read_machine()}\n"
     report = json.loads(call("parity", tiny, "--json", "--experts", "t").stdout)[str(tiny)]
     assert report["passed"] is True
     assert {cell["expert_set"] for cell in report["cells"]} == {"t"}
@@ -213,7 +215,7 @@ def test_parity_that_fails_is_exit_1_with_its_table(broken: Path) -> None:
     assert result.exit_code == 1
     assert "NO" in result.stdout
     assert result.stderr.startswith(
-        "Error: the graph does not say what PyTorch said in 10 of 60 cells: worst: t/"
+        "Error: the graph's outputs differ from PyTorch's in 10 of 60 comparisons: worst: t/"
     )
 
 
@@ -224,8 +226,8 @@ def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: 
     for name in ("onnx-fp32", "cpu-fp32"):
         proven = {(row[0].strip(), row[2].strip()) for row in rows if row[1].strip() == name}
         assert proven >= {("none", "logits"), ("v", "logits"), ("v", "retrieved"), ("v", "x_adapter.0.v")}
-    recorded = f"lossy variants as recorded: 2, 10 cases; on {read_machine()}"
-    assert result.stderr == f"parity: passed, 50 cells; {recorded}\n"
+    recorded = f"2 lossy variants unchanged, 10 cases; on {read_machine()}"
+    assert result.stderr == f"parity: passed, 50 comparisons; {recorded}\n"
     lines = [line for line in result.stdout.splitlines() if "cpu-int8" in line]
     assert [line.split("\u2502")[0].strip() for line in lines] == ["none", "v"]
     agreement = "same top answer in 99.7% of 320 (gate 99.0%), cosine 0.9991, 79.6% of 255 questions right"
@@ -238,12 +240,12 @@ def test_parity_proves_each_fp32_variant_and_says_how_lossy_ones_agree(several: 
     assert {check["case"] for check in report["lossy"][0]["checks"]} == set(CASES)
     assert report["processor"] == str(read_machine())
     only = call("parity", several, "--variant", "cpu-fp32")
-    assert only.stderr == f"parity: passed, 25 cells; on {read_machine()}\n"
+    assert only.stderr == f"parity: passed, 25 comparisons; on {read_machine()}\n"
     assert "int8" not in only.stdout
     only = call("parity", several, "--variant", "cpu-int8", "--experts", "v")
-    assert only.stderr.startswith("parity: no fp32 variant to prove; lossy variants as recorded: 1, 5 cases;")
+    assert only.stderr.startswith("parity: no fp32 variant to check; 1 lossy variants unchanged, 5 cases;")
     unknown = call("parity", several, "--variant", "cpu-int8", "--variant", "cpu-int9")
-    assert unknown.stderr.startswith("Error: the bundle does not hold this variant: cpu-int9")
+    assert unknown.stderr.startswith("Error: the bundle does not have this variant: cpu-int9")
 
 
 def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
@@ -251,13 +253,13 @@ def test_parity_of_a_bundle_with_only_lossy_variants(tmp_path: Path) -> None:
     result = call("parity", folder)
     assert result.exit_code == 0, result.output
     assert "cpu-int8" in result.stdout
-    recorded = f"lossy variants as recorded: 1, 5 cases; on {read_machine()}"
-    assert result.stderr == f"parity: no fp32 variant to prove; {recorded}\n"
+    recorded = f"1 lossy variants unchanged, 5 cases; on {read_machine()}"
+    assert result.stderr == f"parity: no fp32 variant to check; {recorded}\n"
     of_bundle = json.loads(call("parity", folder, "--json").stdout)[str(folder)]
     assert list(of_bundle) == ["processor", "lossy"]
     graph = folder / "onnx/model_cpu_int8.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
-    assert call("parity", folder).stderr.startswith("Error: a file of the bundle was changed")
+    assert call("parity", folder).stderr.startswith("Error: a file of the bundle has changed")
 
 
 def test_parity_fails_where_a_lossy_variant_gives_other_numbers(several: Path, tmp_path: Path) -> None:
@@ -267,9 +269,7 @@ def test_parity_fails_where_a_lossy_variant_gives_other_numbers(several: Path, t
     result = call("parity", folder)
     assert result.exit_code == 1
     assert "FAILED: " in result.stdout
-    line = (
-        f"Error: a lossy variant does not give what it gave when it was made: {folder}, cpu-int8, experts v"
-    )
+    line = f"Error: a lossy variant gives other outputs here than at export: {folder}, cpu-int8, experts v"
     assert result.stderr.startswith(line)
     assert str(read_machine()) in result.stderr
 
@@ -281,7 +281,8 @@ def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_
     result = call("parity", folder)
     assert result.exit_code == 1
     assert "NOT MEASURED" in result.stdout
-    line = f"Error: a lossy variant was not measured against fp32: {folder}, cpu-int8, experts none; export"
+    line = f"Error: the agreement of a lossy variant with fp32 was never measured: {folder}, cpu-int8, "
+    "experts none; export"
     assert result.stderr.startswith(line)
 
 
@@ -295,7 +296,7 @@ def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path)
     assert answers["x86-64 with AVX2"] == "cpu-int8"
     assert answers["x86-64 without AVX2"] == "cpu-fp32"
     assert [name in text for name in ("onnx-fp32", "cpu-fp32", "cpu-int8")] == [True] * 3
-    assert "passed, 20 cells, max abs 1.0e-07" in text
+    assert "passed, 20 comparisons, max abs 1.0e-07" in text
     assert "same top answer in 99.7% of 320" in text
     assert text.count("nodes 20 to 15, 25.0% less") == 4
 
@@ -340,7 +341,7 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     assert 'pip install "xadapter-export[cpu]"' in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)
     assert ignored.exit_code == 2
-    assert "leave --provider and --threads out" in ignored.stderr
+    assert "remove --provider and --threads" in ignored.stderr
 
 
 def test_the_card_names_the_engine_that_runs_the_bundle(tiny: Path) -> None:

@@ -41,9 +41,20 @@ def test_what_is_missing_is_named() -> None:
 def test_the_cpu_answers_only_where_it_was_allowed_to(tiny: Path) -> None:
     with pytest.raises(ProviderError, match="CUDAExecutionProvider is not in this onnxruntime"):
         XAdapterSession.load(tiny, providers=[CUDA_PROVIDER])
-    with pytest.warns(UserWarning, match="CUDAExecutionProvider is not in .*; the CPU answers instead"):
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider is not in .*; using the CPU instead"):
         session = XAdapterSession.load(tiny, experts="v", providers=[CUDA_PROVIDER], allow_fallback=True)
     assert session.fill_mask(TEXT)[0].token == "red"
+
+
+@without_cuda
+def test_a_part_of_a_provider_name_is_answered_with_the_whole_one(tiny: Path) -> None:
+    with pytest.raises(ProviderError) as caught:
+        XAdapterSession.load(tiny, providers=["CUDA"])
+    available = ", ".join(onnxruntime.get_available_providers())
+    assert str(caught.value) == (
+        "there is no execution provider of this name: CUDA; did you mean CUDAExecutionProvider? "
+        f"available here: {available}"
+    )
 
 
 def test_nothing_falls_back_where_nothing_fails(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +66,7 @@ def test_nothing_falls_back_where_nothing_fails(tiny: Path, monkeypatch: pytest.
 
 
 @without_cuda
-@pytest.mark.filterwarnings("default:.*the CPU answers instead")  # it is shown, as the command shows it
+@pytest.mark.filterwarnings("default:.*using the CPU instead")  # it is shown, as the command shows it
 def test_the_command_falls_back_with_a_warning_when_told_to(tiny: Path) -> None:
     refused = call("run", tiny, TEXT, "--experts", "v", "--provider", CUDA_PROVIDER)
     assert refused.exit_code == 1

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +20,12 @@ LEAVES = [
 
 
 def test_message_says_what_where_expected_got_and_how_to_mend_it_on_one_line() -> None:
-    error = ShapeError("a bad\nshape", where="mask", expected=(2, 8), got=(2, 1), mend="pad it")
+    error = ShapeError("a bad\nshape", where="mask", expected=(2, 8), got=(2, 1), hint="pad it")
     assert str(error) == "a bad shape: mask (expected (2, 8), got (2, 1)); pad it"
 
 
 def test_the_parts_of_an_error_are_attributes_and_come_again_from_a_pickle() -> None:
-    error = ShapeError("a bad shape", where="mask", expected=(2, 8), got=(2, 1), mend="pad it")
+    error = ShapeError("a bad shape", where="mask", expected=(2, 8), got=(2, 1), hint="pad it")
     for one in (error, pickle.loads(pickle.dumps(error)), error.with_hint("or cut it")):
         assert (one.what, one.where, one.expected, one.got) == ("a bad shape", "mask", (2, 8), (2, 1))
     more = error.with_hint("or cut it")
@@ -59,3 +60,10 @@ def test_missing_extra_gives_the_exact_line_to_install_it() -> None:
 
 def test_import_extra_returns_the_module() -> None:
     assert import_extra("json", "export").loads("1") == 1
+
+
+def test_an_error_of_the_system_is_told_without_its_number(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "y").read_text(encoding="utf-8")
+    line = str(ShapeError("the file cannot be read", where="y", got=caught.value))
+    assert line == "the file cannot be read: y (got No such file or directory)"

@@ -81,8 +81,8 @@ def test_predictions_that_are_all_equal_have_numbers_too() -> None:
     ("task", "shape", "labels", "message"),
     [
         ("sst3", (2, 2), [0, 1], "unknown GLUE task .*cola, sst2, mrpc"),
-        ("sst2", (2, 2), [0, 1, 1], "logits and labels do not fit"),
-        ("sst2", (0, 2), [], "logits and labels do not fit"),
+        ("sst2", (2, 2), [0, 1, 1], "logits and labels have shapes that do not match"),
+        ("sst2", (0, 2), [], "logits and labels have shapes that do not match"),
         ("sst2", (2, 2), [0, 2], "a label is out of range .*expected 0 to 1, got 2"),
         ("sst2", (2, 2), [0, 0.5], "a label is out of range"),
         ("sst2", (2, 1), [0, 1], "another kind of task"),
@@ -149,10 +149,10 @@ def test_memory_colors_color_terms_and_coda_are_known_by_their_columns(tmp_path:
         ("object,color\n", "the data is empty"),
         ("object,shade\nash,grey\n", "a column is missing: .*expected label or color or colour"),
         ("thing,color\nash,grey\n", "a column is missing: .*expected item or object or name"),
-        ("object,color\nash\n", "another number of cells than the header: .*row 1"),
+        ("object,color\nash\n", "a row and the header have different numbers of cells: .*row 1"),
         ("object,color\nash,\n", "a cell is empty: .*row 1, color"),
         ('{"item": "ash"\n', "not JSON lines"),
-        ('{"item": "ash", "label": "grey"}\n[]\n', "no JSON object: .*row 2"),
+        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*row 2"),
         ('{"item": 3, "label": "grey"}\n', "a cell is empty: .*row 1, item"),
     ],
 )
@@ -166,7 +166,7 @@ def test_colours_that_cannot_be_read(text: str, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("object,plural,annotators,red\napple,apples,5,1\n", "expected a column for each colour"),
+        ("object,plural,annotators,red\napple,apples,5,1\n", "expected a column for each color"),
         ("object,red,green\napple,1,0\n", "a column is missing: .*expected plural"),
         ("object,plural,red,green\napple,,1,0\n", "a cell is empty: .*row 1, plural"),
         ("object,plural,red,green\napple,apples,0.5,0.4\n", "do not add up to 1: .*row 1 .*0.9000"),
@@ -300,7 +300,7 @@ def test_rows_and_their_controls(scorer: Scorer, tmp_path: Path) -> None:
         "T-expert",
         "T-expert, shuffled memory",
     ]
-    with pytest.raises(BundleError, match=r"does not hold this expert set: v .*one of t"):
+    with pytest.raises(BundleError, match=r"does not have this expert set: v .*one of t"):
         plan_readings(only_t, "fill-mask", ["v"])
 
 
@@ -336,7 +336,7 @@ def test_labels_are_matched_by_name_and_else_by_number(classifier: Scorer) -> No
     assert match_labels(labelled(("sweet", "sour"), 0, 1, 1), classifier).labels == (0, 1, 1)
     assert match_labels(labelled(("0", "1"), 0, 1), classifier).labels == (0, 1)
     for names in (("red", "green"), ("0", "1", "2"), ("score",)):
-        with pytest.raises(ConfigError, match="the model's labels are not those of the data"):
+        with pytest.raises(ConfigError, match="the model and the data have different labels"):
             match_labels(labelled(names, 0), classifier)
 
 

@@ -113,7 +113,7 @@ def test_objects_are_chosen(run: Run, tiny: Path) -> None:
     assert asked("--in-bank", "--not-in", "seen.txt") == ["banana", "cherry"]
     nothing = run(*colour(tiny, "--objects", "cloud"))
     assert nothing.exit_code == 1
-    assert "no object is left to ask for: colours.csv" in nothing.stderr
+    assert "no objects are left to evaluate: colours.csv" in nothing.stderr
 
 
 def test_a_folder_of_results(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -128,12 +128,12 @@ def test_a_folder_of_results(run: Run, tiny: Path, tmp_path: Path) -> None:
 
     again = run(*colour(tiny, "-o", "results"))
     assert again.exit_code == 1
-    assert "already at the output path" in again.stderr
+    assert "output path already exists" in again.stderr
     assert run(*colour(tiny, "-o", "results", "--force")).exit_code == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     refused = run(*colour(tiny, "-o", "mine", "--force"))
-    assert "not ours to replace" in refused.stderr
+    assert "xadapter-export did not write" in refused.stderr
     assert (tmp_path / "mine" / "letter.txt").exists()
 
 
@@ -171,7 +171,7 @@ def test_glue_scores_a_classifier(run: Run, classifier: Path, tmp_path: Path) ->
     (folder / "dev.tsv").write_text("sentence\tlabel\n" + LABELLED)
     wrong = run("glue", classifier, "--task", "sst2", "--data", folder, *arguments)
     assert wrong.exit_code == 1
-    assert "the model's labels are not those of the data" in wrong.stderr
+    assert "the model and the data have different labels" in wrong.stderr
     assert "(expected sweet, sour, got negative, positive)" in wrong.stderr
 
 
@@ -217,17 +217,23 @@ def test_mnli_has_two_validation_sets(run: Run, tmp_path: Path) -> None:
             "a column is missing: shades.csv (expected label or color or colour",
         ),
         ("colour TINY --data mauve.csv", "a candidate is not one token of the language model: 'mauve'"),
-        ("colour TINY --data mauve.csv --candidates red,green", "a label is out of range: mauve.csv, banana"),
+        (
+            "colour TINY --data mauve.csv --candidates red,green",
+            "an object's color is not among the candidates: mauve.csv, banana",
+        ),
         ("colour TINY --data colours.csv --prompts nowhere", "the prompts cannot be read: nowhere"),
         (
             "colour CLASSIFIER --data colours.csv",
-            "the model is for another task: classifier (expected fill-mask",
+            "the model was made for another task: classifier (expected fill-mask",
         ),
         (
             "colour ONLY_T --data colours.csv --experts v",
-            "does not hold this expert set: v (expected one of t)",
+            "does not have this expert set: v (expected one of t)",
         ),
-        ("colour ONLY_T --data colours.csv --in-bank", "nothing is in its bank: only_t"),
+        (
+            "colour ONLY_T --data colours.csv --in-bank",
+            "--in-bank needs a model that retrieves images: only_t",
+        ),
         ("colour . --data colours.csv", "xadapter.json is missing"),
         ("coda TINY --data colours.csv", "a column is missing: colours.csv (expected plural"),
         ("mlm TINY --data empty.csv", "the file has no text: empty.csv"),
@@ -237,7 +243,7 @@ def test_mnli_has_two_validation_sets(run: Run, tmp_path: Path) -> None:
         ),
         ("glue CLASSIFIER --data bad.tsv", "a label is out of range: bad.tsv, row 1"),
         ("glue CLASSIFIER --data empty.csv", "the file has no rows: empty.csv"),
-        ("glue CLASSIFIER --data labelled.tsv --text-column words", "the column of the text is missing"),
+        ("glue CLASSIFIER --data labelled.tsv --text-column words", "the column with the text is missing"),
         (
             "glue TINY --data labelled.tsv",
             "for another task: bundle (expected text-classification, got fill-mask)",
@@ -245,7 +251,7 @@ def test_mnli_has_two_validation_sets(run: Run, tmp_path: Path) -> None:
         ("mlm TINY --data text.txt --control broken", "--control broken: expected NAME=MODEL."),
         (
             "mlm TINY --data text.txt --control V-expert=TINY",
-            "--control V-expert: the table has a row of this name.",
+            "--control V-expert: the table already has a row with this name.",
         ),
     ],
 )
@@ -312,7 +318,7 @@ def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -
     train_for(2)
     other = run(*text)
     assert other.exit_code == 1
-    assert "the control that is there belongs to another training: checkpoint-control" in other.stderr
+    assert "the existing control belongs to another training run: checkpoint-control" in other.stderr
     assert Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns == written
 
 

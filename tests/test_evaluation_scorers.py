@@ -203,7 +203,7 @@ def test_the_memory_can_be_that_of_another_text(scorer: Scorer) -> None:
     [
         ("a cherry is red", r"exactly one mask: 'a cherry is red' \(expected one \[MASK\], got 0\)"),
         ("[MASK] [MASK]", "exactly one mask"),
-        (" ", "a text is empty"),
+        (" ", "text 1 of 1 is empty"),
     ],
 )
 def test_texts_without_exactly_one_mask(scorer: Scorer, text: str, message: str) -> None:
@@ -214,37 +214,39 @@ def test_texts_without_exactly_one_mask(scorer: Scorer, text: str, message: str)
 def test_what_a_model_cannot_be_asked(scorer: Scorer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not one token of the language model: 'mauve'"):
         scorer.mask_logits(["[MASK]"], ["red", "mauve"], "none")
-    with pytest.raises(InputTextError, match="a text has a mask already"):
+    with pytest.raises(InputTextError, match="a text already has a mask"):
         scorer.token_scores(["it is [MASK]"], "none")
     with pytest.raises(UnsupportedError, match="looks at no pictures: bundle, t"):
         scorer.retrieve(["lime"], "t")
     with pytest.raises(UnsupportedError, match="expected text-classification, got fill-mask"):
         scorer.label_logits(["lime"], None, "none")
-    with pytest.raises(ConfigError, match=r"a label is out of range: fruit\.csv, banana .*got yellow"):
+    with pytest.raises(
+        ConfigError, match=r"color is not among the candidates: fruit\.csv, banana .*got yellow"
+    ):
         evaluate_colour(plan_readings(scorer, "fill-mask"), FRUIT, PROMPTS, candidates=["red", "green"])
     sliced = open_scorer(write_bundle(tmp_path / "sliced", candidates=("yellow", "red")))
     assert sliced.mask_logits(["a cherry is [MASK]"], ["red", "yellow"], "v").argmax() == 0
     with pytest.raises(ConfigError, match="exported for other candidates: green"):
         sliced.mask_logits(["[MASK]"], COLORS, "none")
-    with pytest.raises(UnsupportedError, match="answers its candidates only"):
+    with pytest.raises(UnsupportedError, match="predicts only its candidates"):
         sliced.token_scores(["lime"], "none")
     classifier = open_scorer(write_bundle(tmp_path / "classifier", task="text-classification"))
     with pytest.raises(UnsupportedError, match="expected fill-mask, got text-classification"):
         classifier.mask_logits(["[MASK]"], COLORS, "none")
-    with pytest.raises(InputTextError, match="not one pair to each text"):
+    with pytest.raises(InputTextError, match="the numbers of texts and second texts differ"):
         classifier.label_logits(["lime"], ["a", "b"], "none")
-    with pytest.raises(BundleError, match="does not hold this expert set"):
+    with pytest.raises(BundleError, match="does not have this expert set"):
         open_scorer(write_bundle(tmp_path / "t", sets=("t",))).check_experts("vt")
 
 
 def test_texts_that_are_cut_are_said_once(tiny: Path) -> None:
     scorer = open_scorer(tiny, batch_size=1)
     long = "lime " * 20
-    with pytest.warns(TruncationWarning, match="some texts are cut") as caught:
+    with pytest.warns(TruncationWarning, match="some texts were truncated") as caught:
         scorer.mask_logits([f"{long} is [MASK]"] * 3, COLORS, "vt")
     assert len(caught) == 1
     scorer.mask_logits([f"{long} is [MASK]"], COLORS, "vt")  # pytest would fail on a second warning
-    with pytest.warns(TruncationWarning, match="of 1 of 2 texts only the first 15 tokens are scored"):
+    with pytest.warns(TruncationWarning, match="1 of 2 texts are evaluated on their first 15 tokens only"):
         scores = scorer.token_scores([long, "lime"], "none")
     assert [len(score.is_best) for score in scores] == [13, 1]
 
@@ -252,7 +254,7 @@ def test_texts_that_are_cut_are_said_once(tiny: Path) -> None:
 def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"xadapter\.json is missing"):
         open_scorer(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a reachable hub id"):
         open_scorer(tmp_path / "nothing")
 
 

@@ -296,7 +296,7 @@ def test_what_stands_in_the_way_is_not_touched(
 ) -> None:
     folder = Path(shutil.copytree(result.folder, tmp_path / "bundle"))
     before = (folder / "manifest.json").read_bytes()
-    with pytest.raises(OutputExistsError, match="already at the output path"):
+    with pytest.raises(OutputExistsError, match="output path already exists"):
         export(model, folder, "none")
     assert (folder / "manifest.json").read_bytes() == before
     assert export(model, folder, "none", force=True).manifest.default_expert_set == "none"
@@ -343,7 +343,7 @@ def test_a_graph_that_is_wrong_is_rejected(
             return 1.05 * super()._contribution(*arguments)
 
     monkeypatch.setattr(pipeline, "MergedModel", OffByFivePercent)
-    with pytest.raises(ParityError, match=r"does not say what PyTorch said .* kept in .*bundle\.rejected"):
+    with pytest.raises(ParityError, match=r"outputs differ from PyTorch's .* kept in .*bundle\.rejected"):
         export(model, tmp_path / "bundle", "t")
     assert not (tmp_path / "bundle").exists()
     assert not prove_bundle(tmp_path / "bundle.rejected").passed

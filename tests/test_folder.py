@@ -57,7 +57,7 @@ def test_what_ends_early_leaves_the_old_folder_alone(tmp_path: Path) -> None:
 def test_a_folder_in_the_way_is_an_error_before_any_work(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     with (
-        pytest.raises(OutputExistsError, match=r"already at the output path: .*out; .*--force"),
+        pytest.raises(OutputExistsError, match=r"output path already exists: .*out; .*--force"),
         staged_folder(tmp_path / "out"),
     ):
         pytest.fail("the block was entered")
@@ -73,14 +73,14 @@ def test_force_replaces_a_bundle(tmp_path: Path) -> None:
 def test_force_never_deletes_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years")
-    with pytest.raises(OutputExistsError, match=r"not ours to replace.*manifest\.json"):
+    with pytest.raises(OutputExistsError, match=r"xadapter-export did not write.*manifest\.json"):
         write(tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
 
 
 def test_force_never_deletes_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("years")
-    with pytest.raises(FileExistsError, match="not ours to replace"):
+    with pytest.raises(FileExistsError, match="xadapter-export did not write"):
         write(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "years"
 
@@ -107,7 +107,9 @@ def test_the_old_folder_comes_back_if_the_swap_fails(tmp_path: Path, monkeypatch
         return fail_on_the_new_one(path, target)
 
     monkeypatch.setattr(Path, "rename", fail_on_the_second)
-    with pytest.raises(OutputWriteError, match=r"nor what was there moved back: .*; rename .*\.old to out"):
+    with pytest.raises(
+        OutputWriteError, match=r"and the old one cannot be moved back: .*; rename .*\.old to out"
+    ):
         write(tmp_path / "out", "new")
     assert [(path / "manifest.json").read_text() for path in tmp_path.iterdir()] == ["old"]
 
@@ -123,7 +125,7 @@ def test_a_reader_finds_a_bundle_at_any_time(tmp_path: Path, monkeypatch: pytest
 
 def test_someone_else_may_win_the_race(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputExistsError, match="already at the output path"),
+        pytest.raises(OutputExistsError, match="output path already exists"),
         staged_folder(tmp_path / "out"),
     ):
         thread = threading.Thread(target=write, args=(tmp_path / "out", "first"))
@@ -190,7 +192,7 @@ def test_a_root_is_no_output() -> None:
 def test_a_place_where_no_folder_can_be_made() -> None:
     with (
         pytest.raises(
-            OutputWriteError, match=r"cannot be written: /proc/x/y \(got No such file.*choose a place"
+            OutputWriteError, match=r"cannot be written: /proc/x/y \(got No such file.*choose a folder"
         ),
         staged_folder("/proc/x/y"),
     ):
@@ -261,14 +263,18 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(broken: Path, name: s
     files = json.loads((broken / "manifest.json").read_text("utf-8"))["files"]
     del files[name]
     rewrite_manifest(broken, files=files)
-    with pytest.raises(BundleError, match=rf"file.* lack|does not list a file.*: .*{name}") as caught:
+    with pytest.raises(
+        BundleError, match=rf"file.* lack|a file that its manifest does not list.*: .*{name}"
+    ) as caught:
         read_bundle(broken, verify=verify)
     assert name in str(caught.value)
 
 
 def test_a_manifest_that_lists_nothing_is_refused(broken: Path) -> None:
     rewrite_manifest(broken, files={})
-    with pytest.raises(BundleError, match=r"does not list a file of the bundle.*: .*bank\.jsonl; copy or"):
+    with pytest.raises(
+        BundleError, match=r"the bundle has a file that its manifest does not list.*: .*bank\.jsonl; copy or"
+    ):
         read_bundle(broken)
 
 
@@ -312,7 +318,7 @@ def test_one_changed_byte_is_found(broken: Path) -> None:
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(HashMismatchError, match=r"was changed: .*model\.onnx_data .*copy or export"):
+    with pytest.raises(HashMismatchError, match=r"has changed: .*model\.onnx_data .*copy or export"):
         read_bundle(broken)
     read_bundle(broken, verify=False)
 
@@ -321,7 +327,7 @@ def test_a_link_out_of_the_folder_is_refused(broken: Path, tmp_path: Path) -> No
     (tmp_path / "outside").write_bytes((broken / "bank.jsonl").read_bytes())
     (broken / "bank.jsonl").unlink()
     (broken / "bank.jsonl").symlink_to(tmp_path / "outside")
-    with pytest.raises(BundleError, match=r"lies outside its folder: .*bank\.jsonl"):
+    with pytest.raises(BundleError, match=r"is outside its folder: .*bank\.jsonl"):
         read_bundle(broken)
 
 
@@ -334,7 +340,7 @@ def test_a_manifest_that_is_no_text(broken: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": "a", "caption": "x"}\n', "wrong number of pictures.*expected 3, got 1"),
+        ('{"id": "a", "caption": "x"}\n', "wrong number of images.*expected 3, got 1"),
         ('{"id": "a", "caption": "x"}\n' * 2 + '{"id": "a"}\n', "line 3 .*caption: Field required"),
     ],
 )
@@ -352,9 +358,9 @@ def test_a_bank_list_that_cannot_be_read(broken: Path) -> None:
 
     (broken / "bank.jsonl").write_bytes(b'{"id": "a", "caption": "caf\xe9"}\n' * 3)
     rehash(broken)
-    with pytest.raises(BundleError, match=r"list of pictures cannot be read: .*bank\.jsonl.*can't decode"):
+    with pytest.raises(BundleError, match=r"list of images cannot be read: .*bank\.jsonl.*can't decode"):
         XAdapterSession.load(broken)
-    with pytest.raises(BundleError, match=r"list of pictures cannot be read: .*onnx.*Is a directory"):
+    with pytest.raises(BundleError, match=r"list of images cannot be read: .*onnx.*Is a directory"):
         read_pictures(broken / "onnx", num_pictures=3)
 
 

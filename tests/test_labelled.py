@@ -241,13 +241,13 @@ def test_rows_that_cannot_be_read(lines: str, options: dict[str, Any], message: 
     ("options", "message"),
     [
         ({"task": "sst3"}, "unknown GLUE task .expected one of cola, sst2.*wnli, got sst3"),
-        ({"text_column": "words"}, "the column of the text is missing: .*expected words"),
+        ({"text_column": "words"}, "the column with the text is missing: .*expected words"),
         (
             {"pair_column": "other"},
-            "the column of the second text is missing: .*expected other, got sentence, label",
+            "the column with the second text is missing: .*expected other, got sentence, label",
         ),
-        ({"label_column": "mark"}, "the column of the label is missing: .*expected mark"),
-        ({"task": "rte"}, "the column of the text is missing: .*expected sentence1, got sentence, label"),
+        ({"label_column": "mark"}, "the column with the label is missing: .*expected mark"),
+        ({"task": "rte"}, "the column with the text is missing: .*expected sentence1, got sentence, label"),
     ],
 )
 def test_columns_that_are_not_there(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -257,9 +257,9 @@ def test_columns_that_are_not_there(options: dict[str, Any], message: str, tmp_p
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no data was named; give a file, a folder, or a GLUE task"):
+    with pytest.raises(ConfigError, match="no data was given; give a file, a folder, or a GLUE task"):
         read_labelled(None)
-    with pytest.raises(ConfigError, match=r"there is no such data: .*validation\.tsv, dev\.tsv"):
+    with pytest.raises(ConfigError, match=r"no such data: .*validation\.tsv, dev\.tsv"):
         read_labelled(tmp_path, task="sst2")
     with pytest.raises(ConfigError, match=r"msr_paraphrase_train\.tsv, train\.tsv"):
         read_labelled(tmp_path / "nowhere", task="mrpc", split="train")

@@ -103,5 +103,5 @@ def test_a_set_that_is_not_there_lists_those_that_are(tiny: Path) -> None:
     manifest["expert_sets"] = {"t": manifest["expert_sets"]["t"]}
     manifest["variants"] = [v for v in manifest["variants"] if v["expert_set"] == "t"]
     manifest["default_expert_set"] = "t"
-    with pytest.raises(BundleError, match=r"does not hold this expert set: vt \(expected one of t\)"):
+    with pytest.raises(BundleError, match=r"does not have this expert set: vt \(expected one of t\)"):
         Manifest.from_json(json.dumps(manifest)).variant("vt")

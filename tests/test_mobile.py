@@ -92,17 +92,17 @@ def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_a
 def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     from xadapter_export import export
 
-    with pytest.raises(ConfigError, match="precision fp16 is not written for target mobile"):
+    with pytest.raises(ConfigError, match="precision fp16 is not available for target mobile"):
         export("builtin", tmp_path / "bundle", "t", precisions=("fp16",), targets=("mobile",))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"precisions": ("fp32", "fp16")}, "precision fp16 is not written for target mobile"),
-        ({"profile": {"batch": (1, 8)}}, "lengths of this axis: profile batch; .* tensorrt or triton"),
+        ({"precisions": ("fp32", "fp16")}, "precision fp16 is not available for target mobile"),
+        ({"profile": {"batch": (1, 8)}}, "a profile for this axis: profile batch; .* tensorrt or triton"),
         ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
-        ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "lengths of this axis: profile seq"),
+        ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "a profile for this axis: profile seq"),
         ({"targets": ("mobil",)}, "unknown target: mobil "),
         ({"targets": (), "precisions": ("fp61",)}, "unknown precision: fp61 "),
         ({"experts": "tv"}, r"unknown expert set: tv \(expected one of none, v, t, vt"),

@@ -93,7 +93,9 @@ def test_a_weight_that_is_off_by_five_percent_fails(tmp_path: Path, experts: str
     failed = {cell.output for cell in report.failures}
     assert "logits" in failed
     assert experts == "none" or f"x_adapter.0.{weight[-1]}" in failed
-    with pytest.raises(ParityError, match=r"does not say what PyTorch said in \d+ of \d+ cells: worst: "):
+    with pytest.raises(
+        ParityError, match=r"outputs differ from PyTorch's in \d+ of \d+ comparisons: worst: "
+    ):
         report.raise_if_failed()
 
 
@@ -116,7 +118,7 @@ def test_a_changed_file_is_found_first(broken: Path) -> None:
 def test_a_same_sized_change_is_found_first(broken: Path) -> None:
     path = broken / "reference.npz"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(HashMismatchError, match=r"was changed: .*reference\.npz"):
+    with pytest.raises(HashMismatchError, match=r"has changed: .*reference\.npz"):
         prove_bundle(broken)
 
 
@@ -128,7 +130,7 @@ def test_a_reference_that_lacks_an_array(broken: Path) -> None:
 
 def test_a_reference_with_no_case(broken: Path) -> None:
     change_reference(broken, dict.clear)
-    with pytest.raises(ParityError, match="nothing to compare, which proves nothing"):
+    with pytest.raises(ParityError, match="there was nothing to compare"):
         prove_bundle(broken)
 
 
@@ -222,7 +224,9 @@ def test_every_fp32_variant_is_proven_and_no_lossy_one(several: Path) -> None:
         assert len(report.cells_of("vt", name)) == 5 * len(CASES)
         assert report.variant_parity("vt", name).num_cells == 5 * len(CASES)
     assert prove_bundle(several, variants=["cpu-fp32"]).variants == ("cpu-fp32",)
-    with pytest.raises(ConfigError, match="a lossy variant cannot be proven by tolerance: cpu-int8"):
+    with pytest.raises(
+        ConfigError, match="a lossy variant cannot be checked with the fp32 tolerance: cpu-int8"
+    ):
         prove_bundle(several, variants=["cpu-int8"])
     with pytest.raises(BundleError, match=r"this variant: cpu-fp16, experts vt \(expected one of onnx-fp32,"):
         prove_bundle(several, variants=["cpu-fp16"])

@@ -266,7 +266,8 @@ def test_a_bundle_for_cuda_alone_says_how_it_is_asked(model: XAdapterModel, tmp_
     assert "--provider CUDAExecutionProvider" in card
     assert "standard operators" not in card
     with pytest.raises(
-        BundleError, match=r"no variant that suits this machine.*ask for the GPU \(--provider"
+        BundleError,
+        match=r"no suitable variant for this machine.*needs a GPU: export again .*--provider",
     ):
         XAdapterSession.load(out)
 
@@ -551,12 +552,14 @@ def test_a_recipe_that_fails_its_gate_gives_way_to_the_next(
 
     with monkeypatch.context() as patch:
         patch.setattr(judge, "agreement", SimpleNamespace(**{**vars(agreement), "compare": compare}))
-        with pytest.raises(ParityError, match=r"a variant is below its gate: cpu-int4, experts t") as error:
+        with pytest.raises(
+            ParityError, match=r"a variant failed its accuracy check: cpu-int4, experts t"
+        ) as error:
             embed("none", min_agreement=1)
     message = str(error.value)
     assert "\n" not in message
     assert "--min-agreement" in message
-    assert message.endswith(f"the bundle was rejected and kept in {tmp_path / 'none.rejected'}")
+    assert message.endswith(f"the bundle was rejected; its files are kept in {tmp_path / 'none.rejected'}")
     assert not (tmp_path / "none").exists()
     manifest = Manifest.from_json((tmp_path / "none.rejected/manifest.json").read_text("utf-8"))
     assert recipe_and_cosine(manifest) == (names[-1], cosines[-1])
@@ -625,7 +628,7 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "Error: a variant is below its gate: cpu-int8, experts none (expected a mean cosine"
+        "Error: a variant failed its accuracy check: cpu-int8, experts none (expected a mean cosine"
     )
     assert not (tmp_path / "bundle").exists()
     assert (tmp_path / "bundle.rejected/onnx/model_quantized.onnx").is_file()
@@ -645,18 +648,19 @@ def test_a_variant_below_its_gate_is_one_line_and_exit_1(
         (
             ["--precision", "fp16", "--target", "cpu"],
             1,
-            "Error: precision fp16 is not written for target cpu",
+            "Error: precision fp16 is not available for target cpu",
         ),
         (["--precision", "int8", "--calibration", "empty.txt"], 1, "Error: the file has no text: empty.txt"),
         (
             ["--precision", "int8", "--calibration", "one.txt"],
             1,
-            "Error: too few different sentences to calibrate",
+            "Error: too few different sentences: some are needed",
         ),
         (
             ["--calibration", "one.txt"],
             1,
-            "Error: only variants below fp32 are calibrated and judged, and none was asked for (got --cal",
+            "Error: only fp16, int8 and int4 variants are calibrated and judged, and none was requested (got "
+            "--cal",
         ),
         (["--precision", "fp32", "--min-agreement", "0.9"], 1, "(got --min-agreement)"),
     ],
@@ -711,11 +715,13 @@ def test_a_variant_below_its_gate_is_left_out_and_the_others_are_written(
     assert tuple(str(warning.message) for warning in warned) == done.left_out
     assert len(done.left_out) == 4
     first, *_, last = sorted(done.left_out, key=lambda line: "triton" in line)
-    assert first.startswith("left out: a variant is below its gate: cpu-int4, experts vt (expected the same ")
-    assert last == "left out: triton-int8, experts none, with cpu-int8, which it is made from"
+    assert first.startswith(
+        "left out: a variant failed its accuracy check: cpu-int4, experts vt (expected the same "
+    )
+    assert last == "left out: triton-int8, experts none, because cpu-int8, its source, was left out"
     assert not any("q4" in path.name or "none_quantized" in path.name for path in done.folder.rglob("*"))
     assert XAdapterSession.load(done.folder, variant="cpu-int8").fill_mask(TEXTS[0])
-    with pytest.raises(ParityError, match=r"below its gate: cpu-int4, experts vt .*was rejected"):
+    with pytest.raises(ParityError, match=r"failed its accuracy check: cpu-int4, experts vt .*was rejected"):
         export(model, tmp_path / "strict", SETS, **options)
 
 
@@ -725,7 +731,9 @@ def test_an_export_that_would_leave_a_set_with_nothing_fails(
     fail(monkeypatch, ("none", "int8"))
     with (
         pytest.warns(LeftOutWarning),
-        pytest.raises(ParityError, match=r"every variant .* below its gate, .*: experts none .*got cpu-int8"),
+        pytest.raises(
+            ParityError, match=r"every variant failed its accuracy check, .*: experts none .*got cpu-int8"
+        ),
     ):
         export(model, tmp_path / "b", SETS, variants=["cpu-int8"], calibration=texts, skip_failed=True)
     assert not any(tmp_path.iterdir())
@@ -757,7 +765,7 @@ def test_skip_failed_is_a_warning_line_and_exit_0(
     done = call(tmp_path / "checkpoint", *flags, "--variant", "onnx-fp32", "--variant", "cpu-int8", "--json")
     assert done.exit_code == 0, done.output
     (line,) = done.stderr.splitlines()
-    assert line.startswith("Warning: left out: a variant is below its gate: cpu-int8, experts none")
+    assert line.startswith("Warning: left out: a variant failed its accuracy check: cpu-int8, experts none")
     found = json.loads(done.stdout)
     assert [v["target"] for v in found["manifest"]["variants"]] == ["onnx"]
     assert [f"Warning: {line}" for line in found["left_out"]] == [line]

@@ -281,7 +281,7 @@ def test_the_recipe_of_sst2(tmp_path: Path) -> None:
     assert places["results"].read_text(encoding="utf-8") == text
     lost = CliRunner().invoke(sst2_minilm, [*arguments, "--data", str(tmp_path / "nowhere")])
     assert lost.exit_code == 1
-    assert "Error: there is no such data" in lost.output
+    assert "Error: no such data" in lost.output
 
 
 def test_the_recipe_of_glue(
@@ -318,7 +318,7 @@ def test_the_recipe_of_glue(
     monkeypatch.setattr(sys, "argv", ["train.glue", "--task", "mnli", "--data", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="1"):
         glue.main()
-    assert "there is no such data" in capsys.readouterr().err
+    assert "no such data" in capsys.readouterr().err
 
 
 RECIPES = [f"train.{name}" for name in ("demo", "colour", "glue", "sst2_minilm")]

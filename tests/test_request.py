@@ -81,13 +81,13 @@ def test_variants_are_exactly_these_and_the_shorthand_adds_to_them() -> None:
         (
             "fp16",
             "cpu",
-            r"fp16 is not written for target cpu \(expected one of onnx, cuda, .*\); add --target",
+            r"fp16 is not available for target cpu \(expected one of onnx, cuda, .*\); add --target",
         ),
-        ("int4", "onnx", r"precision int4 is not written for target onnx .*; add --target cpu"),
-        ("fp32 fp16", "openvino", "precision fp16 is not written for target openvino"),
+        ("int4", "onnx", r"precision int4 is not available for target onnx .*; add --target cpu"),
+        ("fp32 fp16", "openvino", "precision fp16 is not available for target openvino"),
         ("fp16", "onnx openvino", r"target openvino does not take precision fp16 \(expected one of fp32"),
         ("fp16", "mobile triton", r"target mobile does not take precision fp16 .*; add --precision fp32"),
-        ("fp16 int4", "tensorrt-rtx", "precision int4 is not written for target tensorrt-rtx"),
+        ("fp16 int4", "tensorrt-rtx", "precision int4 is not available for target tensorrt-rtx"),
     ],
 )
 def test_a_precision_or_target_without_the_other_is_refused(
@@ -112,13 +112,15 @@ def test_options_that_do_not_go_together() -> None:
     fp32, int8 = make_request(), make_request(["cpu-int8", "onnx-int8"])
     check_request(fp32, split=True, judging={"calibration": None, "skip_failed": False})
     check_request(int8, split=False, judging={"min_agreement": 0.0, "skip_failed": True})
-    with pytest.raises(ConfigError, match=r"none was asked for \(got min_agreement, skip_failed\); leave"):
+    with pytest.raises(ConfigError, match=r"none was requested \(got min_agreement, skip_failed\); remove"):
         check_request(
             fp32, split=False, judging={"calibration": None, "min_agreement": 0.0, "skip_failed": True}
         )
-    with pytest.raises(ConfigError, match=r"not made from split graphs \(.*got onnx-int8\)"):
+    with pytest.raises(ConfigError, match=r"cannot be made from split graphs \(.*got onnx-int8\)"):
         check_request(int8, split=True, judging={})
-    with pytest.raises(ConfigError, match=r"made from whole graphs \(got triton-fp32\)"):
+    with pytest.raises(
+        ConfigError, match=r"deployments cannot be made from split graphs \(got triton-fp32\)"
+    ):
         check_request(make_request(["triton-fp32"]), split=True, judging={})
 
 
@@ -149,13 +151,13 @@ def test_an_unknown_variant_is_one_usage_error_that_lists_the_names(tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--precision fp16 --target cpu", "precision fp16 is not written for target cpu"),
-        ("--min-agreement 0.9", "none was asked for (got --min-agreement)"),
+        ("--precision fp16 --target cpu", "precision fp16 is not available for target cpu"),
+        ("--min-agreement 0.9", "none was requested (got --min-agreement)"),
         ("--target tensorrt --max-points-lost 1", "(got --max-points-lost)"),
         ("--calibration FILE --evaluate FILE", "(got --calibration, --evaluate)"),
         ("--variant cpu-fp32 --skip-failed", "(got --skip-failed)"),
-        ("--variant openvino-int8 --split", "not made from split graphs"),
-        ("--variant triton-fp32 --retrieval external", "deployments are made from whole graphs"),
+        ("--variant openvino-int8 --split", "cannot be made from split graphs"),
+        ("--variant triton-fp32 --retrieval external", "deployments cannot be made from split graphs"),
     ],
 )
 def test_what_the_options_alone_rule_out_needs_no_pytorch(tmp_path: Path, flags: str, message: str) -> None:

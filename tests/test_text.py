@@ -95,7 +95,7 @@ def test_the_tokenizers_own_limits_are_put_aside() -> None:
 
 def test_a_long_text_keeps_its_beginning_and_warns() -> None:
     with pytest.warns(
-        TruncationWarning, match=r"1 of 2 texts \(longest: 11 tokens\) were cut to the 6 tokens"
+        TruncationWarning, match=r"1 of 2 texts \(longest: 11 tokens\) were truncated to the 6 tokens"
     ):
         ids = make_encoder(6, 20).encode(["a [MASK] lime is green and very very very", "a [MASK]"])[
             "input_ids"
@@ -104,13 +104,13 @@ def test_a_long_text_keeps_its_beginning_and_warns() -> None:
 
 
 def test_the_window_slides_to_the_mask_and_keeps_both_sides() -> None:
-    with pytest.warns(TruncationWarning, match="were cut to the 7 tokens that the language model"):
+    with pytest.warns(TruncationWarning, match="were truncated to the 7 tokens that the language model"):
         ids = make_encoder(7, 20).encode("the color of a lime is [MASK] and very very very")["input_ids"]
     assert words(ids[0]) == "[CLS] lime is [MASK] and very [SEP]"
 
 
 def test_the_window_ends_with_the_text() -> None:
-    with pytest.warns(TruncationWarning, match="were cut to the 7"):
+    with pytest.warns(TruncationWarning, match="were truncated to the 7"):
         ids = make_encoder(7, 20).encode("the color of a lime is [MASK]")["input_ids"]
     assert words(ids[0]) == "[CLS] of a lime is [MASK] [SEP]"
 
@@ -121,13 +121,13 @@ def test_masks_too_far_apart() -> None:
 
 
 def test_the_longer_of_a_pair_gives_way_first() -> None:
-    with pytest.warns(TruncationWarning, match="were cut to the 9"):
+    with pytest.warns(TruncationWarning, match="were truncated to the 9"):
         ids = make_encoder(9, 20).encode("a lime", "a cherry is red and very very very")["input_ids"]
     assert words(ids[0]) == "[CLS] a lime [SEP] a cherry is red [SEP]"
 
 
 def test_a_long_clip_text_keeps_end_of_text() -> None:
-    with pytest.warns(TruncationWarning, match="cut to the 5 tokens that CLIP can read"):
+    with pytest.warns(TruncationWarning, match="truncated to the 5 tokens that CLIP can read"):
         clip = make_encoder(16, 5).encode(["a very very very lime", "a"])["clip_input_ids"]
     assert clip.tolist() == [[1, 7, 13, 13, 2], [1, 7, 2, 0, 0]]
 
@@ -258,10 +258,10 @@ def test_any_text_gives_arrays_within_the_limits(texts: list[str]) -> None:
     ("texts", "message"),
     [
         ([], "no text was given"),
-        ("", r"a text is empty: number 0 of 1; write a sentence"),
-        (["a", " \n"], r"a text is empty: number 1 of 2"),
-        (["a", None], r"a text is not a string: number 1 of 2 \(got NoneType\)"),
-        ("a \udce9", "a text is not valid Unicode"),
+        ("", r"text 1 of 1 is empty; write a sentence"),
+        (["a", " \n"], r"text 2 of 2 is empty"),
+        (["a", None], r"text 2 of 2 is not a string \(got NoneType\)"),
+        ("a \udce9", "text 1 of 1 is not valid Unicode"),
         ("a lime", r"no mask to fill: 'a lime'; write \[MASK\] where the word should go"),
         ("very " * 100, r"no mask to fill: 'very .*\.\.\.'"),
     ],
@@ -273,7 +273,9 @@ def test_bad_texts(texts: str | list[str], message: str) -> None:
 
 
 def test_not_one_pair_to_each_text() -> None:
-    with pytest.raises(InputTextError, match=r"not one pair to each text \(expected 2, got 1\)"):
+    with pytest.raises(
+        InputTextError, match=r"the numbers of texts and second texts differ \(expected 2, got 1\)"
+    ):
         make_encoder().encode(["a", "b"], ["c"])
     with pytest.raises(InputTextError, match="a text pair is empty"):
         make_encoder().encode("a", "")

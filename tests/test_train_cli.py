@@ -85,8 +85,8 @@ def calibration() -> list[dict[str, str]]:
 def test_results_are_on_stdout_and_the_rest_on_stderr(run: Run) -> None:
     result = run("-o", "plugin")
     assert result.exit_code == 0, result.stderr
-    assert re.match(r"loss: \d+\.\d{3} at first, \d+\.\d{3} at last, 2 steps\n", result.stdout)
-    assert "the frozen weights are what they were, by their hashes" in result.stdout
+    assert re.match(r"loss: from \d+\.\d{3} to \d+\.\d{3} in 2 steps\n", result.stdout)
+    assert "the frozen weights are unchanged (hashes compared)" in result.stdout
     assert re.search(r"^checkpoint: plugin\b", result.stdout, re.MULTILINE)
     assert result.stdout.endswith("\nnext: xad-export plugin\n")
     stages = re.findall(r"^ *\d+\.\d s  (\w+)", result.stderr, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_everything_can_be_said_by_flags(run: Run) -> None:
         *("--train-weights", 1, "--max-steps", 1, "-o", "plugin", "--json", "--quiet"),
         config=None,
     )
-    assert "there is no such file: more.jsonl" in failed(result)
+    assert "no such file: more.jsonl" in failed(result)
     Path("more.jsonl").write_text('{"text": "a [MASK] fruit", "answers": "green"}\n')
     result = run(
         *("--plm", "plm", "--clip", "clip", "--experts", "t", "--adapter-width", 8, "--num-heads", 2),
@@ -185,7 +185,10 @@ print("modules:", *sys.modules)
 def test_the_group_knows_it() -> None:
     result = CliRunner().invoke(xad, ["train", "--plm", "nowhere"])
     assert result.exit_code == 1
-    assert "output: Field required" in result.stderr
+    assert (
+        "the setting output is missing: the flags; give --output, or output in the --config file"
+        in result.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------ Ctrl-C
@@ -208,7 +211,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(run: Run, tmp_path: P
     assert "Traceback" not in stderr
     last = stderr.splitlines()[-1]
     found = re.search(
-        r"stopped after step (\d+) of 300: plugin\.run; the same command goes on from there", last
+        r"stopped after step (\d+) of 300: plugin\.run; run the same command again to resume", last
     )
     assert found, last
     assert not Path("plugin").exists()
@@ -234,7 +237,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(run: Run, tmp_path: P
         ("batchsize = 4", "unknown setting: bad.toml, batchsize; did you mean batch_size?"),
         ('batch_size = "many"', "batch_size: Input should be a valid integer"),
         ("epochs = 0.0", "epochs: Input should be greater than 0"),
-        ("patience = 3", "patience needs an eval_file to watch: bad.toml"),
+        ("patience = 3", "patience needs an eval_file: bad.toml"),
         ("layers = [9]", "layer 9: PLM plm has layers 0 to 2"),
         ("k = 1000", "retrieval k=1000, but the bank has 30 pictures"),
         ("k = ", "the config cannot be read: bad.toml"),
@@ -261,13 +264,13 @@ def test_a_flag_that_does_not_exist_is_a_mistake_of_usage(run: Run) -> None:
     ("arguments", "message"),
     [
         ("--plm no/such/folder", "PLM no/such/folder could not be loaded"),
-        ("--clip no/such/folder", "CLIP no/such/folder is neither a folder nor a hub id"),
+        ("--clip no/such/folder", "CLIP no/such/folder is neither a folder nor a reachable hub id"),
         ("--bank nowhere", "bank: nowhere/bank.safetensors is missing"),
-        ("--train-files nowhere.txt", "there is no such file: nowhere.txt (expected texts to train on)"),
-        ("--train-files empty.txt", "there is no text in the file: empty.txt"),
+        ("--train-files nowhere.txt", "no such file: nowhere.txt (expected texts to train on)"),
+        ("--train-files empty.txt", "the file has no text: empty.txt"),
         (
             "--train-files labelled.csv",
-            "the column of the text is missing: labelled.csv",
+            "the column with the text is missing: labelled.csv",
         ),
         ("--train-files broken.jsonl", "the file is not JSON lines: broken.jsonl, line 1"),
         ("--task text-classification --train-files nothing.tsv", "the file has no rows: nothing.tsv"),
@@ -280,7 +283,7 @@ def test_a_flag_that_does_not_exist_is_a_mistake_of_usage(run: Run) -> None:
             "--plm headless",
             "PLM headless has no MLM head, which fill-mask needs (got 6 weights less, first",
         ),
-        ("--max-seq 500", "max_seq is longer than the PLM reads"),
+        ("--max-seq 500", "max_seq is longer than the PLM's longest input"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(
@@ -305,10 +308,10 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
 def test_data_that_is_not_named_or_not_there(run: Run) -> None:
     Path("bad.toml").write_text(CONFIG.replace('["text.txt"]', "[]"), encoding="utf-8")
     line = failed(run("-o", "plugin", config="bad.toml"))
-    assert "train_files: name the training data, or a GLUE task with glue: bad.toml" in line
+    assert "train_files: give training data, or name a GLUE task with glue: bad.toml" in line
     glue = ["--task", "text-classification", "--glue", "sst2", "--glue-data", "."]
     line = failed(run("-o", "plugin", *glue, "--quiet", config="bad.toml"))
-    assert "there is no such data: . (expected a file, or a folder with train.tsv" in line
+    assert "no such data: . (expected a file, or a folder with train.tsv" in line
     missing = failed(run("-o", "plugin", config="missing.toml"))
     assert "the config cannot be read: missing.toml" in missing
 
@@ -317,12 +320,12 @@ def test_what_is_in_the_way_stays(run: Run) -> None:
     assert run("-o", "plugin", "--quiet").exit_code == 0
     before = Path("plugin/xadapter.safetensors").read_bytes()
     line = failed(run("-o", "plugin", "--seed", 3))
-    assert re.match(r"Error: something is already at the output path: \S*plugin; .*--force", line)
+    assert re.match(r"Error: the output path already exists: \S*plugin; .*--force", line)
     assert Path("plugin/xadapter.safetensors").read_bytes() == before
     assert run("-o", "plugin", "--seed", 3, "--force", "--quiet").exit_code == 0
     assert Path("plugin/xadapter.safetensors").read_bytes() != before
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear", encoding="utf-8")
-    assert "not ours to replace" in failed(run("-o", "mine", "--force", "--quiet"))
+    assert "xadapter-export did not write" in failed(run("-o", "mine", "--force", "--quiet"))
     assert Path("mine/letter.txt").read_text(encoding="utf-8") == "dear"
-    assert "already at the output path" in failed(run("-o", "text.txt", "--quiet"))
+    assert "output path already exists" in failed(run("-o", "text.txt", "--quiet"))

@@ -128,7 +128,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(parts: Path, tmp_path: Pa
             os.kill(os.getpid(), signal.SIGINT)
 
     config = make_config(settings(parts, tmp_path / "part", max_steps=4), "test")
-    with pytest.raises(TrainingStopped, match=r"stopped after step \d+ of 12.*the same command goes on"):
+    with pytest.raises(
+        TrainingStopped, match=r"stopped after step \d+ of 12.*run the same command again to resume"
+    ):
         train(config, on_step=stop)
     assert not (tmp_path / "part").exists()
     steps: list[int] = []
@@ -339,12 +341,12 @@ def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:
     assert losses(result)[-1] < losses(result)[0]
     for broken, message in (
         ({"text": "a banana.", "answers": "green"}, "a text has no mask"),
-        ({"text": "[MASK] [MASK]", "answers": "green"}, "not one answer to each mask"),
+        ({"text": "[MASK] [MASK]", "answers": "green"}, "the numbers of masks and answers differ"),
         ({"text": "[MASK].", "answers": {"green": 0}}, "must add up to more than 0"),
         ({"text": "[MASK].", "answers": 5}, "neither a word nor a map"),
         ({"text": "[MASK].", "answers": {"green": "x"}}, "neither a word nor a map"),
-        ({"text": 5}, "a text is empty or no text"),
-        ([1, 2], "a line is no JSON object"),
+        ({"text": 5}, "a text is empty or not a string"),
+        ([1, 2], "a line is not a JSON object"),
     ):
         path.write_text(json.dumps(broken), encoding="utf-8")
         with pytest.raises(InputTextError, match=message):
@@ -355,18 +357,18 @@ def test_masks_and_answers_of_a_file(parts: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         ({"learning_rte": 1.0}, "unknown setting.*did you mean learning_rate"),
-        ({"train_files": []}, "name the training data"),
+        ({"train_files": []}, "give training data"),
         ({"clip": None}, "clip: needed by"),
         ({"adapter_width": 15}, "multiple of num_heads"),
         ({"batch_size": 0}, "batch_size"),
         ({"precision": "fp16"}, "fp16 training needs a GPU"),
-        ({"train_files": ["nowhere.txt"]}, "there is no such file"),
+        ({"train_files": ["nowhere.txt"]}, "no such file"),
         ({"layers": [7]}, "layer 7.*has layers 0 to 2"),
-        ({"layers": [2, 1]}, "layers must ascend"),
+        ({"layers": [2, 1]}, "layers must be in ascending order"),
         ({"seed": -1}, "seed"),
         ({"epochs": float("inf"), "max_steps": None}, "epochs"),
-        ({"output": "."}, "name a folder of its own"),
-        ({"max_seq": 4000}, "max_seq is longer than the PLM reads"),
+        ({"output": "."}, "give a folder, not a root"),
+        ({"max_seq": 4000}, "max_seq is longer than the PLM's longest input"),
     ],
 )
 def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str, Any], message: str) -> None:
@@ -379,8 +381,8 @@ def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str
 
 def test_texts_that_cannot_be_learnt_from(parts: Path, tmp_path: Path) -> None:
     for name, content, message in (
-        ("empty.txt", "\n \n", "there is no text in the file"),
-        ("empty.jsonl", '{"text": ""}', "a text is empty or no text"),
+        ("empty.txt", "\n \n", "the file has no text"),
+        ("empty.jsonl", '{"text": ""}', "a text is empty or not a string"),
         ("marks.txt", "... !!!\n", "no text has a word"),
         ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
     ):
@@ -425,9 +427,9 @@ def test_a_bank_of_another_clip_is_refused(parts: Path, tmp_path: Path) -> None:
 def test_what_is_in_the_way_stays(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "ck").mkdir()
     (tmp_path / "ck" / "thesis.txt").write_text("years", encoding="utf-8")
-    with pytest.raises(OutputExistsError, match="already at the output path"):
+    with pytest.raises(OutputExistsError, match="output path already exists"):
         run(parts, tmp_path / "ck")
-    with pytest.raises(OutputExistsError, match="not ours to replace"):
+    with pytest.raises(OutputExistsError, match="xadapter-export did not write"):
         run(parts, tmp_path / "ck", force=True)
     assert not (tmp_path / "ck.run").exists()  # before any work
     assert (tmp_path / "ck" / "thesis.txt").read_text(encoding="utf-8") == "years"
@@ -441,6 +443,8 @@ def test_no_space_left(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_file", full)
-        with pytest.raises(OutputWriteError, match=r"No space left on device.*the same command goes on"):
+        with pytest.raises(
+            OutputWriteError, match=r"No space left on device.*run the same command again to resume"
+        ):
             run(parts, tmp_path / "ck")
     assert run(parts, tmp_path / "ck").steps == 6

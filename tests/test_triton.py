@@ -198,7 +198,7 @@ def test_a_bank_in_a_repository_is_left_out_or_refused(bundle: Path, tmp_path: P
     object.__setattr__(model.bank, "clip", BankClip(source="tiny-clip", sha256=manifest.clip.sha256))
     model.bank.save(tmp_path / "bank")
     with pytest.raises(
-        UnsupportedError, match=r"deployment triton-fp32 holds the old bank; .*--leave-out triton-fp32"
+        UnsupportedError, match=r"deployment triton-fp32 contains the old bank; .*--leave-out triton-fp32"
     ):
         swap_bank(bundle, tmp_path / "bank")
     result = swap_bank(bundle, tmp_path / "bank", tmp_path / "out", leave_out=["triton"])
@@ -207,10 +207,10 @@ def test_a_bank_in_a_repository_is_left_out_or_refused(bundle: Path, tmp_path: P
 
 
 def test_what_triton_does_not_take_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="precision int4 is not written for target triton"):
+    with pytest.raises(ConfigError, match="precision int4 is not available for target triton"):
         export("builtin", tmp_path / "bundle", "t", precisions=("int4",), targets=("triton",))
     profile = Path(__file__).parent.parent / "export/triton.toml"
     refused = CliRunner().invoke(
         export_command, ["--config", str(profile), "--precision", "int4", "-o", str(tmp_path / "bundle")]
     )
-    assert "precision int4 is not written for target triton" in refused.output
+    assert "precision int4 is not available for target triton" in refused.output

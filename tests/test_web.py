@@ -303,8 +303,8 @@ def test_keyboard_and_screen_reader(page: "Page") -> None:
     page.get_by_role("radio", name="Pictures").check()
     page.wait_for_selector("#spoken:has-text('Pictures: ')")  # a status, so it is read out
     assert page.get_by_role("status").filter(has_text="percent").count() == 1
-    assert page.get_by_role("group", name="What the language model may read").count() == 1
-    assert page.get_by_role("region", name="Pictures that it looked at").get_by_role("listitem").count() == 4
+    assert page.get_by_role("group", name="What the language model may use").count() == 1
+    assert page.get_by_role("region", name="Pictures it looked at").get_by_role("listitem").count() == 4
     assert page.locator("button:visible, input:visible, select:visible").evaluate_all(
         "all => all.every((one) => one.textContent || one.labels.length)"
     )
@@ -319,7 +319,7 @@ def test_phone_reads_well_and_lives_without_storage_or_network(browser: "Browser
     page.route("**/model_none.onnx?*", lambda route: route.abort())
     page.goto(address)
     page.wait_for_selector("#hint:has-text('cannot be loaded: is there a network?')")
-    page.wait_for_selector("#offline:has-text('Not kept for use without a network: no room')")
+    page.wait_for_selector("#offline:has-text('Not available offline: no room')")
     page.unroute_all()
     page.fill("#text", "A frog is [MASK].")
     page.wait_for_selector("#best-none:not(:empty)")  # the next question tried again
@@ -357,7 +357,7 @@ def test_works_offline_after_load(browser: "Browser", site: Path, python: XAdapt
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("delete globalThis.WebAssembly", "has no WebAssembly"),
+        ("delete globalThis.WebAssembly", "does not support WebAssembly"),
         ("WebAssembly.validate = () => false", "too old for this page"),
     ],
 )
@@ -403,7 +403,7 @@ def test_page_is_small_and_replaces_only_pages(site: Path, tiny: Path, tmp_path:
     mine, packages = tmp_path / "mine", packages_of("web", ROOT / "export" / "web")
     mine.mkdir()
     (mine / "app.js").write_text("mine as well")
-    with pytest.raises(OutputExistsError, match=r"not ours to replace.*xadapter-page\.txt"):
+    with pytest.raises(OutputExistsError, match=r"xadapter-export did not write.*xadapter-page\.txt"):
         write_page(mine, tiny, packages)
     assert [path.name for path in mine.iterdir()] == ["app.js"]
     write_page(tmp_path / "page", tiny, packages)

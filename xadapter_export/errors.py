@@ -28,15 +28,17 @@ class XAdapterError(Exception):
         where: object = None,
         expected: object = None,
         got: object = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, mend
+        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
         line = what if where is None else f"{what}: {where}"
+        if isinstance(got, OSError) and got.strerror:  # its number and its path tell the reader nothing new
+            got = got.strerror
         facts = [f"{k} {v}" for k, v in (("expected", expected), ("got", got)) if v is not None]
         if facts:
             line += f" ({', '.join(facts)})"
-        if mend is not None:
-            line += f"; {mend}"
+        if hint is not None:
+            line += f"; {hint}"
         super().__init__(" ".join(line.split()))  # one line, whatever was quoted in it
 
     def __str__(self) -> str:
@@ -46,7 +48,7 @@ class XAdapterError(Exception):
     def with_hint(self, more: str) -> Self:
         """Return the same error with another hint after its own."""
         hint = more if self.hint is None else f"{self.hint}; {more}"
-        return type(self)(self.what, where=self.where, expected=self.expected, got=self.got, mend=hint)
+        return type(self)(self.what, where=self.where, expected=self.expected, got=self.got, hint=hint)
 
 
 class ConfigError(XAdapterError, ValueError):
@@ -112,5 +114,5 @@ def import_extra(module: str, *extras: str) -> ModuleType:
     except ImportError as error:
         lines = " or ".join(f'pip install "xadapter-export[{extra}]"' for extra in extras)
         raise MissingExtraError(
-            f"{module} cannot be imported", got=error, mend=f"install it with: {lines}"
+            f"{module} cannot be imported", got=error, hint=f"install it with: {lines}"
         ) from error

@@ -187,7 +187,7 @@ _ENGINES: Final[dict[Precision, VariantName]] = {
 _TABLE: Final = (
     Target(
         name="onnx",
-        says="any runtime",
+        says="any ONNX runtime",
         maker=f"{_MAKERS}.onnx_graphs:PortableMaker",
         precisions=("fp32", "fp16", "int8"),
         opener=_OPEN_ONNX,

@@ -190,6 +190,6 @@ def _run(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
-        raise MaskError("a tool is missing", got=command[0], mend="install gcc and binutils") from error
+        raise MaskError("a tool is missing", got=command[0], hint="install gcc and binutils") from error
     except subprocess.CalledProcessError as error:
         raise MaskError("a tool failed", where=command[0], got=error.stderr.strip()) from error

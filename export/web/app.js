@@ -47,7 +47,7 @@ async function start() {
   at("app").hidden = false;
   await answer();
   keepForOffline().catch((error) => {
-    at("offline").textContent = `Not kept for use without a network: ${error?.message ?? error}`;
+    at("offline").textContent = `Not available offline: ${error?.message ?? error}`;
   });
 }
 
@@ -55,12 +55,12 @@ async function start() {
 function checkBrowser() {
   // A function with one SIMD instruction: onnxruntime-web is built with them.
   const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
-  if (typeof WebAssembly !== "object") throw new XAdapterError("This browser has no WebAssembly, or it is switched off.");
+  if (typeof WebAssembly !== "object") throw new XAdapterError("This browser does not support WebAssembly, or it is turned off.");
   if (!WebAssembly.validate(new Uint8Array(simd))) {
-    throw new XAdapterError("This browser's WebAssembly has no SIMD: it is too old for this page.");
+    throw new XAdapterError("This browser is too old for this page: its WebAssembly has no SIMD.");
   }
   if (!["wasm", "webgpu"].includes(engine)) engine = "wasm";
-  if (engine === "webgpu" && !navigator.gpu) throw new XAdapterError("This browser has no WebGPU: leave out ?engine=webgpu.");
+  if (engine === "webgpu" && !navigator.gpu) throw new XAdapterError("This browser does not support WebGPU: remove ?engine=webgpu.");
 }
 
 async function loadRuntime(progress) {
@@ -225,7 +225,7 @@ async function keepForOffline() {
     if (origin === location.origin && !(await cache.match(href))) missing.push(href);
   }
   await cache.addAll([...new Set(missing)]);
-  at("offline").textContent = "Kept in this browser: the page works without a network now.";
+  at("offline").textContent = "Saved in this browser: the page now works offline.";
 }
 
 function showProblem(error) {

@@ -55,7 +55,7 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
         return installed
     npm = shutil.which("npm")
     if npm is None:
-        raise MissingExtraError("npm is not installed", mend="install Node.js 20 or later, which has it")
+        raise MissingExtraError("npm is not installed", hint="install Node.js 20 or later, which has it")
     folder.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
     for name in names:
@@ -67,7 +67,7 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
             "npm cannot install the page's packages",
             where=folder,
             got=" ".join(done.stderr.split()) or f"exit status {done.returncode}",
-            mend="look at the network, and run it again",
+            hint="look at the network, and run it again",
         )
     marker.write_text(wanted, encoding="utf-8")
     return installed
@@ -102,10 +102,10 @@ def _fill(output: Path, bundle: Path, packages: Path, pictures: str) -> None:
             "the page runs one graph for a text, and an expert set of the bundle is split into two",
             where=bundle,
             got=", ".join(split),
-            mend="export it without --split and with --retrieval in-graph",
+            hint="export it without --split and with --retrieval in-graph",
         )
     if pictures != "none" and manifest.bank is None:
-        raise ConfigError("the bundle looks at no pictures", where=bundle, mend="leave out --pictures")
+        raise ConfigError("the bundle looks at no pictures", where=bundle, hint="leave out --pictures")
     thumbnails: Mapping[int, Image.Image] = {}
     num_rows = manifest.bank.num_pictures if manifest.bank else 0
     if pictures == "builtin":
@@ -153,7 +153,7 @@ def _copy_library(source: Path, target: Path) -> None:
         raise MissingExtraError(
             "a file of the page's npm packages is missing",
             where=source,
-            mend="remove the folder of the packages, and run it again",
+            hint="remove the folder of the packages, and run it again",
         )
     _copy(source, target)
 

@@ -67,13 +67,13 @@ def bank_pictures(bank: Path, sha256: str) -> Mapping[int, Image.Image]:
             where=bank,
             expected=sha256[:12],
             got=found[:12],
-            mend="give --pictures the bank that the bundle was made with",
+            hint="give --pictures the bank that the bundle was made with",
         )
     if not (bank / THUMBNAILS_NAME).is_file():
         raise CheckpointError(
             f"the bank has no {THUMBNAILS_NAME}",
             where=bank,
-            mend="build it with xad-bank build --thumbnails 64",
+            hint="build it with xad-bank build --thumbnails 64",
         )
     try:
         return {row: Image.open(io.BytesIO(webp)).convert("RGB") for row, webp in read_thumbnails(bank)}

@@ -63,5 +63,5 @@ def make_server(folder: Path, port: int = 0, *, isolated: bool = True) -> Thread
             "the page cannot be served on this port",
             where=port,
             got=error.strerror,
-            mend="choose another with --port (make web PORT=8001), or a free one with --port 0",
+            hint="choose another with --port (make web PORT=8001), or a free one with --port 0",
         ) from error

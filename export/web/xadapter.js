@@ -185,7 +185,7 @@ export class XAdapterSession {
     const first = inner.indexOf(maskId);
     const last = inner.lastIndexOf(maskId);
     if (maskToken !== null && first >= 0 && last - first + 1 > size) {
-      throw new XAdapterError(`the masks are too far apart to be read together: shorten the text between them`);
+      throw new XAdapterError(`the masks are too far apart for one input: shorten the text between them`);
     }
     let start = 0;
     if (first >= 0 && last >= size) start = Math.min(Math.floor((first + last + 1 - size) / 2), inner.length - size);

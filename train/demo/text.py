@@ -217,4 +217,4 @@ def check_colors_untied(facts: Sequence[Fact]) -> None:
     """
     for sentence in (sentence for fact in facts for sentence in fact.wordings):
         if not set(COLORS).isdisjoint(_WORD.findall(sentence.lower())):
-            raise ValueError(f"a fact names a colour: {sentence!r}; mend pictures.without_color_words")
+            raise ValueError(f"a fact names a colour: {sentence!r}; fix pictures.without_color_words")

@@ -63,7 +63,7 @@ def compact_bank(
     bank = BankReader(folder)
     if num_prototypes > bank.num_pictures:
         raise ConfigError(
-            "more prototypes than pictures", where=folder, expected=f"at most {bank.num_pictures}",
+            "more prototypes than images", where=folder, expected=f"at most {bank.num_pictures}",
             got=num_prototypes,
         )  # fmt: skip
     centres = _mean_of_members(bank, _cluster(bank, num_prototypes, seed))
@@ -79,7 +79,7 @@ def compact_bank(
     order = [centre for centre in np.argsort(-counts, kind="stable").tolist() if counts[centre]]
     if len(order) < num_prototypes:
         warnings.warn(
-            f"{num_prototypes - len(order)} of {num_prototypes} prototypes serve no picture and are left out",
+            f"{num_prototypes - len(order)} of {num_prototypes} prototypes had no images and were left out",
             stacklevel=2,
         )
     prototypes = tuple(

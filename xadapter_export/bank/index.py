@@ -180,15 +180,15 @@ def _plan_lists(stored: BankRows, kind: IndexKind, options: IndexOptions) -> int
                     f"{name} goes with an index that has lists, and this one would look at every row",
                     where=kind,
                     got=getattr(options, name),
-                    mend=f"leave it out, or {'choose ivf-pq' if kind == 'flat' else 'give num_lists too'}",
+                    hint=f"leave it out, or {'choose ivf-pq' if kind == 'flat' else 'give num_lists too'}",
                 )
         return None
     if n < _FEWEST_TRAINED:
         raise ConfigError(
-            f"the bank is too small for {kind} with lists",
-            expected=f"{_FEWEST_TRAINED} pictures or more",
+            f"the bank is too small for a {kind} index",
+            expected=f"{_FEWEST_TRAINED} images or more",
             got=n,
-            mend="choose --kind flat, which is exact",
+            hint="use --kind flat, which is exact",
         )
     most = n // _ROWS_A_LIST
     if options.num_lists is not None and options.num_lists > most:

@@ -42,11 +42,13 @@ def merge_banks(
     """
     banks = [BankReader(folder) for folder in folders]
     if len(banks) < 2:
-        raise ConfigError("a merge needs two banks or more", got=len(banks))
+        raise ConfigError("a merge needs at least two banks", got=len(banks))
     for other in banks[1:]:
         _check_alike(banks[0], other)
     if banks[0].clip is None:
-        warnings.warn("no bank says which CLIP made it, so that it was the same is not checked", stacklevel=2)
+        warnings.warn(
+            "no bank records which CLIP made it, so nothing checks that the CLIPs are the same", stacklevel=2
+        )
     if not keep_duplicates:
         _refuse_duplicates(banks)
     stored = min((bank.dtype for bank in banks), key=DTYPES.index) if dtype is None else dtype
@@ -87,11 +89,11 @@ def _check_alike(first: BankReader, other: BankReader) -> None:
         same = _is_same_clip(first.clip, other.clip) if what == "CLIP" else expected == got
         if not same:
             raise ConfigError(
-                f"the banks are not of the same {what}",
+                f"the banks differ in {what}",
                 where=other.folder,
                 expected=f"{expected or 'one that nobody named'}, as {first.folder}",
                 got=got or "one that nobody named",
-                mend="build them with the same CLIP",
+                hint="build them with the same CLIP",
             )
 
 
@@ -123,9 +125,9 @@ def _refuse_duplicates(banks: Sequence[BankReader]) -> None:
     if repeated:
         name, first, second = repeated[0]
         raise ConfigError(
-            f"{len(repeated)} pictures are there twice; the first is {name!r}",
+            f"{len(repeated)} images are in more than one bank; the first is {name!r}",
             where=f"{first} and {second}",
-            mend="merge other banks, or keep both rows with --keep-duplicates",
+            hint="merge other banks, or keep both copies with --keep-duplicates",
         )
 
 

@@ -40,11 +40,11 @@ def find_nearest(bank: BankReader, queries: Float32, k: int) -> Nearest:
     check_k(bank, k)
     if queries.shape[1] != bank.dim:
         raise ConfigError(
-            "the query is not as wide as the bank's features",
+            "the query and the bank's features have different widths",
             where=bank.folder,
             expected=bank.dim,
             got=queries.shape[1],
-            mend="use the CLIP that made the bank",
+            hint="use the CLIP that made the bank",
         )
     scores, rows = search_blocks(bank.row_blocks(), queries, k)
     return Nearest(rows, scores)
@@ -58,7 +58,10 @@ def check_k(bank: BankReader, k: int) -> None:
     """
     if k > bank.num_pictures:
         raise ConfigError(
-            "k is larger than the bank", where=bank.folder, expected=f"at most {bank.num_pictures}", got=k
+            "k is larger than the number of images in the bank",
+            where=bank.folder,
+            expected=f"at most {bank.num_pictures}",
+            got=k,
         )
 
 

@@ -23,7 +23,7 @@ def staged_bank(output: Path, *, force: bool) -> Iterator[StagedFolder]:
     """
     if (output / CHECKPOINT_RECORD_NAME).exists():
         raise OutputExistsError(
-            "a checkpoint is at the output path, not a bank", where=output, mend="choose another path"
+            "the output path holds a checkpoint, not a bank", where=output, hint="choose another path"
         )
     with staged_folder(output, force=force, marker=RECORD_NAME) as staged:
         yield staged

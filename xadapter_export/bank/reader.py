@@ -87,7 +87,7 @@ class BankReader:
         found = None if self._scales is None else tuple(self._scales.get_shape())
         if found != ((self.num_pictures,) if dtype == "int8" else None):
             raise CheckpointError(
-                "the scales do not fit the features", where=path, got=f"{found} for {dtype}"
+                "the scales do not match the features", where=path, got=f"{found} for {dtype}"
             )
         self.record = read_bank_record(self.folder)
         if self.record is not None:
@@ -98,11 +98,11 @@ class BankReader:
             said, found = getattr(record, name), getattr(self, name)
             if said != found:
                 raise CheckpointError(
-                    f"{name} of the bank is not what its record says",
+                    f"the bank's {name} differs from its record",
                     where=self.folder / RECORD_NAME,
                     expected=said,
                     got=found,
-                    mend="copy or build the bank again",
+                    hint="copy or build the bank again",
                 )
 
     @property
@@ -198,19 +198,21 @@ class BankReader:
             with path.open(encoding="utf-8") as stream:
                 yield from stream
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError("the list of pictures cannot be read", where=path, got=error) from error
+            raise CheckpointError("the list of images cannot be read", where=path, got=error) from error
 
     def _picture(self, number: int, line: str) -> Picture:
         try:
             return Picture.model_validate_json(line)
         except ValidationError as error:
             raise CheckpointError(
-                "not a picture", where=f"{self.folder / BANK_NAME}, line {number}", got=describe(error)
+                "not a valid image entry",
+                where=f"{self.folder / BANK_NAME}, line {number}",
+                got=describe(error),
             ) from error
 
     def _miscounted(self, got: str) -> CheckpointError:
         return CheckpointError(
-            "wrong number of pictures", where=self.folder / BANK_NAME, expected=self.num_pictures, got=got
+            "wrong number of images", where=self.folder / BANK_NAME, expected=self.num_pictures, got=got
         )
 
 

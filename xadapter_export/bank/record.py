@@ -80,9 +80,9 @@ def read_bank_record(folder: Path) -> BankRecord | None:
     try:
         return BankRecord.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise CheckpointError("the record of the bank is wrong", where=path, got=describe(error)) from error
+        raise CheckpointError("the bank's record is not valid", where=path, got=describe(error)) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("the record of the bank cannot be read", where=path, got=error) from error
+        raise CheckpointError("the bank's record cannot be read", where=path, got=error) from error
 
 
 def write_bank_record(folder: Path, record: BankRecord) -> None:

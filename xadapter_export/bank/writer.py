@@ -99,7 +99,7 @@ class BankWriter:
             ConfigError: If no row was added.
         """
         if not self.num_pictures:
-            raise ConfigError("the bank would be empty", mend="give at least one picture that can be decoded")
+            raise ConfigError("the bank would be empty", hint="give at least one image that can be decoded")
         if self._int8 is not None:
             self._int8.seek(0)
             shutil.copyfileobj(self._int8, self._file)

@@ -143,7 +143,7 @@ def build_bank(
         processes.wait_for_all()
         if not processes.is_main:
             return None
-        note(f"putting {work.num_shards} shards together")
+        note(f"merging {_shards(work.num_shards)}")
         record, first_skipped = _assemble(work, output, tower, settings, force=force)
         work.remove()
         return BuildResult(output, record, work.num_rows, num_done, first_skipped)
@@ -175,8 +175,8 @@ def _prepare(
     work = WorkFolder.open(folder)
     num_done = sum(work.is_done(shard) for shard in range(work.num_shards))
     note(
-        f"{work.num_rows} pictures in {work.num_shards} shards"
-        + (f"; going on: {num_done} shards are done" if num_done else "")
+        f"{work.num_rows} images in {_shards(work.num_shards)}"
+        + (f"; resuming: {_shards(num_done)} done" if num_done else "")
     )
     processes.wait_for_all()  # before the first new shard, which another would count as an old one
     return work, num_done
@@ -264,9 +264,9 @@ def _assemble(
             writer.append(shard.features, shard.pictures)
         if writer is None or (settings.strict and first_skipped is not None):
             raise ConfigError(
-                f"{num_skipped} of {work.num_rows} pictures cannot be decoded; the first is",
+                f"{num_skipped} of {work.num_rows} images cannot be decoded; the first is",
                 where=first_skipped,
-                mend=f"mend or remove them; what was done is kept in {work.folder}",
+                hint=f"fix or remove them; finished work is kept in {work.folder}",
             )
         skipped_lines.close()
         if first_skipped is None:
@@ -295,3 +295,7 @@ def _num_workers(settings: BuildSettings, tower: ImageTower, processes: Processe
 
 def _say_nothing(_note: str) -> None:
     pass
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'' if count == 1 else 's'}"

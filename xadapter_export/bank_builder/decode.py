@@ -38,7 +38,7 @@ def decode_picture(data: bytes, side: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UndecodableError(f"too large: {error}") from error
     except UnidentifiedImageError as error:  # its text names an object in memory
-        raise UndecodableError("not a picture that Pillow can read") from error
+        raise UndecodableError("not an image that Pillow can read") from error
     except MemoryError as error:
         raise UndecodableError("too large for memory") from error
     except Exception as error:  # decoders raise many kinds for damaged files

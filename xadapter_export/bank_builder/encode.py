@@ -110,7 +110,7 @@ class ShardBatches(Dataset[DecodedBatch]):
         try:
             data = self._source.read(row)
         except FileNotFoundError as error:
-            raise UndecodableError("there is no such file") from error
+            raise UndecodableError("no such file") from error
         except OSError as error:
             raise UndecodableError(f"cannot be read: {error.strerror or type(error).__name__}") from error
         return decode_picture(data, self._side)
@@ -145,8 +145,8 @@ def encode_batches(
         if "DataLoader worker" not in str(error):
             raise
         raise ConfigError(
-            "a process that decodes pictures died", got=str(error).split("\n", 1)[0],
-            mend="use fewer with --workers, or a smaller --batch-size: memory may be short",
+            "a process that decodes images died", got=str(error).split("\n", 1)[0],
+            hint="memory may be short: use fewer --workers or a smaller --batch-size",
         ) from error  # fmt: skip
     if waiting is not None:
         yield _fetch(*waiting)
@@ -159,11 +159,11 @@ def _fetch(batch: DecodedBatch, encoded: Tensor | None) -> tuple[DecodedBatch, F
     good = ((encoded.norm(dim=-1) - 1).abs() < 1e-3).tolist()  # of NaN and of zero as well
     if not all(good):
         raise CheckpointError(
-            "the image tower gives no usable feature for a picture",
+            "the image tower computes no usable feature for an image",
             where=batch.rows[good.index(False)].id,
             expected="length 1",
             got=f"{encoded[good.index(False)].norm().item():.4g}",
-            mend="check its weights, or use --precision fp32",
+            hint="check its weights, or use --precision fp32",
         )
     features: Float32 = encoded.numpy()
     return batch, features

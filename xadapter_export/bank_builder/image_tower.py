@@ -82,7 +82,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            "there is no such device", where=name, got=str(error).split("\n", 1)[0], mend="use --device cpu"
+            "no such device", where=name, got=str(error).split("\n", 1)[0], hint="use --device cpu"
         ) from error
     return device
 
@@ -100,7 +100,7 @@ def load_image_tower(source: str | None, *, device: torch.device, precision: Pre
         ConfigError: If the device does not have the precision.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("fp16 on a CPU is slow and inexact", mend="use --precision fp32 or bf16")
+        raise ConfigError("fp16 is slow and inexact on a CPU", hint="use --precision fp32 or bf16")
     folder = find_clip_folder(source or BUILTIN)
     name = BUILTIN_CLIP_SOURCE if source in {None, BUILTIN} else str(source)
     visual = _visual_weights(folder / WEIGHTS_NAME, name)
@@ -178,7 +178,7 @@ def _visual_weights(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"CLIP {name}: {WEIGHTS_NAME} cannot be read", got=error) from error
     if not visual:
         raise CheckpointError(
-            f"CLIP {name} holds its text tower only, and pictures need its image tower; give the whole CLIP"
+            f"CLIP {name} has only its text tower, but images need the image tower; give the whole CLIP"
         )
     return visual
 

@@ -101,7 +101,7 @@ def open_source(
         MissingExtraError: If ``datasets`` is needed and not installed.
     """
     if (dataset is None) == (not paths):
-        raise ConfigError("give a SOURCE, or --dataset, and not both")
+        raise ConfigError("give either SOURCE or --dataset")
     if dataset is not None:
         return _load_hub_dataset(dataset, columns)
     found = [path for pattern in paths for path in _expand(pattern)]
@@ -111,7 +111,7 @@ def open_source(
         raise ConfigError(
             "several sources must all be .tar shards",
             where=next(path for path in found if path.suffix != ".tar"),
-            mend="build a bank of each, and put them together with: xad-bank merge",
+            hint="build one bank from each and merge them with: xad-bank merge",
         )
     path = found[0]
     if path.is_dir():
@@ -119,7 +119,11 @@ def open_source(
             return _load_saved_dataset(path, columns)
         return FolderSource(path, tuple(folder.resolve() for folder in exclude))
     if path.name.endswith((".tar.gz", ".tgz", ".zip")):
-        raise ConfigError("packed shards cannot be read in any order", where=path, mend="unpack them to .tar")
+        raise ConfigError(
+            "compressed shards are not supported, because they cannot be read at random",
+            where=path,
+            hint="decompress them to .tar",
+        )
     return ListSource(path)
 
 
@@ -195,7 +199,7 @@ class ListSource(_Files):
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             if isinstance(error, XAdapterError):
                 raise
-            raise ConfigError("the list of pictures cannot be read", where=self._path, got=error) from error
+            raise ConfigError("the list of images cannot be read", where=self._path, got=error) from error
 
     def _lines(self) -> Iterator[tuple[str, str | None]]:
         suffix = self._path.suffix.lower()
@@ -215,8 +219,8 @@ class ListSource(_Files):
                 for number, line in enumerate(stream, start=1):
                     if "\0" in line:
                         raise ConfigError(
-                            "the list of pictures is no text", where=f"{self._path}, line {number}",
-                            mend="give a folder, a list with a path on each line, CSV, JSONL or .tar",
+                            "the list of images is not a text file", where=f"{self._path}, line {number}",
+                            hint="give a folder, a text file with one path per line, CSV, JSONL or .tar",
                         )  # fmt: skip
                     if line.strip():
                         yield line.strip(), None
@@ -245,7 +249,7 @@ class ListSource(_Files):
         path, caption = record["path"], record["caption"]
         if not isinstance(path, str) or not path.strip() or not isinstance(caption, str) or "\0" in path:
             raise ConfigError(
-                "path and caption must be texts", where=f"{self._path}, line {number}", got=[path, caption]
+                "path and caption must be strings", where=f"{self._path}, line {number}", got=[path, caption]
             )
         return path.strip(), caption
 
@@ -295,7 +299,7 @@ class TarSource(_Files):
                     yield key, member, opened.read() if opened else b""
         except (OSError, tarfile.TarError) as error:
             raise ConfigError(
-                "the shard cannot be read", where=path, got=error, mend="fetch it again"
+                "the shard cannot be read", where=path, got=error, hint="download it again"
             ) from error
 
     @staticmethod
@@ -332,7 +336,7 @@ class DatasetSource:
                     f"column {column!r} is missing",
                     where=f"dataset {name}",
                     got=", ".join(data.column_names),
-                    mend="name the columns with --image-column and --caption-column",
+                    hint="name the columns with --image-column and --caption-column",
                 )
         datasets: Any = import_extra("datasets", "bank")
         self._columns = columns
@@ -346,7 +350,7 @@ class DatasetSource:
             )
         except Exception as error:  # pyarrow and datasets raise many kinds
             raise ConfigError(
-                f"column {columns.image!r} holds no pictures", where=f"dataset {name}",
+                f"column {columns.image!r} holds no images", where=f"dataset {name}",
                 got=data.features[columns.image],
             ) from error  # fmt: skip
 
@@ -369,7 +373,9 @@ class DatasetSource:
             caption = caption[0]
         if not isinstance(caption, str):
             raise ConfigError(
-                "a caption is no text", where=f"column {self._columns.caption!r}, row {number}", got=caption
+                "a caption is not a string",
+                where=f"column {self._columns.caption!r}, row {number}",
+                got=caption,
             )
         return caption
 
@@ -381,7 +387,7 @@ class DatasetSource:
         """
         image = self._images[row.number][self._columns.image]
         if image is None:
-            raise FileNotFoundError("the dataset has no picture there")
+            raise FileNotFoundError("the dataset has no image there")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
         return Path(image["path"]).read_bytes()
@@ -404,8 +410,8 @@ def _load_saved_dataset(path: Path, columns: DatasetColumns) -> DatasetSource:
     if isinstance(data, dict):
         if columns.split not in data:
             raise ConfigError(
-                "which split of the dataset is meant", where=path, expected=", ".join(data),
-                got=columns.split or "none", mend="choose one with --split",
+                "the dataset has several splits", where=path, expected=", ".join(data),
+                got=columns.split or "none", hint="choose one with --split",
             )  # fmt: skip
         data = data[columns.split]
     return DatasetSource(data, columns, path.name)
@@ -417,8 +423,8 @@ def _load_hub_dataset(name: str, columns: DatasetColumns) -> DatasetSource:
         data = datasets.load_dataset(name, split=columns.split or "train")
     except Exception as error:  # the hub client, pyarrow and datasets raise many kinds
         raise ConfigError(
-            "the dataset cannot be had", where=name, got=f"{type(error).__name__}: {str(error)[:200]}",
-            mend="check its name and --split; a folder from save_to_disk is given as SOURCE",
+            "the dataset cannot be loaded", where=name, got=f"{type(error).__name__}: {str(error)[:200]}",
+            hint="check its name and --split; give a folder from save_to_disk as SOURCE",
         ) from error  # fmt: skip
     return DatasetSource(data, columns, name)
 
@@ -432,7 +438,7 @@ def _expand(pattern: str) -> list[Path]:
         else:
             matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207  # also absolute
             if not matches:
-                raise ConfigError("there is no such source", where=name)
+                raise ConfigError("no such source", where=name)
             found += matches
     return found
 

@@ -43,7 +43,7 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
         except CheckpointError as error:
             raise CheckpointError(
                 "the CLIP that made the bank cannot be loaded", where=made_by, got=error,
-                mend="give it with --clip",
+                hint="name it with --clip",
             ) from error  # fmt: skip
     else:
         tower = load_clip(given)
@@ -54,11 +54,11 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
             where=bank.folder,
             expected=made_by,
             got=f"{given} ({found[:12]})",
-            mend="give the right one with --clip",
+            hint="name the right one with --clip",
         )
     if made_by is None:
         warnings.warn(
-            "the bank does not say which CLIP made it; that it is this one is not checked", stacklevel=2
+            "the bank does not record which CLIP made it, so nothing checks that it is this one", stacklevel=2
         )
     return tower
 
@@ -72,7 +72,7 @@ def encode_texts(tower: ClipTextTower, texts: Sequence[str]) -> Float32:
     tokenizer, limit = without_limits(tower.tokenizer), tower.config.context_length
     rows = [encoding.ids for encoding in tokenizer.encode_batch(check_texts(texts))]
     if any(len(row) > limit for row in rows):
-        warnings.warn(f"texts were cut to the {limit} tokens that CLIP can read", stacklevel=2)
+        warnings.warn(f"texts were truncated to the {limit} tokens that CLIP can read", stacklevel=2)
     rows = [row if len(row) <= limit else [*row[: limit - 1], tower.end_token_id] for row in rows]
     features = []
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def _default_source(bank: BankReader, made_by: BankClip | None) -> str:
         return str(bank.folder / "clip")
     if made_by is None:
         raise ConfigError(
-            "the bank does not say which CLIP made it", where=bank.folder, mend="give it with --clip"
+            "the bank does not record which CLIP made it", where=bank.folder, hint="name it with --clip"
         )
     builtin = BankReader(builtin_folder()).clip
     return BUILTIN if builtin is not None and builtin.sha256 == made_by.sha256 else made_by.source

@@ -89,19 +89,17 @@ class WorkFolder:
             offsets, count, digest = _list(source, fresh, shard_rows)
             if not count:
                 shutil.rmtree(folder) if not plan_path.exists() else fresh.unlink()
-                raise ConfigError(
-                    "the source lists no pictures", mend="check the path; hidden files are not taken"
-                )
+                raise ConfigError("the source has no images", hint="check the path; hidden files are ignored")
             key = {**settings, "listing": digest, "source": source.identity, "shard_rows": shard_rows}
             if plan_path.exists():
                 other = _differing(_read_plan(plan_path).get("key", {}), key)
                 if other and not force:
                     fresh.unlink()
                     raise ConfigError(
-                        "another build was begun and not finished",
+                        "this folder has an unfinished build with other settings",
                         where=folder,
-                        got=f"another {', '.join(other)}",
-                        mend=f"finish it, remove {folder}, or start again with --force",
+                        got=f"different {', '.join(other)}",
+                        hint=f"finish that build, remove {folder}, or start over with --force",
                     )
                 if other:
                     _remove_work(folder, keep=fresh)
@@ -175,7 +173,7 @@ class WorkFolder:
             raise ConfigError(
                 "a shard is damaged", where=folder, expected=f"{self.num_rows_of(shard)} pictures",
                 got=f"{len(features)} features, {len(pictures)} names and {len(skipped)} skipped",
-                mend="remove it and run the same command",
+                hint="remove it and run the same command again",
             )  # fmt: skip
         return EncodedShard(features, pictures, skipped, [])
 
@@ -208,9 +206,9 @@ def _check_ours(folder: Path) -> None:
         return
     if not folder.is_dir() or any(not path.name.startswith(_ROWS_NAME) for path in folder.iterdir()):
         raise OutputExistsError(
-            "what is at the place of the work folder is not ours to use",
+            "the path of the work folder holds something else",
             where=folder,
-            mend="choose another output, or remove it yourself",
+            hint="choose another output, or remove it yourself",
         )
 
 
@@ -230,7 +228,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
             raise ValueError(f"format version {plan['format_version']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            "the plan of the build cannot be read", where=path, got=error, mend=f"remove {path.parent}"
+            "the plan of the build cannot be read", where=path, got=error, hint=f"remove {path.parent}"
         ) from error
     return dict(plan)
 
@@ -260,5 +258,5 @@ def _unwritable(folder: Path, error: OSError) -> OutputWriteError:
         "the work folder cannot be written",
         where=folder,
         got=getattr(cause, "strerror", None) or error,
-        mend="free some space and run the same command: the shards that are done are kept",
+        hint="free some space and run the same command again: finished shards are kept",
     )

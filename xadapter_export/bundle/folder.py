@@ -71,13 +71,13 @@ def inside(folder: Path, relative: str, kind: str) -> Path:
     path = folder / relative
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(
-            f"a file of the {kind} lies outside its folder",
+            f"a file of the {kind} is outside its folder",
             where=path,
             got=path.resolve(),
-            mend=f"copy the {kind} with its links followed (cp -rL)",
+            hint=f"copy the {kind} so that links become files (cp -rL)",
         )
     if not path.is_file():
-        raise BundleError(f"a file of the {kind} is missing", where=path, mend="copy the whole folder")
+        raise BundleError(f"a file of the {kind} is missing", where=path, hint="copy the whole folder")
     return path
 
 
@@ -101,7 +101,7 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
             where=folder,
             expected=f"a folder with {MANIFEST_NAME}",
             got="no such folder" if not folder.is_dir() else "a folder without one",
-            mend="make one with: xad-export --experts t -o bundle",
+            hint="make one with: xad-export --experts t -o bundle",
         )
     manifest_file = folder / MANIFEST_NAME
     try:
@@ -112,9 +112,9 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
     unlisted = sorted(_files_to_list(bundle) - set(bundle.manifest.files))
     if unlisted:
         raise BundleError(
-            "the manifest does not list a file of the bundle, so its hash cannot be checked",
+            "the bundle has a file that its manifest does not list, so its hash cannot be checked",
             where=folder / unlisted[0],
-            mend="copy or export the bundle again",
+            hint="copy or export the bundle again",
         )
     for relative, entry in bundle.manifest.files.items():
         path = bundle.file(relative)
@@ -125,7 +125,7 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
                 where=path,
                 expected=f"{entry.size_bytes} bytes",
                 got=size,
-                mend="copy the bundle again",
+                hint="copy the bundle again",
             )
     if verify:
         verify_files(bundle, bundle.manifest.files)
@@ -142,11 +142,11 @@ def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
         path, entry = bundle.file(name), bundle.manifest.files[name]
         if (found := sha256_file(path)) != entry.sha256:
             raise HashMismatchError(
-                "a file of the bundle was changed",
+                "a file of the bundle has changed",
                 where=path,
                 expected=f"SHA-256 {entry.sha256}",
                 got=found,
-                mend="copy or export the bundle again",
+                hint="copy or export the bundle again",
             )
 
 

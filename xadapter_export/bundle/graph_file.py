@@ -117,7 +117,7 @@ class GraphFile:
         for field in self._fields(name):
             if field.number == _TENSOR_RAW and weight.dtype:
                 return np.frombuffer(field.data, weight.dtype).reshape(weight.shape)
-        raise BundleError("the graph does not hold a weight as raw bytes", where=f"{self._where}, {name}")
+        raise BundleError("the graph does not store a weight as raw bytes", where=f"{self._where}, {name}")
 
     def query_of_bank(self) -> str:
         """Return the name of the value ``(B, D)`` that the bank is searched with.

@@ -428,10 +428,10 @@ class Manifest(_Strict):
         if found := tuple(variant for variant in self.variants if variant.expert_set == expert_set):
             return found
         raise BundleError(
-            "the bundle does not hold this expert set",
+            "the bundle does not have this expert set",
             where=expert_set,
             expected=f"one of {', '.join(self.expert_sets)}",
-            mend="choose one of those, or export the checkpoint again with this set",
+            hint="choose one of those, or export the checkpoint again with this set",
         )
 
     def variant(self, expert_set: ExpertSet, name: str = PORTABLE) -> Variant:
@@ -445,10 +445,10 @@ class Manifest(_Strict):
             if variant.name == name:
                 return variant
         raise BundleError(
-            "the bundle does not hold this variant",
+            "the bundle does not have this variant",
             where=f"{name}, experts {expert_set}",
             expected=f"one of {', '.join(variant.name for variant in variants)}",
-            mend="choose one of those, or export with its --precision and --target",
+            hint="choose one of those, or export with its --precision and --target",
         )
 
     @property
@@ -478,11 +478,11 @@ class Manifest(_Strict):
             raise BundleError("the manifest is not a JSON object", where=where, got=error) from error
         if version != FORMAT_VERSION:
             raise BundleError(
-                "the manifest is of another format version",
+                "the manifest has another format version",
                 where=where,
                 expected=FORMAT_VERSION,
                 got=version,
-                mend="export the bundle again, or install the version of xadapter-export that made it",
+                hint="export the bundle again, or install the version of xadapter-export that made it",
             )
         try:
             return cls.model_validate_json(text)

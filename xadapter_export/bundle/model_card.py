@@ -62,7 +62,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
             f"- experts {variant.expert_set}, {variant.name}: {describe_agreement(variant.agreement)}"
         )
     if choices:
-        lines += ["", "Unless another is named, a session takes:", "", "| CPU | variant |", "|---|---|"]
+        lines += ["", "By default, a session uses:", "", "| CPU | variant |", "|---|---|"]
         lines += [f"| {kind} | {variant} |" for kind, variant in choices.items()]
     if manifest.deployments:
         lines += [

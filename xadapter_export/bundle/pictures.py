@@ -40,7 +40,7 @@ class PictureFile(Sequence[Picture]):
             with path.open("rb") as stream:
                 self._bytes = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: it is empty
-            raise BundleError("the list of pictures cannot be read", where=path, got=error) from error
+            raise BundleError("the list of images cannot be read", where=path, got=error) from error
         ends, block = [np.zeros(1, np.int64)], 1 << 24
         for start in range(0, len(self._bytes), block):
             found = np.flatnonzero(np.frombuffer(self._bytes[start : start + block], np.uint8) == ord("\n"))
@@ -49,7 +49,7 @@ class PictureFile(Sequence[Picture]):
             ends.append(np.array([len(self._bytes)], np.int64))
         self._starts = np.concatenate(ends)
         if len(self) != num_pictures:
-            raise BundleError("wrong number of pictures", where=path, expected=num_pictures, got=len(self))
+            raise BundleError("wrong number of images", where=path, expected=num_pictures, got=len(self))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -78,10 +78,10 @@ def read_pictures(path: Path, *, num_pictures: int) -> Sequence[Picture]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError("the list of pictures cannot be read", where=path, got=error) from error
+        raise BundleError("the list of images cannot be read", where=path, got=error) from error
     lines = text.removesuffix("\n").split("\n")
     if len(lines) != num_pictures:
-        raise BundleError("wrong number of pictures", where=path, expected=num_pictures, got=len(lines))
+        raise BundleError("wrong number of images", where=path, expected=num_pictures, got=len(lines))
     return tuple(_picture(line, path, number) for number, line in enumerate(lines, start=1))
 
 
@@ -89,4 +89,6 @@ def _picture(line: str | bytes, path: Path, number: int) -> Picture:
     try:
         return Picture.model_validate_json(line)
     except ValidationError as error:
-        raise BundleError("not a picture", where=f"{path}, line {number}", got=describe(error)) from error
+        raise BundleError(
+            "not a valid image entry", where=f"{path}, line {number}", got=describe(error)
+        ) from error

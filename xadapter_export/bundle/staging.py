@@ -105,9 +105,9 @@ def _resolve(final: Path) -> Path:
         raise _unwritable(error, final) from error
     if not resolved.name:
         raise ConfigError(
-            "the output path is a root, not a folder of its own",
+            "the output path is a root folder",
             where=resolved,
-            mend="add the name of the folder to make",
+            hint="add the name of a new folder",
         )
     return resolved
 
@@ -128,7 +128,7 @@ def _unwritable(error: Exception, final: Path) -> OutputWriteError:
         "the output cannot be written",
         where=final,
         got=getattr(error, "strerror", None) or error,
-        mend="free some space, or choose a place that you may write to",
+        hint="free some space, or choose a folder that you can write to",
     )
 
 
@@ -152,16 +152,16 @@ def check_replaceable(final: Path, marker: str, *, force: bool) -> None:
         return
     if not force:
         raise OutputExistsError(
-            "something is already at the output path",
+            "the output path already exists",
             where=final,
-            mend="choose another path, or replace it with --force (force=True)",
+            hint="choose another path, or replace it with --force (force=True)",
         )
     if not final.is_dir() or (any(final.iterdir()) and not (final / marker).is_file()):
         raise OutputExistsError(
-            "what is at the output path is not ours to replace",
+            "the output path holds something that xadapter-export did not write",
             where=final,
             expected=f"a folder with {marker}",
-            mend="choose another path, or remove it yourself",
+            hint="choose another path, or remove it yourself",
         )
 
 
@@ -185,10 +185,10 @@ def _move_into_place(temporary: Path, final: Path) -> None:
                 old.rename(final)
             except OSError:
                 raise OutputWriteError(
-                    "the output cannot be moved to its place, nor what was there moved back",
+                    "the output cannot be moved into place, and the old one cannot be moved back",
                     where=final,
                     got=error,
-                    mend=f"rename {old} to {final.name}",
+                    hint=f"rename {old} to {final.name}",
                 ) from error
         raise
     _sync_folder(final.parent)

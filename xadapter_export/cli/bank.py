@@ -1,4 +1,4 @@
-"""``xad bank``: build, look at, search and reshape feature banks."""
+"""``xad bank``: build, inspect and search feature banks."""
 
 import os
 import time
@@ -37,18 +37,18 @@ F = TypeVar("F", bound=Callable[..., object])
     )
 )
 def bank() -> None:
-    """Build, look at, search and reshape feature banks.
+    """Build, inspect and search feature banks.
 
-    A bank holds the CLIP features of pictures, and a caption for each: bank.safetensors, bank.jsonl and
-    bank.json in a folder. BANK is such a folder, a checkpoint's folder, or `builtin`.
+    A bank is a folder with the CLIP features of images and a caption for each: bank.safetensors, bank.jsonl
+    and bank.json. BANK is a bank folder, a checkpoint folder or `builtin`.
     """
 
 
 def output_options(function: F) -> F:
     """Add ``--output`` and ``--force``."""
-    function = click.option("--force", is_flag=True, help="Replace a bank that is already there.")(function)
+    function = click.option("--force", is_flag=True, help="Replace an existing bank.")(function)
     return click.option(
-        "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the new bank."
+        "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the new bank."
     )(function)
 
 
@@ -60,35 +60,43 @@ def output_options(function: F) -> F:
 @click.option(
     "--clip",
     metavar="CLIP",
-    help="open_clip model: folder in its hub layout, model:tag, or hub id. [default: the built-in CLIP]",
+    help="open_clip model: folder in hub layout, model:tag or hub id. [default: the built-in CLIP]",
 )
-@click.option("--dataset", metavar="NAME", help="Dataset of the Hugging Face hub, in the place of SOURCE.")
-@click.option("--split", help="Split of a dataset. [default: train]")
-@click.option("--image-column", default="image", show_default=True, help="Column of a dataset.")
-@click.option("--caption-column", default="caption", show_default=True, help="Column of a dataset.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--dataset", metavar="NAME", help="Hugging Face dataset to read instead of SOURCE.")
+@click.option("--split", help="Dataset split. [default: train]")
+@click.option("--image-column", default="image", show_default=True, help="Dataset column with the images.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), help="Processes that decode pictures. [default: by the machine]"
+    "--caption-column", default="caption", show_default=True, help="Dataset column with the captions."
+)
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that decode images. [default: depends on the machine]",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Pictures at a time. [default: 64, accelerators 256]"
+    "--batch-size", type=click.IntRange(min=1), help="Images per batch. [default: 64, on a GPU 256]"
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the tower. [default: PyTorch's]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for PyTorch. [default: PyTorch's]")
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="fp16", show_default=True, help="Stored features."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="fp16",
+    show_default=True,
+    help="Dtype of the stored features.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="What the tower computes in.",
+    help="Precision that the image tower computes in.",
 )
-@click.option("--strict", is_flag=True, help="Fail if a picture cannot be decoded.")
+@click.option("--strict", is_flag=True, help="Fail if an image cannot be decoded.")
 @click.option(
-    "--thumbnails", type=click.IntRange(16, 1024), metavar="PIXELS", help="Keep thumbnails of this size."
+    "--thumbnails", type=click.IntRange(16, 1024), metavar="PIXELS", help="Store thumbnails of this size."
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
 def build(
     sources: tuple[str, ...],
@@ -110,20 +118,22 @@ def build(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Run pictures through CLIP and keep their features and captions.
+    """Build a bank from your images: CLIP features and captions.
 
-    SOURCE is a folder of pictures; a list: text with a path on each line, or CSV or JSONL with the columns
-    path and caption; WebDataset shards, such as "shards-{000..009}.tar"; or a folder that datasets saved.
+    SOURCE is a folder of images; a list of images (a text file with one path per line, or a CSV or JSONL file
+    with the columns path and caption); WebDataset shards, such as "shards-{000..009}.tar"; or a folder saved
+    by the datasets library.
 
-    Pictures that cannot be decoded are skipped and listed in skipped.jsonl. A build that was stopped goes on
-    with the same command.
+    Images that cannot be decoded are skipped and listed in skipped.jsonl. To resume a build that was stopped,
+    run the same command again.
 
-    Many processes: torchrun --nproc-per-node 4 -m xadapter_export.cli.bank build ..., or accelerate-launch
-    --multi_gpu --num_processes 4 -m xadapter_export.cli.bank build ... (with the hyphen: accelerate launch
-    itself imports torchvision, and fails where that was not built for the torch beside it).
+    To use several processes: torchrun --nproc-per-node 4 -m xadapter_export.cli.bank build ..., or
+    accelerate-launch --multi_gpu --num_processes 4 -m xadapter_export.cli.bank build ... Write
+    accelerate-launch with the hyphen: "accelerate launch" imports torchvision, and fails if torchvision does
+    not match the installed torch.
     """
     if bool(sources) == bool(dataset):
-        raise click.UsageError("Give a SOURCE, or --dataset, and not both.")
+        raise click.UsageError("Give either SOURCE or --dataset.")
     start = time.monotonic()
     main_process = os.environ.get("RANK", "0") == "0"
     with _progress(quiet=quiet or not main_process) as (on_note, on_pictures):
@@ -154,7 +164,9 @@ def build(
         except KeyboardInterrupt:
             if main_process:
                 work = module.work_folder_of(output)
-                click.echo(f"stopped; what is done is kept in {work}, the same command goes on", err=True)
+                click.echo(
+                    f"stopped; finished work is kept in {work}; run the same command to resume", err=True
+                )
             raise
     if result is None:  # another process speaks
         return
@@ -174,9 +186,7 @@ def build(
     record = result.record
     console.print(f"{record.num_pictures} pictures, {record.dim} wide, {record.dtype}, CLIP {record.clip}")
     if record.num_skipped:
-        console.print(
-            f"{record.num_skipped} skipped, listed in skipped.jsonl; the first: {result.first_skipped}"
-        )
+        console.print(f"{record.num_skipped} skipped, listed in skipped.jsonl; first: {result.first_skipped}")
     console.print(f"bank: {result.folder}")
 
 
@@ -184,7 +194,7 @@ def build(
 @click.argument("folder", metavar="BANK")
 @json_option
 def info(folder: str, as_json: bool) -> None:
-    """Show what is in a bank, and check every row."""
+    """Show what is in a bank and check every row."""
     reader = _open(folder)
     size_bytes = sum(path.stat().st_size for path in _files(reader))
     sha256 = reader.sha256()
@@ -228,18 +238,20 @@ def info(folder: str, as_json: bool) -> None:
 @click.argument("folder", metavar="BANK")
 @click.argument("query", metavar="TEXT")
 @click.option(
-    "--clip", metavar="CLIP", help="CLIP that reads the text. [default: the one that made the bank]"
+    "--clip", metavar="CLIP", help="CLIP to encode the text with. [default: the one that made the bank]"
 )
 @click.option(
-    "-k", "--top-k", "k", type=click.IntRange(min=1), default=8, show_default=True, help="How many rows."
+    "-k", "--top-k", "k", type=click.IntRange(min=1), default=8, show_default=True, help="Number of results."
 )
-@click.option("--html", "sheet", type=click.Path(path_type=Path), help="Also write a page with the pictures.")
+@click.option(
+    "--html", "sheet", type=click.Path(path_type=Path), help="Also write an HTML page that shows the images."
+)
 @click.option(
     "--pictures",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder the pictures were built from, for the page of a bank without thumbnails.",
+    help="Folder with the original images, for --html with a bank that has no thumbnails.",
 )
-@click.option("--force", is_flag=True, help="Replace a page that is already there.")
+@click.option("--force", is_flag=True, help="Replace an existing page.")
 @json_option
 def search(
     folder: str,
@@ -251,12 +263,10 @@ def search(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Find the pictures of a bank that are nearest to a text."""
+    """Find the images in a bank that best match a text."""
     reader = _open(folder)
     if sheet is not None and sheet.exists() and not force:
-        raise OutputExistsError(
-            "something is already at the output path", where=sheet, mend="replace it with --force"
-        )
+        raise OutputExistsError("the output path already exists", where=sheet, hint="replace it with --force")
     from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
     from xadapter_export.bank.nearest import check_k, find_nearest
 
@@ -288,9 +298,11 @@ def search(
 @click.argument("folders", metavar="BANK...", nargs=-1, required=True)
 @output_options
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Stored features. [default: the most exact of theirs]"
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype of the stored features. [default: the most exact of the inputs]",
 )
-@click.option("--keep-duplicates", is_flag=True, help="Let a picture be there twice.")
+@click.option("--keep-duplicates", is_flag=True, help="Keep duplicate images.")
 @json_option
 def merge(
     folders: tuple[str, ...],
@@ -300,7 +312,7 @@ def merge(
     keep_duplicates: bool,
     as_json: bool,
 ) -> None:
-    """Put banks of the same CLIP behind each other."""
+    """Merge banks that were made with the same CLIP."""
     from xadapter_export.bank.merge import merge_banks
 
     paths = [_resolve(folder) for folder in folders]
@@ -311,15 +323,15 @@ def merge(
 @bank.command(cls=XadCommand, epilog=example("xad-bank compact builtin --prototypes 64 -o prototypes"))
 @click.argument("folder", metavar="BANK")
 @output_options
-@click.option("--prototypes", type=click.IntRange(min=1), required=True, help="How many.")
+@click.option("--prototypes", type=click.IntRange(min=1), required=True, help="Number of prototypes.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the clustering."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for the clustering."
 )
 @json_option
 def compact(folder: str, output: Path, force: bool, prototypes: int, seed: int, as_json: bool) -> None:
-    """Cluster a bank into a few prototypes, for a static bank.
+    """Cluster a bank into a few prototypes, for static retrieval.
 
-    A prototype is the middle of its pictures, and its caption is their commonest captions.
+    A prototype is the mean of the images in its cluster. Its caption lists their most common captions.
     """
     from xadapter_export.bank.compact import compact_bank
 
@@ -351,20 +363,24 @@ def compact(folder: str, output: Path, force: bool, prototypes: int, seed: int, 
 @bank.command(name="dtype", cls=XadCommand, epilog=example("xad-bank dtype builtin --to int8 -o small"))
 @click.argument("folder", metavar="BANK")
 @output_options
-@click.option("--to", type=click.Choice(DTYPES), required=True, help="How to store the features.")
+@click.option("--to", type=click.Choice(DTYPES), required=True, help="Dtype to store the features in.")
 @click.option(
-    "--queries", type=click.IntRange(min=1), default=500, show_default=True, help="How many the recall is of."
+    "--queries",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Number of queries used to estimate recall.",
 )
 @click.option(
-    "--clip", metavar="CLIP", help="Search with captions through this CLIP, in the place of rows with noise."
+    "--clip", metavar="CLIP", help="Use captions encoded by this CLIP as queries, instead of noisy rows."
 )
 @json_option
 def convert(
     folder: str, output: Path, force: bool, to: "BankDtype", queries: int, clip: str | None, as_json: bool
 ) -> None:
-    """Store a bank in another dtype, and say what its search loses.
+    """Store a bank in another dtype and measure the recall it loses.
 
-    Recall@k is the share of the k nearest rows that stay among the k nearest.
+    Recall@k is the fraction of the k nearest rows that are still among the k nearest.
     """
     from xadapter_export.bank.convert import convert_bank, measure_recall, noisy_queries, sample_rows
     from xadapter_export.bank.reader import BankReader
@@ -405,30 +421,34 @@ def convert(
     ),
 )
 @click.argument("folder", metavar="BANK")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the index.")
-@click.option("--force", is_flag=True, help="Replace an index that is already there.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the index.")
+@click.option("--force", is_flag=True, help="Replace an existing index.")
 @click.option(
     "--kind",
     type=click.Choice(INDEX_KINDS),
     default="ivf-pq",
     show_default=True,
-    help="flat: faiss, exact. ivf-pq: faiss, lists of rows of D / 8 bytes. lancedb: a database.",
+    help="flat: faiss, exact. ivf-pq: faiss, approximate, D / 8 bytes per row. lancedb: a LanceDB database.",
 )
-@click.option("--lists", type=click.IntRange(min=1), help="Lists of rows. [default: 4 sqrt(N)]")
-@click.option("--probes", type=click.IntRange(min=1), help="Lists that a search looks into. [default: 32]")
+@click.option(
+    "--lists",
+    type=click.IntRange(min=1),
+    help="Number of lists that rows are divided into. [default: 4 sqrt(N)]",
+)
+@click.option("--probes", type=click.IntRange(min=1), help="Number of lists to search. [default: 32]")
 @click.option(
     "--candidates",
     type=click.IntRange(min=1),
-    help="Rows that a search proposes; the best by exact cosine are taken. [default: 256]",
+    help="Number of rows the index proposes; the exact cosine picks the best. [default: 256]",
 )
 @click.option(
     "--queries",
     type=click.IntRange(min=0),
     default=200,
     show_default=True,
-    help="How many queries, rows with noise, the recall is of; 0 to leave it out.",
+    help="Number of noisy queries used to estimate recall; 0 to skip the estimate.",
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
 def index(
     folder: str,
@@ -442,10 +462,11 @@ def index(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Make an index of a bank, for bundles of --retrieval external, and say what its search misses.
+    """Index a bank for fast search, and measure the index's recall.
 
-    BANK may be a bundle too. Recall@k is the share of the k nearest rows that the index finds, candidates
-    rescored by exact cosine.
+    The index is for bundles exported with --retrieval external. BANK may also be such a bundle. Recall@k is
+    the fraction of the k nearest rows that the index finds, after the exact cosine has picked the best
+    candidates.
     """
     from xadapter_export.bank.index import IndexOptions, build_index
 
@@ -476,16 +497,20 @@ def index(
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.argument("folder", metavar="BANK")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the new bundle. [default: BUNDLE]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for the new bundle. [default: replace BUNDLE]",
 )
-@click.option("--force", is_flag=True, help="Replace a bundle that is already at --output.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
 @click.option(
     "--leave-out",
     metavar="NAME",
     multiple=True,
-    help="Variant or deployment that cannot be swapped, such as openvino-int8 or triton; may be repeated.",
+    help="Leave out a variant or deployment that cannot be swapped, such as openvino-int8 or triton; may be "
+    "repeated.",
 )
-@click.option("--assume-clip", is_flag=True, help="Take a bank that does not say which CLIP it is of.")
+@click.option("--assume-clip", is_flag=True, help="Accept a bank that does not record which CLIP made it.")
 @json_option
 def swap(
     bundle: Path,
@@ -496,11 +521,11 @@ def swap(
     assume_clip: bool,
     as_json: bool,
 ) -> None:
-    """Put another bank into a finished bundle: no PyTorch, no export.
+    """Replace the bank in a bundle, without PyTorch or a new export.
 
-    The bank must be of the same CLIP and width; it may have any number of pictures. The proof is repeated,
-    and what each graph retrieves is compared with a search of the bank. A bundle that cannot take the bank
-    stays as it is; the old bank, swapped in again, gives the old bundle.
+    The new bank must come from the same CLIP; it may have any number of images. The command repeats the
+    parity check and compares what each graph retrieves with a direct search of the bank. If anything fails,
+    the bundle stays as it is. Swapping the old bank back in restores the old bundle.
     """
     from xadapter_export.swap.swap import swap_bank
 
@@ -520,10 +545,10 @@ def swap(
             }
         )
         return
-    proven = f"{result.num_cells} cells" if result.num_cells else "no fp32 variant to prove"
+    proven = f"{result.num_cells} comparisons" if result.num_cells else "no fp32 variant to check"
     click.echo(f"{held.num_pictures} pictures, {held.retrieval} retrieval, k = {held.k}")
     click.echo(
-        f"proof repeated: {proven}; retrievals compared with a search of the bank: {result.num_searched}"
+        f"parity checked: {proven}; retrievals compared with a search of the bank: {result.num_searched}"
     )
     click.echo(f"bundle: {result.folder}")
 
@@ -588,10 +613,10 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[OnNote, OnPictures]]":
 
         def count(done: int, total: int) -> None:
             nonlocal due
-            speed = rate.of(done)
+            speed = rate.text_of(done)
             if time.monotonic() >= due or done == total:
                 due = time.monotonic() + _SECONDS_BETWEEN_LINES
-                say(f"{done} of {total} pictures, {speed:.0f} pictures/s")
+                say(f"{done} of {total} images{speed and f', {speed}'}")
 
         yield say, count
 
@@ -615,24 +640,25 @@ def _bar(console: "Console") -> "Iterator[tuple[OnNote, OnPictures]]":
             progress.update(task, description=note)
 
         def count(done: int, total: int) -> None:
-            speed = f"{rate.of(done):.0f} pictures/s"
+            speed = rate.text_of(done)
             progress.update(task, description="encoding", completed=done, total=total, speed=speed)
 
         yield say, count
 
 
 class _Rate:
-    """Pictures per second since the first batch, which also pays for warming up."""
+    """Images per second since the first batch, which also pays for warming up."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
 
-    def of(self, done: int) -> float:
+    def text_of(self, done: int) -> str:
+        """Return the rate as a text, empty as long as there is none."""
         now = time.monotonic()
         if self._first is None:
             self._first = now, done
-        elapsed = now - self._first[0]
-        return (done - self._first[1]) / elapsed if elapsed > 0 else 0.0
+        elapsed, more = now - self._first[0], done - self._first[1]
+        return f"{more / elapsed:.0f} images/s" if more and elapsed > 0 else ""
 
 
 if __name__ == "__main__":

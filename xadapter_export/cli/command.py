@@ -43,7 +43,7 @@ class XadCommand(click.Command):
                 envvar="XAD_DEBUG",
                 expose_value=False,
                 callback=_remember_debug,
-                help="Show the traceback of an error.",
+                help="Show the traceback when an error occurs.",
             )
         )
 
@@ -123,7 +123,7 @@ class LazyGroup(click.Group):
 def session_options(function: F) -> F:
     """Add ``--provider`` and ``--threads``."""
     function = click.option(
-        "--threads", type=click.IntRange(min=1), help="Threads inside one operator. [default: onnxruntime's]"
+        "--threads", type=click.IntRange(min=1), help="Threads per operator. [default: onnxruntime's choice]"
     )(function)
     return click.option(
         "--provider",
@@ -135,7 +135,7 @@ def session_options(function: F) -> F:
 
 def json_option(function: F) -> F:
     """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
 def as_typed(command: str) -> str:

@@ -1,4 +1,4 @@
-"""``xad eval``: score a checkpoint or a bundle beside its controls."""
+"""``xad eval``: evaluate a checkpoint or bundle against its baselines."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xadapter_export.evaluation.results import Evaluation
     from xadapter_export.evaluation.scorer import Scorer
 
+_NOT_SHOWN = ("prompts", "full stop after a mask that was put last")  # results.md has them
 TRAINED_CONTROL = "same text, no pictures"
 _TRAIN_NAME = "train.json"
 
@@ -63,14 +64,15 @@ def shared_options(function: F) -> F:
             "--experts",
             type=click.Choice(EXPERT_SETS),
             multiple=True,
-            help="Expert set; may be repeated. [default: all that the model holds, and none]",
+            help="Expert set to evaluate; may be repeated. [default: all in the model, and none]",
         ),
         click.option(
             "--controls",
             "with_controls",
             is_flag=True,
-            help="Add what a gain must be compared with: the frozen PLM, the memory of another text, and, "
-            f"for a checkpoint with {_TRAIN_NAME}, the same training without pictures, which runs now.",
+            help="Add the baselines: the frozen PLM, and the model with another text's images. For a "
+            f"checkpoint with {_TRAIN_NAME}, also train and evaluate the same plug-in without images (takes "
+            "time).",
         ),
         click.option(
             "--control",
@@ -82,30 +84,31 @@ def shared_options(function: F) -> F:
         click.option(
             "--control-folder",
             type=click.Path(path_type=Path),
-            help="Where the trained control goes; one that is there is used. [default: MODEL-control]",
+            help="Folder for the trained control; an existing one is reused. [default: MODEL-control]",
         ),
         click.option(
             "--batch-size",
             type=click.IntRange(min=1),
             default=32,
             show_default=True,
-            help="Texts that go through the model together.",
+            help="Texts per batch.",
         ),
         click.option(
             "--variant",
             default="auto",
             show_default=True,
-            help="Which graph of a bundle answers: a name, a precision, or the fastest on this machine.",
+            help="Variant of a bundle to run: auto (the one expected to be fastest here), a variant or a "
+            "precision.",
         ),
         session_options,
         click.option(
             "-o",
             "--output",
             type=click.Path(path_type=Path),
-            help="Folder for results.json, results.md and charts.",
+            help="Folder to write results.json, results.md and charts to.",
         ),
-        click.option("--force", is_flag=True, help="Replace results that are already there."),
-        click.option("--quiet", is_flag=True, help="No progress."),
+        click.option("--force", is_flag=True, help="Replace existing results."),
+        click.option("--quiet", is_flag=True, help="Do not show progress."),
         json_option,
     ]
     for option in reversed(options):
@@ -119,24 +122,26 @@ def object_options(function: F) -> F:
         click.option(
             "--objects",
             metavar="NAMES|FILE",
-            help="Only these: names with commas, a file of one a line, or a file of data.",
+            help="Evaluate only these objects: names separated by commas, a file with one name per line, or "
+            "a data file.",
         ),
-        click.option("--in-bank", is_flag=True, help="Only objects that a caption of the bank names."),
+        click.option("--in-bank", is_flag=True, help="Evaluate only objects named in a caption of the bank."),
         click.option(
             "--not-in",
             metavar="NAMES|FILE",
-            help="Leave these out: those that were trained on, say.",
+            help="Leave these objects out, for example the ones used in training.",
         ),
         click.option(
             "--full-stop/--no-full-stop",
             default=True,
             show_default=True,
-            help="Whether a full stop follows the mask of a prompt that does not place it itself.",
+            help="End a prompt with a full stop after the mask, if the prompt does not place the mask "
+            "itself.",
         ),
         click.option(
             "--pictures",
             type=click.Path(path_type=Path, exists=True),
-            help="Folder with a file for each picture id, or thumbnails.zip, for the chart of objects. "
+            help="Folder with one file per image id, or a thumbnails.zip, for the chart of objects. "
             "[default: the model's thumbnails.zip, if it has one]",
         ),
     ]
@@ -147,10 +152,10 @@ def object_options(function: F) -> F:
 
 @click.group()
 def evaluate() -> None:
-    """Score a checkpoint or a bundle beside its controls.
+    """Evaluate a checkpoint or bundle against its baselines.
 
-    MODEL is a checkpoint's folder or hub id, ``builtin``, or a bundle's folder, which needs no PyTorch. Both
-    give the same numbers, to rounding.
+    MODEL is a checkpoint folder, a hub id, `builtin` or a bundle folder. A bundle needs no PyTorch. A
+    checkpoint and its bundle give the same numbers, up to rounding.
     """
 
 
@@ -162,7 +167,7 @@ def evaluate() -> None:
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="JSON lines with item, label and perhaps descriptor (Memory Colors), or CSV with object and color "
+    help="JSON lines with item, label and optional descriptor (Memory Colors), or CSV with object and color "
     "(ColorTerms).",
 )
 @click.option(
@@ -170,18 +175,17 @@ def evaluate() -> None:
     default="valm",
     show_default=True,
     metavar="valm|norlund|FILE",
-    help="Sentences: VaLM's 9, Norlund's 13, or a file of one a line with [ITEM], and perhaps [DESCRIPTOR], "
-    "[MASK] and [SEP].",
+    help="Prompts: VaLM's 9, Norlund's 13, or a file with one prompt per line. A prompt contains [ITEM] and "
+    "may contain [DESCRIPTOR], [MASK] and [SEP].",
 )
 @click.option(
     "--candidates",
     default="labels",
     show_default=True,
     metavar="labels|eleven|WORDS",
-    help="Colours that may be answered: those that occur in the data, the eleven basic ones, or words with "
-    "commas.",
+    help="Colors to choose from: those in the data, the eleven basic ones, or words separated by commas.",
 )
-@click.option("--published", is_flag=True, help="Add published figures for the benchmark.")
+@click.option("--published", is_flag=True, help="Add the published results for this benchmark.")
 @object_options
 @shared_options
 def colour(
@@ -196,9 +200,9 @@ def colour(
     pictures: Path | None,
     **shared: Any,
 ) -> None:
-    """Ask which colour objects have: accuracy over the candidate colours.
+    """Measure how often the model knows the color of an object.
 
-    Accuracy is the mean over prompts and objects; the deviation is over prompts.
+    Accuracy is the mean over prompts and objects. The standard deviation is over prompts.
     """
     from xadapter_export.evaluation.objects import ELEVEN, read_colors
     from xadapter_export.evaluation.prompts import read_prompts
@@ -232,14 +236,15 @@ def colour(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="CSV with object, plural, perhaps annotators, and the share of each colour (CoDa).",
+    help="CSV with object, plural, optional annotators, and one column per color with its share (CoDa).",
 )
 @click.option(
     "--templates",
     default="coda",
     show_default=True,
     metavar="coda|valm|norlund|FILE",
-    help="Sentences: our 6, or others; a file has one a line with [ITEM] or [PLURAL].",
+    help="Prompts: our 6 for CoDa, VaLM's 9, Norlund's 13, or a file with one prompt per line. A prompt "
+    "contains [ITEM] or [PLURAL].",
 )
 @object_options
 @shared_options
@@ -253,10 +258,10 @@ def coda(
     pictures: Path | None,
     **shared: Any,
 ) -> None:
-    """Compare what a model says of colours with how often people say them.
+    """Compare the model's color distribution for an object with people's.
 
-    Reports accuracy at 1, Spearman, Kendall tau and the Jensen-Shannon divergence (base 2), each a mean over
-    objects and sentences.
+    Reports accuracy at 1, Spearman correlation, Kendall's tau and Jensen-Shannon divergence (base 2), each
+    averaged over objects and prompts.
     """
     from xadapter_export.evaluation.objects import read_distributions
     from xadapter_export.evaluation.prompts import read_prompts
@@ -282,17 +287,17 @@ def coda(
 
 @evaluate.command(cls=XadCommand, epilog=example("xad-eval glue my-classifier --task sst2 --data sst2"))
 @click.option(
-    "--task", help="GLUE task: its columns, labels and metrics. [default: accuracy, or correlation]"
+    "--task", help="GLUE task that defines columns, labels and metrics. [default: accuracy, or correlation]"
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="A file, or a folder with one for each split. [default: GLUE from the hub]",
+    help="A data file, or a folder with one file per split. [default: GLUE from the hub]",
 )
-@click.option("--split", default="validation", show_default=True, help="Which file, or split, is scored.")
-@click.option("--text-column", help="Name of the text's column, or its number from 0.")
-@click.option("--pair-column", help="Likewise for the second text.")
-@click.option("--label-column", help="Likewise for the label.")
+@click.option("--split", default="validation", show_default=True, help="Split to evaluate.")
+@click.option("--text-column", help="Column with the text: its name, or its number from 0.")
+@click.option("--pair-column", help="Column with the second text.")
+@click.option("--label-column", help="Column with the label.")
 @shared_options
 def glue(
     task: str | None,
@@ -303,7 +308,7 @@ def glue(
     label_column: str | None,
     **shared: Any,
 ) -> None:
-    """Score a classifier, or a regression, on labelled texts with the metrics of GLUE."""
+    """Evaluate a classifier or regression model with GLUE's metrics."""
     from xadapter_export.evaluation.labelled import glue_task, read_labelled
 
     options = Shared(**shared)
@@ -340,12 +345,20 @@ def glue(
     cls=XadCommand, epilog=example("xad-eval mlm builtin --data text.txt --limit 100 --controls")
 )
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="UTF-8 text, one sentence a line."
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="UTF-8 text file with one sentence per line.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many lines.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Number of lines to read from the start of the file."
+)
 @shared_options
 def mlm(data: Path, limit: int | None, **shared: Any) -> None:
-    """Mask every token in turn: pseudo-perplexity and top-1, to see what the plug-in costs."""
+    """Measure how the plug-in changes ordinary masked-language modeling.
+
+    Masks every token in turn and reports pseudo-perplexity, loss and top-1 accuracy.
+    """
     from xadapter_export.evaluation.mlm import evaluate_mlm, read_texts
 
     options = Shared(**shared)
@@ -384,10 +397,12 @@ def _open(options: Shared, task: "Task", on_progress: "OnProgress") -> "tuple[Re
     scorer = open_one(options.model)
     plan = plan_readings(scorer, task, options.experts, shuffled=options.with_controls)  # fails early
     if taken := {reading.name for reading in plan} & sources.keys():
-        raise click.UsageError(f"--control {min(taken)}: the table has a row of this name.")
+        raise click.UsageError(f"--control {min(taken)}: the table already has a row with this name.")
     if options.with_controls and TRAINED_CONTROL not in sources:
         if is_bundle(options.model):
-            _say(f'a bundle cannot be trained; --control "{TRAINED_CONTROL}=CHECKPOINT" adds that row')
+            _say(
+                f'cannot train a control for a bundle; add one with --control "{TRAINED_CONTROL}=CHECKPOINT"'
+            )
         elif trained := _trained_control(options, scorer.name, on_progress):
             sources[TRAINED_CONTROL] = trained
     controls = {name: open_one(source) for name, source in sources.items()}
@@ -404,8 +419,8 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
     record = Path(options.model) / _TRAIN_NAME
     if not record.is_file():
         _say(
-            f'{name} has no {_TRAIN_NAME}, so its control cannot be trained; --control "{TRAINED_CONTROL}='
-            'CHECKPOINT" adds that row'
+            f"{name} has no {_TRAIN_NAME}, so its control cannot be trained; add one with "
+            f'--control "{TRAINED_CONTROL}=CHECKPOINT"'
         )
         return None
     output = options.control_folder or Path(f"{name}-control")
@@ -422,9 +437,9 @@ def _trained_control(options: Shared, name: str, on_progress: "OnProgress") -> P
         _say(f"trained control: {output}")
     elif not is_control_of(output, record.parent):
         raise OutputExistsError(
-            "the control that is there belongs to another training",
+            "the existing control belongs to another training run",
             where=output,
-            mend="choose another --control-folder, or remove it",
+            hint="choose another --control-folder, or remove this one",
         )
     return output
 
@@ -448,9 +463,9 @@ def _select(
     if in_bank:
         if not scorer.pictures:
             raise ConfigError(
-                "the model retrieves no pictures, so nothing is in its bank",
+                "--in-bank needs a model that retrieves images",
                 where=scorer.name,
-                mend="leave --in-bank out, or export the V-expert too",
+                hint="remove --in-bank, or export the V-expert too",
             )
         only = [*only, tuple(picture.caption for picture in scorer.pictures)]
     return select_objects(things, only=only, leave_out=leave_out)
@@ -567,7 +582,7 @@ def _report(found: "Evaluation", options: Shared) -> None:
     console.print(found.title, style="bold")
     console.print(table)
     for name, value in found.settings.items():
-        if value is not None:
+        if value is not None and name not in _NOT_SHOWN:
             console.print(f"{name}: {value}", style="dim")
     if options.output is not None:
         console.print(f"results: {options.output}")

@@ -58,7 +58,7 @@ def _read_candidates(_ctx: click.Context, _param: click.Parameter, value: str | 
     except OSError:  # a list of words that is too long for a file name, or a file that cannot be read
         words = value.split(",")
     if words == [value] and (path.suffix or len(path.parts) > 1):
-        raise click.BadParameter(f"there is no readable file {value}; give words with commas, or a file.")
+        raise click.BadParameter(f"cannot read the file {value}; give words separated by commas, or a file.")
     return [word.strip() for word in words if word.strip()]
 
 
@@ -115,15 +115,15 @@ def _default_targets() -> str:
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="TOML file of settings, named as the flags are, with _ for -; flags with a value win over it, "
-    "and a switch that it turns on stays on.",
+    help="TOML file with settings, named like the flags but with _ for -. A flag with a value overrides the "
+    "file; a switch that the file turns on stays on.",
 )
 @click.option(
     "--experts",
     type=click.Choice(EXPERT_SETS),
     multiple=True,
-    help="Expert set; may be repeated: the sets share their weights, the first is the default. "
-    "[default: all that the checkpoint holds]",
+    help="Expert set to export; may be repeated. The sets share their weights, and the first is the default. "
+    "[default: all in the checkpoint]",
 )
 @click.option(
     "--opset", type=int, default=17, callback=_check_opset, show_default=True, help="ONNX opset, 17 to 21."
@@ -132,18 +132,19 @@ def _default_targets() -> str:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the bundle. [default: bundle-<experts>]",
+    help="Folder for the bundle. [default: bundle-<experts>]",
 )
 @click.option(
     "--task",
     type=click.Choice(tuple(TASKS)),
-    help="What the graphs answer. [default: the checkpoint's task]",
+    help="Task of the graphs. [default: the checkpoint's task]",
 )
 @click.option(
     "--candidates",
     callback=_read_candidates,
     metavar="WORDS|FILE",
-    help="Words fill-mask chooses from, with commas or a file of one per line; the head is sliced to them.",
+    help="Words that fill-mask may predict: separated by commas, or a file with one per line. The MLM head "
+    "is reduced to them.",
 )
 @click.option(
     "--max-seq", type=click.IntRange(min=1), help="Longest input in tokens. [default: the PLM's limit]"
@@ -154,24 +155,26 @@ def _default_targets() -> str:
     type=click.Choice(tuple(all_variants())),
     multiple=True,
     metavar="TARGET-PRECISION",
-    help="Exactly this variant, such as cpu-int8 or tensorrt-rtx-fp16; may be repeated. Variants from "
-    "--precision and --target are added to it. A wrong name lists all. [default: onnx-fp32]",
+    help="Variant to export, such as cpu-int8 or tensorrt-rtx-fp16; may be repeated. --precision and "
+    "--target add more variants. An unknown name prints the full list. [default: onnx-fp32]",
 )
 @click.option(
     "--precision",
     "precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="Shorthand for several variants: this precision for every --target that takes it; may be repeated. "
-    "int8 and int4 are for CPUs, fp16 is for GPUs. int8 is written for onnx only if no other target takes "
-    "it, and for TensorRT only if no CPU target does or it has no other precision. [default: fp32]",
+    help="Shorthand for several variants: this precision for every --target that supports it; may be "
+    "repeated. int8 and int4 are for CPUs, fp16 is for GPUs. int8 is made for onnx only if no other target "
+    "supports it, and for TensorRT only if no CPU target does or TensorRT has no other precision. [default: "
+    "fp32]",
 )
 @click.option(
     "--target",
     "targets",
     type=click.Choice(tuple(TARGETS)),
     multiple=True,
-    help=f"Who runs it; may be repeated. {'; '.join(f'{t.name}: {t.says}' for t in all_targets())}. "
+    help="Runtime to export for; may be repeated. "
+    f"{'; '.join(f'{t.name}: {t.says}' for t in all_targets())}. "
     f"[default: {_default_targets()}]",
 )
 @click.option(
@@ -179,70 +182,72 @@ def _default_targets() -> str:
     "profile",
     multiple=True,
     metavar="RANGES",
-    help='Lengths that engines are planned for, as "batch=1..8 seq=8..128"; also of masks and clip_seq; '
-    "of triton, the largest batch. [default: what suits the task, up to the longest text]",
+    help='Input sizes that engines are built for, such as "batch=1..8 seq=8..128"; also masks and clip_seq. '
+    "For triton, the largest batch. [default: depends on the task, up to the longest text]",
 )
 @click.option(
     "--compute-capability",
     "compute_capabilities",
     multiple=True,
     metavar="SM",
-    help="NVIDIA GPUs that an engine is built for, as sm89; may be repeated, for an engine each; sm86+sm89 "
-    "is one engine for both; current is the GPU of this machine. [default: one for all after sm75]",
+    help="NVIDIA GPU to build an engine for, such as sm89; may be repeated, for one engine each. sm86+sm89 "
+    "builds one engine for both; current is this machine's GPU. [default: one engine for sm75 and later]",
 )
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Texts that lossy variants are made and compared with: one a line, or CSV, TSV, JSONL with a column "
-    "sentence or text. Best are texts as the model will read. [default: the checkpoint's, else everyday "
-    "sentences]",
+    help="Texts for calibrating lossy variants and comparing them with fp32: one per line, or CSV, TSV or "
+    "JSONL with a column sentence or text. Use texts like those the model will read. [default: the "
+    "checkpoint's, else everyday sentences]",
 )
 @click.option(
     "--evaluate",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Questions with known answers that lossy variants are scored on: labelled texts for a classifier; "
-    "for fill-mask, colours as in Memory Colors or ColorTerms. [default: the built-in checkpoint's own; else "
-    "none]",
+    help="Questions with known answers for evaluating lossy variants: labeled texts for a classifier; for "
+    "fill-mask, colors in the format of Memory Colors or ColorTerms. [default: the built-in checkpoint's "
+    "own, else none]",
 )
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 1),
-    help="Reject a lossy variant that gives fp32's top answer less often than this; of embeddings and "
-    "regressions, whose mean cosine is lower. [default: fp16 0.999, int8 0.99, int4 0.97; cosine of fp16 "
+    help="Reject a lossy variant whose top answer equals fp32's less often than this; for embeddings and "
+    "regression, one whose mean cosine is lower. [default: fp16 0.999, int8 0.99, int4 0.97; cosine for fp16 "
     "0.9999]",
 )
 @click.option(
     "--max-points-lost",
     type=click.FloatRange(0, 100),
-    help="Reject a lossy variant that loses more points of accuracy than this. [default: fp16 0.5, int8 1, "
-    "int4 2]",
+    help="Reject a lossy variant that loses more percentage points of accuracy than this. [default: fp16 "
+    "0.5, int8 1, int4 2]",
 )
 @click.option(
     "--skip-failed",
     is_flag=True,
-    help="Leave out a lossy variant that fails its gate, with a warning, instead of rejecting the bundle.",
+    help="Leave out a lossy variant that fails its accuracy check, with a warning, instead of rejecting the "
+    "bundle.",
 )
 @click.option(
     "--without",
     type=click.Choice(STEPS),
     multiple=True,
-    help="Leave out an exact optimisation of the merge; may be repeated.",
+    help="Skip a lossless optimization; may be repeated.",
 )
 @click.option(
     "--retrieval",
     type=click.Choice(RETRIEVALS),
     default="in-graph",
     show_default=True,
-    help="Where the bank is searched: in the graph, or by the app, with an index (xad-bank index) or none.",
+    help="Where the bank is searched: in the graph, or outside it by the app, with or without an index "
+    "(xad-bank index).",
 )
 @click.option(
     "--split",
     is_flag=True,
-    help="Two graphs for each set that reads CLIP, so that what a text asks CLIP and the bank is kept for "
-    "texts that come again. [default: with --retrieval external]",
+    help="Split each graph that uses CLIP in two, so repeated texts skip the CLIP half. [default: only with "
+    "--retrieval external]",
 )
-@click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
 def export(
     checkpoint: str,
@@ -269,10 +274,10 @@ def export(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Turn a trained X-adapter into a proven bundle that runs without PyTorch.
+    """Export a trained X-adapter to ONNX and check it against PyTorch.
 
-    CHECKPOINT is a folder or a hub id; without one, the built-in checkpoint is exported. Every graph is
-    compared with PyTorch before the bundle is put in its place; a bundle that fails is kept beside as
+    CHECKPOINT is a folder or a hub id. Without one, the built-in checkpoint is exported. The bundle runs
+    without PyTorch. If any graph's outputs differ from PyTorch's, no bundle is written; the files are kept as
     NAME.rejected.
     """
     output = output or Path("bundle-" + "-".join(experts) if experts else "bundle")
@@ -336,12 +341,12 @@ def _report(result: "ExportResult") -> None:
         console.print(
             f"experts {made.expert_set}, {made.name} from {made.source}: {len(made.files)} files, "
             f"{made.size_bytes / 1e6:.1f} MB in {made.seconds:.1f} s"
-            + (f"; to prove, run there: {made.prove_with}" if made.prove_with else "")
+            + (f"; to check it, run on the target machine: {made.prove_with}" if made.prove_with else "")
         )
         for line in made.refused:
             console.print(f"refused: {line}")
     for name, kinds in _by_variant(choices_of(manifest)).items():
-        console.print(f"answers unless another is named: {name} on {'; '.join(kinds)}")
+        console.print(f"used by default: {name} on {'; '.join(kinds)}")
     console.print(f"bundle: {result.folder}")
     provider = f" --provider {CUDA_PROVIDER}" if manifest.is_for_gpu else ""
     console.print(f'try: {as_typed("xad-run")} {result.folder} "{manifest.example}"{provider}')
@@ -360,7 +365,7 @@ def _proof(variant: "Variant") -> str:
 
     proof, agreement = variant.parity, variant.agreement
     if proof is not None:
-        return f"parity passed in {proof.num_cells} cells, max difference {proof.max_abs:.1e}"
+        return f"parity passed, {proof.num_cells} comparisons, max difference {proof.max_abs:.1e}"
     assert agreement is not None  # a variant has the one or the other
     return describe_agreement(agreement)
 

@@ -24,11 +24,11 @@ MOST_FILES = 4  # of a deployment; the manifest has all
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--verify/--no-verify", default=True, show_default=True, help="Compare every file with its hash."
+    "--verify/--no-verify", default=True, show_default=True, help="Check every file against its hash."
 )
 @json_option
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what is in a bundle: variants, deployments, sizes, proofs, inputs and outputs, what made it."""
+    """Show a bundle's variants, sizes, checks, inputs and outputs."""
     from xadapter_export.bundle.folder import read_bundle
 
     manifest = read_bundle(bundle, verify=verify).manifest
@@ -64,7 +64,9 @@ def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
     if bank is not None:
         facts["bank"] = f"{bank.num_pictures} pictures, {bank.retrieval} retrieval, k = {bank.k}"
         if bank.swapped_from is not None:
-            facts["bank"] += f"; swapped in for the {bank.swapped_from.num_pictures} that it was proven with"
+            facts["bank"] += (
+                f"; it replaced the {bank.swapped_from.num_pictures} that the bundle was exported with"
+            )
     if manifest.labels is not None:
         facts["labels"] = ", ".join(manifest.labels)
     if manifest.candidates is not None:
@@ -88,7 +90,7 @@ def _variants(manifest: "Manifest") -> "Table":
 def _choices(manifest: "Manifest") -> "Table":
     from xadapter_export.runtime.choose import choices_of
 
-    table = _table("CPU", "variant that answers")
+    table = _table("CPU", "variant used by default")
     for kind, variant in choices_of(manifest).items():
         table.add_row(kind, variant)
     return table
@@ -101,8 +103,9 @@ def _proof(variant: "Variant") -> str:
         return describe_agreement(variant.agreement)
     proof = variant.parity
     if proof is None:
-        return "not proven"
-    return f"{'passed' if proof.passed else 'FAILED'}, {proof.num_cells} cells, max abs {proof.max_abs:.1e}"
+        return "not checked"
+    verdict = "passed" if proof.passed else "FAILED"
+    return f"{verdict}, {proof.num_cells} comparisons, max abs {proof.max_abs:.1e}"
 
 
 def _deployments(manifest: "Manifest") -> "Table":
@@ -126,7 +129,7 @@ def _refused(manifest: "Manifest") -> "Table":
 
 
 def _optimisations(manifest: "Manifest") -> "Table":
-    table = _table("experts", "variant", "optimisation", "saved", "lossless")
+    table = _table("experts", "variant", "optimization", "saved", "lossless")
     for variant in manifest.variants:
         for step in variant.optimisations:
             lossless = "yes" if step.lossless else "no"

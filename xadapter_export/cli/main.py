@@ -5,13 +5,16 @@ import click
 from xadapter_export.cli.command import LazyGroup, example
 
 _COMMANDS = {
-    "bank": ("xadapter_export.cli.bank:bank", "Make and look at feature banks."),
-    "train": ("xadapter_export.cli.train:train", "Train a plug-in between a frozen PLM and a frozen CLIP."),
-    "eval": ("xadapter_export.cli.evaluate:evaluate", "Score a checkpoint or a bundle beside its controls."),
-    "export": ("xadapter_export.cli.export:export", "Turn a trained X-adapter into a proven bundle."),
-    "parity": ("xadapter_export.cli.parity:parity", "Prove that a bundle says what PyTorch said."),
-    "run": ("xadapter_export.cli.run:run", "Ask a bundle."),
-    "inspect": ("xadapter_export.cli.inspect:inspect", "Show what is in a bundle."),
+    "bank": ("xadapter_export.cli.bank:bank", "Build, inspect and search feature banks."),
+    "train": ("xadapter_export.cli.train:train", "Train a plug-in on your own texts and images."),
+    "eval": (
+        "xadapter_export.cli.evaluate:evaluate",
+        "Evaluate a checkpoint or bundle against its baselines.",
+    ),
+    "export": ("xadapter_export.cli.export:export", "Export a trained X-adapter to ONNX and check it."),
+    "parity": ("xadapter_export.cli.parity:parity", "Check a bundle's outputs against PyTorch."),
+    "run": ("xadapter_export.cli.run:run", "Run a bundle on your text."),
+    "inspect": ("xadapter_export.cli.inspect:inspect", "Show a bundle's variants, sizes and checks."),
 }
 
 
@@ -40,4 +43,4 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     help="Show the version and exit.",
 )
 def xad() -> None:
-    """Export X-adapters to ONNX, prove them, and run them."""
+    """Train X-adapters, export them to ONNX, check them and run them."""

@@ -1,4 +1,4 @@
-"""``xad parity``: prove a bundle, with no PyTorch installed."""
+"""``xad parity``: check a bundle against PyTorch's outputs, with no PyTorch installed."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -57,7 +57,7 @@ class _Findings:
     "--experts",
     type=click.Choice(EXPERT_SETS),
     multiple=True,
-    help="Expert set to prove; may be repeated. [default: all]",
+    help="Expert set to check; may be repeated. [default: all]",
 )
 @click.option(
     "--variant",
@@ -69,10 +69,12 @@ class _Findings:
 @click.option(
     "--engine",
     type=click.Choice([target.name for target in all_targets() if target.is_engine]),
-    help="Prove the engines of this runtime instead of the graphs, on the GPU here; --variant then "
-    "names the graphs that they were built from, lossy ones too.",
+    help="Check the engines of this runtime on this machine's GPU, instead of the graphs. --variant then "
+    "names the graphs that the engines were built from; these may be lossy.",
 )
-@click.option("--every-cell", is_flag=True, help="Show every case, not only the worst of each output.")
+@click.option(
+    "--every-cell", is_flag=True, help="Show every comparison, not only the worst one of each output."
+)
 @session_options
 @json_option
 def parity(
@@ -85,18 +87,20 @@ def parity(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Prove that bundles say what PyTorch said when they were made.
+    """Check a bundle's outputs against PyTorch.
 
-    Runs every fp32 graph on the inputs that the bundle carries, compares outputs and each expert's
-    contribution with PyTorch's, prints the table, and exits 1 if an element is too far off. A lossy variant
-    is compared with its own outputs, recorded when the bundle was made: the command exits 1 if it gives
-    others on this processor, or if nobody measured its agreement with fp32. A lossy engine is compared with
-    its own graph in onnxruntime.
+    PyTorch is not needed: the bundle carries inputs and PyTorch's outputs for them. The command runs every
+    fp32 graph on these inputs, compares the outputs and each expert's contribution with PyTorch's, and prints
+    a table. It exits with 1 if any element is outside the tolerance.
 
-    Where the bank was swapped, graphs with the V-expert are compared with rows of the old bank in its place.
+    A lossy variant is compared with its own outputs from the time of export. The command exits with 1 if they
+    differ on this processor, or if the variant's agreement with fp32 was never measured. A lossy engine is
+    compared with its own graph in onnxruntime.
+
+    If the bank was swapped, graphs with the V-expert are checked with rows of the old bank.
     """
     if engine is not None and (providers or threads is not None):
-        raise click.UsageError("--engine runs on the GPU here; leave --provider and --threads out.")
+        raise click.UsageError("--engine runs on this machine's GPU; remove --provider and --threads.")
     from xadapter_export.bundle.machine import read_machine
     from xadapter_export.parity import prove_engines
     from xadapter_export.parity.table import parity_table
@@ -125,15 +129,15 @@ def parity(
         _require_the_same(name, of, str(read_machine()))
         if of.swapped:
             click.echo(
-                f"note: the bank of {name} was swapped; sets with the V-expert were proven with rows of the "
-                "bank that it was exported with, and lossy variants measured with that one; they are "
-                "compared with what they gave when the new one was put in",
+                f"note: the bank of {name} was swapped. Expert sets with the V-expert were checked with rows "
+                "of the old bank, and the agreement of lossy variants was measured with the old bank. Here, "
+                "lossy variants were compared with their outputs from the time of the swap.",
                 err=True,
             )
     num_cells = sum(len(report.cells) for report in reports.values())
     num_cases = sum(len(of.checks) for of in found.values())
-    proven = f"passed, {num_cells} cells" if reports else "no fp32 variant to prove"
-    recorded = f"; lossy variants as recorded: {num_lossy}, {num_cases} cases" if num_lossy else ""
+    proven = f"passed, {num_cells} comparisons" if reports else "no fp32 variant to check"
+    recorded = f"; {num_lossy} lossy variants unchanged, {num_cases} cases" if num_lossy else ""
     click.echo(f"parity: {proven}{recorded}; on {read_machine()}", err=True)
 
 
@@ -203,8 +207,8 @@ def _lossy_table(found: dict[str, _Findings]) -> "Table":
     from rich.table import Table
 
     table = Table(
-        caption="agreement: measured against fp32 when the bundle was made; here: root mean square of the "
-        "differences from the outputs recorded then, and how much is allowed",
+        caption="agreement: measured against fp32 at export; here: root mean square of the differences from "
+        "the outputs recorded at export, and the limit",
         show_edge=False,
     )
     several = len(found) > 1
@@ -246,9 +250,9 @@ def _require_agreement(bundle: str, of: _Findings) -> None:
     for variant in of.lossy:
         if variant.agreement is None:
             raise ParityError(
-                "a lossy variant was not measured against fp32",
+                "the agreement of a lossy variant with fp32 was never measured",
                 where=f"{bundle}, {variant.name}, experts {variant.expert_set}",
-                mend="export the bundle again",
+                hint="export the bundle again",
             )
 
 
@@ -261,7 +265,7 @@ def _require_the_same(bundle: str, of: _Findings, processor: str) -> None:
     for check in of.checks:
         if not check.passed:
             raise ParityError(
-                "a lossy variant does not give what it gave when it was made",
+                "a lossy variant gives other outputs here than at export",
                 where=f"{bundle}, {check.variant}, experts {check.expert_set}, {processor}",
                 expected=check.expected,
                 got=check.got,

@@ -1,4 +1,4 @@
-"""``xad run``: ask a bundle."""
+"""``xad run``: run a bundle on texts."""
 
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -41,47 +41,50 @@ BAR_COLUMNS = 24
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @click.option(
-    "--experts", type=click.Choice(EXPERT_SETS), help="Expert set that answers. [default: the bundle's]"
+    "--experts", type=click.Choice(EXPERT_SETS), help="Expert set to use. [default: the bundle's first]"
 )
-@click.option("--compare", is_flag=True, help="Show every expert set of the bundle side by side.")
+@click.option("--compare", is_flag=True, help="Compare all expert sets of the bundle side by side.")
 @click.option(
-    "--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Words for each mask."
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Number of predictions per mask.",
 )
-@click.option(
-    "--candidates", metavar="WORDS", help="Answer with one of these words only, separated by commas."
-)
-@click.option("--pair", metavar="TEXT", help="Second text, put after every TEXT (text-classification).")
+@click.option("--candidates", metavar="WORDS", help="Choose only among these words, separated by commas.")
+@click.option("--pair", metavar="TEXT", help="Second text to pair with every TEXT (text-classification).")
 @click.option(
     "--variant",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="Variant to run: auto (by rule the fastest on this kind of CPU), fastest (measured at load, and "
-    "kept in --cache-dir), a precision (int8), a variant (cpu-int8) or an engine (tensorrt-rtx-fp16).",
+    help="Variant to run: auto (expected to be fastest on this kind of CPU), fastest (timed at load, and "
+    "remembered in --cache-dir), a precision (int8), a variant (cpu-int8) or an engine (tensorrt-rtx-fp16).",
 )
 @click.option(
     "--index",
     type=click.Path(path_type=Path),
-    help="Index of the bank, as xad-bank index makes it, for a bundle of --retrieval external. [default: an "
-    "exact search]",
+    help="Index made by xad-bank index, for a bundle exported with --retrieval external. [default: exact "
+    "search]",
 )
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
-    help="Directory for OpenVINO's compiled graphs and for what --variant fastest measured (faster startup).",
+    help="Directory for OpenVINO's compiled-model cache and the timings of --variant fastest (faster "
+    "startup).",
 )
 @click.option(
     "--check",
     type=click.Choice(("always", "once", "never")),
     default="once",
     show_default=True,
-    help="When to run each graph on one example from the bundle first. A variant that gives other numbers "
-    "on this processor is not used.",
+    help="When to test each graph on one example from the bundle before use. A variant that computes wrong "
+    "numbers on this processor is not used.",
 )
 @click.option(
     "--allow-fallback",
     is_flag=True,
-    help="Let the CPU answer, with a warning, where --provider does not start or an engine cannot be run.",
+    help="Fall back to the CPU, with a warning, if --provider does not start or an engine cannot run.",
 )
 @session_options
 @json_option
@@ -102,12 +105,13 @@ def run(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Ask a bundle; a TEXT of - reads texts from stdin, one a line.
+    """Run a bundle on your text.
 
-    Prints the answers with their scores and, where the experts read pictures, those that were looked at.
+    Prints the answers with scores, and the images they were based on. Use - as TEXT to read one text per line
+    from stdin.
     """
     if compare and experts:
-        raise click.UsageError("--compare shows every expert set; leave --experts out.")
+        raise click.UsageError("--compare shows all expert sets; remove --experts.")
     rows = [line for text in texts for line in (_read_stdin() if text == "-" else [text])]
 
     from xadapter_export.bundle.machine import read_machine
@@ -171,7 +175,9 @@ def _read_stdin() -> list[str]:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputTextError(
-            "the texts on stdin are not UTF-8", got=error, mend="convert them, with iconv -t UTF-8 say"
+            "the texts on stdin are not UTF-8",
+            got=error,
+            hint="convert them to UTF-8, for example with iconv -t UTF-8",
         ) from error
     return [line for line in text.splitlines() if line.strip()]
 

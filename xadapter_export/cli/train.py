@@ -56,15 +56,16 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
         "xad-train --plm builtin --clip builtin --bank builtin --train-files text.txt --epochs 2 -o plugin",
     ),
 )
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings; flags win over it.")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings; flags override it.")
 @_flags
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
 def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
-    """Train a plug-in between a frozen PLM and a frozen CLIP.
+    """Train a plug-in that lets a frozen PLM use a frozen CLIP.
 
-    Every setting is a key of the config and a flag. A run that was stopped goes on when the same command is
-    given again. On several processes: torchrun --nproc-per-node 2 -m xadapter_export.cli.train --config FILE
+    You can give every setting as a flag or as a key of the config file. To resume a run that was stopped, run
+    the same command again. To use several processes: torchrun --nproc-per-node 2 -m xadapter_export.cli.train
+    --config FILE
     """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     settings = read_config(config, given)
@@ -86,7 +87,7 @@ def _report(result: "TrainResult") -> None:
     record = result.record
     losses = [entry["loss"] for entry in result.curve if "loss" in entry]
     if losses:
-        console.print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last, {result.steps} steps")
+        console.print(f"loss: from {losses[0]:.3f} to {losses[-1]:.3f} in {result.steps} steps")
     held_out = [entry for entry in result.curve if "eval_loss" in entry]
     if held_out:
         kept = held_out[-1]
@@ -97,7 +98,7 @@ def _report(result: "TrainResult") -> None:
         console.print(f"held out: {', '.join(shown)}")
     console.print(
         f"trained {record['trained_parameters']:,} parameters in {record['elapsed_s']:.0f} s; "
-        "the frozen weights are what they were, by their hashes"
+        "the frozen weights are unchanged (hashes compared)"
     )
     console.print(f"checkpoint: {result.folder}; cached features: {result.cache}")
     console.print(f"next: xad-export {result.folder}")
@@ -135,7 +136,7 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[OnStage, OnStep]]":
 
         def tell(step: int, steps: int, note: str) -> None:
             if step * 10 // steps > (step - 1) * 10 // steps:
-                say("train", f"step {step} of {steps} {note}")
+                say("train", f"step {step} of {steps}{note and f', {note}'}")
 
         yield say, tell
 

@@ -84,11 +84,11 @@ def evaluate_colour(
     for thing in data.objects:
         if thing.color not in colors:
             raise ConfigError(
-                "a label is out of range",
+                "an object's color is not among the candidates",
                 where=f"{data.where}, {thing.name}",
                 expected=f"one of {', '.join(colors)}",
                 got=thing.color,
-                mend="choose candidates that hold it",
+                hint="add it to --candidates",
             )
     counts = Counter(thing.color for thing in data.objects)
     majority, num_majority = counts.most_common(1)[0]

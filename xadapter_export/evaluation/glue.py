@@ -44,11 +44,11 @@ def match_labels(data: Labelled, scorer: Scorer) -> Labelled:
     if len(ours) == len(theirs) > 1 and numbered in (list(ours), list(theirs)):
         return data
     raise ConfigError(
-        "the model's labels are not those of the data",
+        "the model and the data have different labels",
         where=data.where,
         expected=", ".join(ours),
         got=", ".join(theirs),
-        mend="choose the task, or the data, that the model was trained for",
+        hint="choose the task or the data that the model was trained for",
     )
 
 

@@ -142,7 +142,7 @@ def read_labelled(
     known = None if task is None else glue_task(task)
     if data is None:
         if task is None:
-            raise ConfigError("no data was named", mend="give a file, a folder, or a GLUE task")
+            raise ConfigError("no data was given", hint="give a file, a folder, or a GLUE task")
         rows, where = _read_hub(task, split)
     else:
         path = _find_file(Path(data), known, split)
@@ -182,10 +182,10 @@ def _find_file(data: Path, task: GlueTask | None, split: str) -> Path:
         if path.is_file():
             return path
     raise ConfigError(
-        "there is no such data",
+        "no such data",
         where=data,
         expected=f"a file, or a folder with {', '.join(f'{stem}.tsv' for stem in stems)} "
-        f"({', '.join(SUFFIXES[1:-1])} will do)",
+        f"(or {', '.join(SUFFIXES[1:-1])})",
     )
 
 
@@ -207,10 +207,10 @@ def _read_hub(task: str, split: str) -> tuple[list[dict[str, Any]], str]:
         raise
     except Exception as error:  # the hub client raises many kinds; each means the data cannot be had
         raise ConfigError(
-            "GLUE cannot be had from the hub",
+            "GLUE cannot be downloaded from the hub",
             where=where,
             got=str(error)[:200],
-            mend="give a folder with its files",
+            hint="give a folder with its files",
         ) from error
     return class_names(table), where
 
@@ -221,7 +221,7 @@ def _column(columns: list[str], asked: str | None, known: Sequence[str], where: 
         if name in columns:
             return name
     raise ConfigError(
-        f"the column of the {what} is missing",
+        f"the column with the {what} is missing",
         where=where,
         expected=" or ".join(wanted) or "its name",
         got=", ".join(columns[:12]),

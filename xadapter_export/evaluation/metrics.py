@@ -53,12 +53,12 @@ def task_metrics(
     truth = np.asarray(labels)
     if scores.ndim != 2 or truth.shape != scores.shape[:1] or not scores.size:
         raise ShapeError(
-            "logits and labels do not fit",
+            "logits and labels have shapes that do not match",
             expected="(n, L) and (n,) with n > 0",
             got=f"{scores.shape} and {truth.shape}",
         )
     if not (np.isfinite(scores).all() and np.isfinite(truth.astype(np.float64)).all()):
-        raise ShapeError("logits and labels must be finite", mend="look for a training run that diverged")
+        raise ShapeError("logits and labels must be finite", hint="the training run may have diverged")
     num_labels = scores.shape[1]
     if task is not None:
         names = GLUE_METRICS[task]
@@ -68,7 +68,7 @@ def task_metrics(
         names = ("accuracy", "f1") if num_labels == 2 else ("accuracy",)
     if (num_labels == 1) != ("pearson" in names):
         raise ShapeError(
-            "the logits are of another kind of task",
+            "the logits belong to another kind of task",
             where=task,
             expected="one column" if "pearson" in names else "a column for each label",
             got=f"{num_labels} columns",

@@ -35,7 +35,7 @@ def read_texts(path: str | Path, *, limit: int | None = None) -> list[str]:
     path = Path(path)
     texts = [line.strip() for line in read_lines(path)][:limit]
     if not texts:
-        raise InputTextError("the file has no text", where=path, mend="write one sentence a line")
+        raise InputTextError("the file has no text", where=path, hint="write one sentence per line")
     return texts
 
 

@@ -103,7 +103,7 @@ def read_distributions(path: str | Path) -> ObjectSet:
     colors = sorted(key for key in rows[0] if key not in {name, plural, "annotators"})
     if len(colors) < 2:
         raise InputTextError(
-            "a column is missing", where=path, expected="a column for each colour", got=", ".join(rows[0])
+            "a column is missing", where=path, expected="a column for each color", got=", ".join(rows[0])
         )
     objects = []
     for number, row in enumerate(rows, start=1):
@@ -130,7 +130,7 @@ def read_names(value: str) -> tuple[str, ...]:
     """
     path = Path(value)
     if path.suffix and not path.is_file():
-        raise ConfigError("there is no such file", where=value, mend="give a file, or names with commas")
+        raise ConfigError("no such file", where=value, hint="give a file, or names separated by commas")
     if not path.is_file():
         names = [name.strip() for name in value.split(",")]
     elif path.suffix in {".jsonl", ".csv"}:
@@ -172,10 +172,10 @@ def select_objects(
     )
     if not kept:
         raise ConfigError(
-            "no object is left to ask for",
+            "no objects are left to evaluate",
             where=data.where,
-            got=f"{len(data.objects)} objects, none of them among those asked for",
-            mend="look at --objects, --in-bank and --not-in",
+            got=f"{len(data.objects)} objects in the data, none of them selected",
+            hint="check --objects, --in-bank and --not-in",
         )
     return ObjectSet(data.benchmark, kept, data.colors, data.where)
 
@@ -218,12 +218,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 raise InputTextError(
-                    "a row has another number of cells than the header", where=f"{path}, row {number}"
+                    "a row and the header have different numbers of cells", where=f"{path}, row {number}"
                 )
     if not rows:
-        raise InputTextError("the data is empty", where=path, mend="give a file with at least one object")
+        raise InputTextError("the data is empty", where=path, hint="give a file with at least one object")
     if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
-        raise InputTextError("a row is no JSON object", where=f"{path}, row {wrong[0]}")
+        raise InputTextError("a row is not a JSON object", where=f"{path}, row {wrong[0]}")
     return rows
 
 

@@ -83,7 +83,7 @@ def read_prompts(value: str) -> tuple[str, ...]:
         raise ConfigError(
             "the prompts cannot be read",
             where=value,
-            expected=f"{', '.join(PROMPTS)}, or a UTF-8 file with one prompt a line",
+            expected=f"{', '.join(PROMPTS)}, or a UTF-8 file with one prompt per line",
             got=error,
         ) from error
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
@@ -91,7 +91,7 @@ def read_prompts(value: str) -> tuple[str, ...]:
         raise InputTextError("the file has no prompt", where=path)
     for prompt in prompts:
         if "[ITEM]" not in prompt and "[PLURAL]" not in prompt:
-            raise InputTextError("a prompt does not name the object", where=prompt, mend="write [ITEM] in it")
+            raise InputTextError("a prompt does not name the object", where=prompt, hint="write [ITEM] in it")
         if prompt.count("[MASK]") > 1:
             raise InputTextError("a prompt has more than one mask", where=prompt)
     return prompts
@@ -117,7 +117,7 @@ def ask(prompt: str, thing: ColoredObject, scorer: Scorer, *, ends_with_stop: bo
     without_separator = prompt.replace("[SEP] ", "").replace("[MASK]", scorer.mask_token)
     separator = scorer.separator_token
     if "[SEP]" in prompt and separator is None:
-        raise ConfigError("the PLM has no separator token", where=prompt, mend="choose other prompts")
+        raise ConfigError("the PLM has no separator token", where=prompt, hint="choose other prompts")
     text = prompt.replace("[SEP]", separator or "").replace("[MASK]", scorer.mask_token)
     return Question(_name(text, thing), _name(without_separator, thing))
 

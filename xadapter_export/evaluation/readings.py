@@ -100,7 +100,7 @@ def derangement(count: int, seed: int = SEED) -> list[int]:
         raise ConfigError(
             "a shuffled memory needs at least two texts",
             got=count,
-            mend="leave --controls out, or give more data",
+            hint="remove --controls, or give more data",
         )
     rng = np.random.default_rng(seed)
     while True:  # one draw in e is a derangement

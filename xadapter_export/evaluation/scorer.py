@@ -116,7 +116,7 @@ class Scorer(ABC):
         """
         if self.task != task:
             raise UnsupportedError(
-                "the model is for another task", where=self.name, expected=task, got=self.task
+                "the model was made for another task", where=self.name, expected=task, got=self.task
             )
 
     def mask_logits(
@@ -195,7 +195,7 @@ class Scorer(ABC):
             UnsupportedError: If the expert set looks at no pictures.
         """
         if not self.retrieves(experts):
-            raise UnsupportedError("this expert set looks at no pictures", where=f"{self.name}, {experts}")
+            raise UnsupportedError("this expert set uses no images", where=f"{self.name}, {experts}")
         found: list[list[RetrievedPicture]] = [[] for _ in check_texts(texts)]
         for rows, inputs in self._batches(texts, None, None, None):
             retrieved, scores = self.compute(inputs, ("retrieved", "retrieved_scores"), experts)
@@ -234,9 +234,9 @@ class Scorer(ABC):
         """
         if self.candidates is not None:
             raise UnsupportedError(
-                "the model answers its candidates only, so it has no probability for other tokens",
+                "the model predicts only its candidates, so it has no probability for other tokens",
                 where=self.name,
-                mend="export the checkpoint without --candidates",
+                hint="export the checkpoint without --candidates",
             )
         copies = self._masked_copies(texts, memory_texts)
         log_probability = np.empty(len(copies), np.float64)
@@ -279,7 +279,9 @@ class Scorer(ABC):
     ) -> Iterator[tuple[list[int], dict[str, Int64Array]]]:
         """Yield the places of the texts and their arrays, the shortest texts first."""
         if pairs is not None and len(pairs) != len(texts):
-            raise InputTextError("not one pair to each text", expected=len(texts), got=len(pairs))
+            raise InputTextError(
+                "the numbers of texts and second texts differ", expected=len(texts), got=len(pairs)
+            )
         sizes = [len(text) + (len(pairs[i]) if pairs else 0) for i, text in enumerate(texts)]
         order = sorted(range(len(texts)), key=sizes.__getitem__)
         without_clip = _without_clip(self.encoder)
@@ -314,7 +316,7 @@ class Scorer(ABC):
             elif not self._has_warned:
                 self._has_warned = True
                 warnings.warn(
-                    f"some texts are cut; the first batch with one: {warning.message}",
+                    f"some texts were truncated; in the first such batch, {warning.message}",
                     TruncationWarning,
                     stacklevel=5,
                 )
@@ -323,7 +325,7 @@ class Scorer(ABC):
         mask, copies, num_cut = self.mask_token, [], 0
         for number, text in enumerate(check_texts(texts)):
             if mask in text:
-                raise InputTextError("a text has a mask already", where=repr(text))
+                raise InputTextError("a text already has a mask", where=repr(text))
             encoding = self.encoder.tokenizer.encode(text)
             special, ids = encoding.special_tokens_mask, list(encoding.ids)
             excess = len(ids) - self.encoder.max_seq
@@ -340,7 +342,8 @@ class Scorer(ABC):
                 copies.append(_Copy(number, [ids[k] for k in kept], place, read))
         if num_cut:
             warnings.warn(
-                f"of {num_cut} of {len(texts)} texts only the first {self.encoder.max_seq} tokens are scored",
+                f"{num_cut} of {len(texts)} texts are evaluated on their first {self.encoder.max_seq} tokens "
+                "only",
                 TruncationWarning,
                 stacklevel=3,
             )

@@ -108,6 +108,6 @@ def parse_json_rows(text: str, where: object) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputTextError(
-                "a line is no JSON object", where=f"{where}, line {number}", got=type(row).__name__
+                "a line is not a JSON object", where=f"{where}, line {number}", got=type(row).__name__
             )
     return rows

@@ -50,9 +50,9 @@ def load_thumbnails(
                     break
     else:
         raise ConfigError(
-            "there are no pictures here",
+            "no images found",
             where=source,
-            expected=f"a folder with a file for each picture id, or {THUMBNAILS_NAME}",
+            expected=f"a folder with one file per image id, or {THUMBNAILS_NAME}",
         )
     images = {}
     for row, stream in streams.items():

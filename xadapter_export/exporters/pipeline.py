@@ -224,7 +224,7 @@ def export(
             raise
         except XAdapterError as error:
             rejected = staged.keep_as_rejected()
-            raise error.with_hint(f"the bundle was rejected and kept in {rejected}") from error
+            raise error.with_hint(f"the bundle was rejected; its files are kept in {rejected}") from error
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
@@ -400,10 +400,10 @@ class _Builder:
             written = {v.name for v in self.variants if v.expert_set == expert_set}
             if written.isdisjoint(map(str, wanted)):
                 raise ParityError(
-                    "every variant that was asked for is below its gate, so there is no bundle",
+                    "every variant failed its accuracy check, so there is no bundle",
                     where=f"experts {expert_set}",
                     got=", ".join(map(str, wanted)),
-                    mend="ask for fp32 too, or lower the gate with --min-agreement or --max-points-lost",
+                    hint="add fp32, or change the limit with --min-agreement or --max-points-lost",
                 )
 
     def _record_lossy(self, manifest: Manifest) -> None:
@@ -497,7 +497,7 @@ def _not_deployed(request: Request, manifest: Manifest) -> list[str]:
     """A line for each deployment that is not there because the graph it is made from was left out."""
     there = {(variant.expert_set, variant.name) for variant in manifest.variants}
     return [
-        f"left out: {name}, experts {expert_set}, with {made_from(name)}, which it is made from"
+        f"left out: {name}, experts {expert_set}, because {made_from(name)}, its source, was left out"
         for name in request.deployments
         for expert_set in manifest.expert_sets
         if (expert_set, str(made_from(name))) not in there

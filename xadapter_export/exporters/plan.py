@@ -59,7 +59,7 @@ def make_plan(
             f"or for a task without a head, such as {FEATURE_EXTRACTION.name}"
         )
     if candidates is not None and not TASKS[task].fills_words:
-        raise ConfigError(f"{task} has no candidates; leave them out")
+        raise ConfigError(f"{task} does not use candidates; remove them")
     longest = model.plm.max_seq
     if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
         raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")
@@ -78,18 +78,18 @@ def check_split(model: XAdapterModel, plan: Plan) -> None:
     searched = reads_bank(model.config.experts) and model.config.retrieval.mode == "topk"
     if plan.retrieval == "external" and not (searched and any(reads_bank(name) for name in plan.expert_sets)):
         raise ConfigError(
-            "there is no search of a bank to be moved out of the graph",
+            "these graphs do not search a bank, so there is nothing to move out of them",
             where=f"experts {', '.join(plan.expert_sets)}",
             got="a static bank, all of which is read"
             if reads_bank(model.config.experts) and not searched
             else None,
-            mend="leave --retrieval external out; --split alone splits what reads CLIP",
+            hint="remove --retrieval external; use --split alone to split a graph that uses CLIP",
         )
     if not any(reads_clip(model, name) for name in plan.expert_sets):
         raise ConfigError(
-            "no graph reads CLIP, so there is nothing to split",
+            "no graph uses CLIP, so there is nothing to split",
             where=f"experts {', '.join(plan.expert_sets)}",
-            mend="leave --split out",
+            hint="remove --split",
         )
 
 

@@ -109,24 +109,24 @@ def check_request(request: Request, *, split: bool, judging: Mapping[str, object
     given = [name for name, value in judging.items() if value is not None and value is not False]
     if given and not request.is_lossy:
         raise ConfigError(
-            "only variants below fp32 are calibrated and judged, and none was asked for",
+            "only fp16, int8 and int4 variants are calibrated and judged, and none was requested",
             got=", ".join(given),
-            mend="leave this out, or ask for fp16, int8 or int4",
+            hint="remove this, or add --precision fp16, int8 or int4",
         )
     if split and request.deployments:
         raise ConfigError(
-            "deployments are made from whole graphs",
+            "deployments cannot be made from split graphs",
             got=", ".join(map(str, request.deployments)),
-            mend="export twice: once for them, and once with split graphs",
+            hint="export twice: once for the deployments, and once with split graphs",
         )
     can = [name for name in all_variants().values() if name.precision in TARGETS[name.target].splits]
     whole = [name for name in request.graphs if name not in can]
     if split and whole:
         raise ConfigError(
-            "this is not made from split graphs",
+            "this variant cannot be made from split graphs",
             got=", ".join(map(str, whole)),
             expected=f"some of {', '.join(map(str, can))}",
-            mend="choose one of those, or leave --split and --retrieval external out",
+            hint="choose one of those, or remove --split and --retrieval external",
         )
 
 
@@ -143,16 +143,16 @@ def _read_shorthand(precisions: Sequence[Precision], targets: Sequence[str]) -> 
         if not any(precision in target.precisions for target in named):
             takers = [target.name for target in all_targets() if precision in target.precisions]
             raise ConfigError(
-                f"precision {precision} is not written for target {', '.join(t.name for t in named)}",
+                f"precision {precision} is not available for target {', '.join(t.name for t in named)}",
                 expected=f"one of {', '.join(takers)}",
-                mend=f"add --target {default_target(precision)}",
+                hint=f"add --target {default_target(precision)}",
             )
     for target in named:
         if set(target.precisions).isdisjoint(precisions):
             raise ConfigError(
                 f"target {target.name} does not take precision {', '.join(precisions)}",
                 expected=f"one of {', '.join(target.precisions)}",
-                mend=f"add --precision {target.precisions[0]}",
+                hint=f"add --precision {target.precisions[0]}",
             )
     return [
         f"{target.name}-{precision}"

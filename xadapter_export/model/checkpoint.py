@@ -42,7 +42,7 @@ def read_record(folder: Path) -> CheckpointRecord:
     path = folder / RECORD_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder that save_pretrained wrote"
+            f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder written by save_pretrained"
         )
     try:
         return CheckpointRecord.model_validate_json(path.read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def find_checkpoint(source: str | Path) -> Path:
     """Finds a checkpoint folder, fetching it from the hub where ``source`` is a hub id.
 
     Raises:
-        CheckpointError: If it is neither a folder nor a hub id that can be reached.
+        CheckpointError: If it is neither a folder nor a reachable hub id.
     """
     if str(source) == BUILTIN:
         return builtin_folder()
@@ -71,8 +71,8 @@ def find_checkpoint(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
     except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
         raise CheckpointError(
-            f"checkpoint {source} is neither a folder nor a hub id that can be reached; "
-            "give a folder that save_pretrained wrote, or leave it out for the built-in checkpoint"
+            f"checkpoint {source} is neither a folder nor a reachable hub id; "
+            "give a folder written by save_pretrained, or nothing for the built-in checkpoint"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _load_plugin(model: XAdapterModel, path: Path) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({error}); the file is truncated or no safetensors"
+            f"checkpoint {path} cannot be read ({error}); the file is truncated or not safetensors"
         ) from error
     expected = model.trained_state()
     for name in sorted(expected.keys() | state.keys()):
@@ -146,7 +146,8 @@ def _load_plugin(model: XAdapterModel, path: Path) -> None:
         got = tuple(state[name].shape) if name in state else "none"
         if want != got:
             raise CheckpointError(
-                f"checkpoint {path}: tensor {name} expected {want}, got {got}; it is of another configuration"
+                f"checkpoint {path}: tensor {name} expected {want}, got {got}; it belongs to another "
+                "configuration"
             )
         if not torch.isfinite(state[name]).all():
             raise CheckpointError(

@@ -126,7 +126,7 @@ class ClipTextConfig:
             )
         except ValidationError as error:
             raise UnsupportedError(
-                f"CLIP {source}: text_cfg has a setting that is not known: {describe(error)}"
+                f"CLIP {source}: text_cfg has an unknown setting: {describe(error)}"
             ) from error
         if config.heads < 1 or config.width % config.heads:
             raise CheckpointError(
@@ -395,7 +395,7 @@ def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> To
             where=source,
             expected=f"{OPEN_CLIP_VOCAB_SIZE} tokens",
             got=config.vocab_size,
-            mend=f"save it in open_clip's hub layout with its {TOKENIZER_NAME}, and give the folder",
+            hint=f"save it in open_clip's hub layout with its {TOKENIZER_NAME}, and give the folder",
         )
     if not path.is_file():
         raise CheckpointError(
@@ -501,6 +501,6 @@ def download_clip(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"CLIP {name} is neither a folder nor a hub id that can be reached ({reason}). "
+            f"CLIP {name} is neither a folder nor a reachable hub id ({reason}). "
             f"Expected a folder with {CONFIG_NAME}, or model:tag as open_clip names them"
         ) from error

@@ -35,7 +35,7 @@ def clip_tokenizer() -> Tokenizer:
     spec = find_spec("open_clip")  # only its file is read; importing it would take seconds
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            "open_clip is not installed", mend='install it with: pip install "xadapter-export[export]"'
+            "open_clip is not installed", hint='install it with: pip install "xadapter-export[export]"'
         )
     merges_path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(merges_path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]

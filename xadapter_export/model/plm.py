@@ -326,14 +326,14 @@ def _complete(model: Any, missing: Sequence[str], task: Task, name: str) -> PreT
     if lacking and TASKS[task].fills_words and not any(key.startswith(in_encoder) for key in lacking):
         raise NoMlmHeadError(
             f"PLM {name} has no MLM head, which {task} needs",
-            got=f"{len(lacking)} weights less, first {lacking[0]}",
-            mend="take one that has, or another task",
+            got=f"{len(lacking)} missing weights, first {lacking[0]}",
+            hint="use a PLM with an MLM head, or another task",
         )
     if lacking:
         raise CheckpointError(
-            f"PLM {name}: the file is not complete",
-            got=f"{len(lacking)} weights less, first {lacking[0]}",
-            mend="get the whole file",
+            f"PLM {name}: the file is incomplete",
+            got=f"{len(lacking)} missing weights, first {lacking[0]}",
+            hint="download the whole file",
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
@@ -364,8 +364,7 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
     except Exception as error:  # transformers raises many kinds for a bad folder; each is the user's input
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{what} could not be loaded: {reason}. "
-            "Expected a save_pretrained folder or a hub id that can be reached"
+            f"{what} could not be loaded: {reason}. Expected a save_pretrained folder or a reachable hub id"
         ) from error
     return _complete(model, info["missing_keys"], task, str(source))
 
@@ -391,14 +390,14 @@ def _load_tokenizer(source: str | Path) -> tuple[Tokenizer, dict[str, int]]:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"tokenizer of PLM {source} could not be loaded: {reason}. "
-            "Expected tokenizer.json beside the weights"
+            "Expected tokenizer.json next to the weights"
         ) from error
     backend = getattr(auto, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(f"PLM {source} has no fast tokenizer (tokenizer.json), which a bundle needs")
     tokenizer = Tokenizer.from_str(backend.to_str())
     if tokenizer.get_vocab().keys() <= set(auto.all_special_tokens):  # what transformers makes of no file
-        raise CheckpointError(f"PLM {source} has no tokenizer; expected tokenizer.json beside the weights")
+        raise CheckpointError(f"PLM {source} has no tokenizer; expected tokenizer.json next to the weights")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     special = {"pad": int(auto.pad_token_id if auto.pad_token_id is not None else 0)}

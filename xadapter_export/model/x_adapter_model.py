@@ -145,12 +145,10 @@ class XAdapterModel(nn.Module):
                 f"layer {config.layers[-1]}: PLM {self.plm.source} has layers 0 to {len(self.plm.layers) - 1}"
             )
         if reads_bank(config.experts) and bank is None:
-            raise ConfigError("the V-expert needs a feature bank and none was given; pass bank=")
+            raise ConfigError("the V-expert needs a feature bank; pass bank=")
         needs_clip = reads_text(config.experts) or config.retrieval.mode == "topk"
         if needs_clip and clip is None:
-            raise ConfigError(
-                f"experts {config.experts!r} need a CLIP text tower and none was given; pass clip="
-            )
+            raise ConfigError(f"experts {config.experts!r} need a CLIP text tower; pass clip=")
         if (
             reads_bank(config.experts)
             and config.retrieval.mode == "topk"
@@ -305,7 +303,7 @@ class XAdapterModel(nn.Module):
         if topk or reads_text(active):
             clip = cast(ClipTextTower, self.clip)
             if clip_input_ids is None:
-                raise ConfigError(f"experts {active} read CLIP; pass clip_input_ids")
+                raise ConfigError(f"experts {active} need CLIP; pass clip_input_ids")
             states = clip.token_states(clip_input_ids)  # (B, S, W)
             if topk:
                 query = unit_length(clip.pool(states, clip_input_ids))  # (B, D)

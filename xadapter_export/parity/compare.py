@@ -149,7 +149,7 @@ def _find_problem(got: Array, ref: Array, place: Place) -> str | None:
     """Return why two arrays cannot be subtracted, or None."""
     if ref.size == 0:
         raise ParityError(
-            "nothing to compare, which proves nothing",
+            "there was nothing to compare",
             where=f"{place.expert_set}/{place.case}/{place.output}",
             got=f"a reference of shape {ref.shape}",
         )

@@ -60,9 +60,9 @@ def prove_engines(
     ]
     if not wanted:
         raise BundleError(
-            "the bundle holds no such engine",
+            "the bundle does not have this engine",
             where=f"{target}, experts {', '.join(expert_sets or ['any'])}, {', '.join(variants or ['any'])}",
-            mend=f"export it with --target {target}",
+            hint=f"export it with --target {target}",
         )
     gpu = find_gpu()
     chosen = [(made, engine_file_for(made, gpu)) for made in wanted]
@@ -112,9 +112,9 @@ def compare_engine(
     feeds = {case: feed for case, feed in reference_feeds(reference, spec).items() if fits(feed)}
     if not feeds:
         raise ParityError(
-            "no reference input has lengths that the engine was planned for",
+            "no reference input fits the input sizes of the engine",
             where=f"{made.target}, experts {made.expert_set}, {made.source}",
-            mend="export again with a wider --profile",
+            hint="export again with a wider --profile",
         )
     held = dict.fromkeys(keys, TOLERANCES["fp32"])
     tie = TIE

@@ -71,7 +71,7 @@ def prove_bundle(
         The report. A difference that is too large is a cell that did not pass, not an exception.
 
     Raises:
-        BundleError: If the bundle, or its reference, is not whole, or it lacks a set or a variant.
+        BundleError: If the bundle, or its reference, is incomplete, or it lacks a set or a variant.
         ConfigError: If a variant that is named is lossy.
         MissingExtraError: If the engine of a variant is not installed.
         ParityError: If there is nothing to compare, or less than when the bundle was made.
@@ -100,16 +100,16 @@ def prove_bundle(
             compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
         if compared and variant.parity and len(compared) < variant.parity.num_cells:
             raise ParityError(
-                "the reference lacks cases that the bundle was proven with",
+                "the reference lacks cases that were checked at export",
                 where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
                 expected=f"{variant.parity.num_cells} cells",
                 got=len(compared),
-                mend="copy or export the bundle again",
+                hint="copy or export the bundle again",
             )
         cells += compared
     if not cells:
         raise ParityError(
-            "nothing to compare, which proves nothing",
+            "there was nothing to compare",
             where=bundle.folder,
             got=None if chosen else "no fp32 variant that runs here",
         )
@@ -136,9 +136,9 @@ def _choose(
     for variant in chosen:
         if variant.precision not in TOLERANCES:
             raise ConfigError(
-                "a lossy variant cannot be proven by tolerance",
+                "a lossy variant cannot be checked with the fp32 tolerance",
                 where=variant.name,
-                mend="the manifest says how far it agrees: see xad-inspect",
+                hint="xad-inspect shows its agreement with fp32",
             )
     return [variant for variant in manifest.variants if variant in chosen]
 
@@ -167,7 +167,7 @@ def check_lossy(
         runs with these providers.
 
     Raises:
-        BundleError: If the bundle, or its reference, is not whole, or it lacks a set.
+        BundleError: If the bundle, or its reference, is incomplete, or it lacks a set.
         MissingExtraError: If the engine of a variant is not installed.
     """
     bundle = read_bundle(folder, verify=verify)
@@ -310,5 +310,5 @@ def _look_up(reference: Mapping[str, Array], key: str) -> Array:
         raise ParityError(
             "the reference lacks an array",
             where=key,
-            mend=f"export the bundle again: {REFERENCE_NAME} is not whole",
+            hint=f"export the bundle again: {REFERENCE_NAME} is incomplete",
         ) from error

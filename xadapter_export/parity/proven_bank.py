@@ -60,7 +60,7 @@ class ProvenBank:
             return {name: self.weights[_BANK if name in _SEARCHED else name] for name in wanted}
         except KeyError as error:
             raise BundleError(
-                "the bank of the proof is not that of the graph",
+                "the bank used for the parity check belongs to another graph",
                 where=bundle.folder / PROVEN_BANK_NAME,
                 expected=", ".join(wanted),
                 got=", ".join(self.weights),
@@ -108,6 +108,8 @@ def read_proven_bank(bundle: Bundle) -> ProvenBank | None:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError("the bank of the proof cannot be read", where=path, got=error) from error
+        raise BundleError(
+            "the bank used for the parity check cannot be read", where=path, got=error
+        ) from error
     rows = arrays.pop(_ROWS, None)
     return ProvenBank(arrays, rows)

@@ -159,7 +159,7 @@ def opened_record(bundle: Bundle) -> Iterator["Record"]:
     with ExitStack() as stack:
         archives = [_Archive.open(bundle.file(name), stack) for name in files_of_record(bundle)]
         if not archives:
-            raise BundleError("the bundle carries no reference", where=bundle.file(REFERENCE_NAME))
+            raise BundleError("the bundle has no reference outputs", where=bundle.file(REFERENCE_NAME))
         yield Record(bundle, archives[0], archives[1] if len(archives) > 1 else {})
 
 
@@ -229,7 +229,7 @@ class Record:
         """The case to ask where one has to do."""
         cases = self.cases
         if not cases:
-            raise ParityError("the reference holds no case", where=self._bundle.folder / REFERENCE_NAME)
+            raise ParityError("the reference has no cases", where=self._bundle.folder / REFERENCE_NAME)
         return TYPICAL if TYPICAL in cases else cases[0]
 
     def feed(self, spec: ExpertSetSpec, case: str) -> dict[str, Array]:
@@ -373,5 +373,5 @@ def _look_up(reference: Mapping[str, Array], key: str) -> Array:
         return reference[key]
     except KeyError as error:
         raise ParityError(
-            "the bundle holds nothing to compare with", where=key, mend="export it again"
+            "the bundle has nothing to compare with", where=key, hint="export it again"
         ) from error

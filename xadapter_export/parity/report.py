@@ -63,7 +63,8 @@ class ParityReport(BaseModel):
         worst = max(self.failures, key=lambda cell: (cell.problem is not None, cell.smallest_atol or 0.0))
         tolerance = self.tolerances.get(f"{worst.variant}/{worst.output}") or _tolerance(worst.variant)
         raise ParityError(
-            f"the graph does not say what PyTorch said in {len(self.failures)} of {len(self.cells)} cells",
+            f"the graph's outputs differ from PyTorch's in {len(self.failures)} of {len(self.cells)} "
+            "comparisons",
             where=f"worst: {worst.expert_set}/{worst.case}/{worst.output} of {worst.variant}",
             expected=f"an absolute tolerance of {tolerance.atol:.0e} to be enough",
             got=worst.problem or (f"{worst.smallest_atol:.1e}" if worst.smallest_atol else "another row"),

@@ -26,14 +26,14 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
     """
     if isinstance(words, str):
         raise ConfigError(
-            "the candidates are one string",
+            "the candidates must be a list",
             expected="a list of words",
             got=repr(words),
-            mend=f"write [{words!r}]",
+            hint=f"write [{words!r}]",
         )
     words = [word for word in words if not isinstance(word, str) or word.strip()]
     if not words:
-        raise ConfigError("no candidate was given", mend="name at least one word")
+        raise ConfigError("no candidate was given", hint="give at least one word")
     tokenizer = without_limits(tokenizer)
     unknown = {"[UNK]", "<unk>", getattr(tokenizer.model, "unk_token", None)}
     found: dict[int, Candidate] = {}
@@ -44,7 +44,7 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
                 "a candidate is not one token of the language model",
                 where=repr(word),
                 got=" + ".join(encoding.tokens) or "no token",
-                mend="leave it out, or choose a word that the vocabulary holds whole",
+                hint="remove it, or choose a word that is one token",
             )
         token_id = encoding.ids[0]
         if token_id in found:

@@ -150,25 +150,29 @@ def choose(
     if engine := next((made for made in engines if made.name == name), None):
         if not on_cpu:
             raise ConfigError(
-                "an engine runs on the GPU by itself, with no execution provider",
+                "an engine runs on the GPU without an onnxruntime execution provider",
                 where=name,
                 got=", ".join(providers),
-                mend="leave the provider out, or choose another variant",
+                hint="remove the provider, or choose another variant",
             )
         return Choice(by_name[engine.source], "named", engine, named=True)
     if name == "auto":
         rules = _rules(providers, machine)
-        mend = "name one of those with variant=, or export with --precision fp32"
+        hint = "name one of those with variant=, or export with --precision fp32"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
-            mend = f"ask for the GPU (--provider {CUDA_PROVIDER}), or export with --variant {PORTABLE} too"
+            hint = (
+                f"every variant of this bundle needs a GPU: export again with --variant {PORTABLE}, or run "
+                "it on a "
+                f"machine with a GPU (--provider {CUDA_PROVIDER})"
+            )
     elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
             for target in (_cpu_targets(name, machine) if on_cpu else _gpu_targets(providers))
         ]
-        mend = "choose one of those, or export with its --precision and --target"
+        hint = "choose one of those, or export with its --precision and --target"
     else:
-        rules, mend = [(name, "named")], "choose one of those, or export with its --precision and --target"
+        rules, hint = [(name, "named")], "choose one of those, or export with its --precision and --target"
     found = [(wanted, reason) for wanted, reason in rules if wanted in by_name]
     _check_providers(name, providers)
     for wanted, reason in found:
@@ -176,17 +180,17 @@ def choose(
             return Choice(by_name[wanted], reason, named=reason == "named")
     if found:
         raise ParityError(
-            "every variant that suits gives wrong answers on this processor",
+            "every suitable variant computes wrong outputs on this processor",
             where=f"{', '.join(wanted for wanted, _ in found)}, experts {variants[0].expert_set}, {machine}",
-            mend="copy the bundle again, update onnxruntime, and please report this",
+            hint="copy the bundle again, update onnxruntime, and please report this",
         )
     raise BundleError(
-        "the bundle holds no variant that suits this machine"
+        "the bundle has no suitable variant for this machine"
         if name == "auto"
-        else "the bundle does not hold this variant",
+        else "the bundle does not have this variant",
         where=f"{name}, experts {variants[0].expert_set}",
         expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
-        mend=mend,
+        hint=hint,
     )
 
 
@@ -200,25 +204,25 @@ def _check_providers(name: str, providers: Sequence[str]) -> None:
     is_engine = target is not None and target.is_engine  # of which there is none, or it would be chosen
     if precision == "fp16" and not is_engine and not GPU_PROVIDERS & set(providers):
         raise ConfigError(
-            "fp16 is slower than fp32 on a CPU, and no GPU provider was asked for",
+            "fp16 is slower than fp32 on a CPU, and no GPU provider was requested",
             where=name,
-            mend="ask for one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
+            hint="request one with providers= (--provider CUDAExecutionProvider), or choose fp32 or int8",
         )
     if target is None or target.provider is None:
         return
     if target.provider == CPU_PROVIDER and not set(providers) <= {CPU_PROVIDER}:
         raise ConfigError(
-            "this variant is for the CPU, and another provider was asked for",
+            "this variant runs only on the CPU, and another provider was requested",
             where=name,
             got=", ".join(providers),
-            mend=f"leave the provider out, or choose another variant, such as {PORTABLE}",
+            hint=f"remove the provider, or choose another variant, such as {PORTABLE}",
         )
     if target.provider not in providers and target.provider != CPU_PROVIDER:
         raise ConfigError(
-            f"this variant is for {target.says}",
+            f"this variant needs {target.says}",
             where=name,
             got=", ".join(providers),
-            mend=f"ask for it (--provider {target.provider}), or choose another variant",
+            hint=f"request it (--provider {target.provider}), or choose another variant",
         )
 
 
@@ -243,7 +247,7 @@ def _optional_module(name: str) -> str | None:
 def _rules(providers: Sequence[str], machine: Machine) -> list[tuple[str, str]]:
     """Return the names that ``auto`` may take, the best first, each with the reason."""
     if GPU_PROVIDERS & set(providers):
-        reason = "a GPU provider was asked for"
+        reason = "a GPU provider was requested"
         precisions = ("fp16", "fp32")
         return [(f"{t}-{p}", reason) for t in _gpu_targets(providers) for p in precisions]
     if set(providers) - {CPU_PROVIDER}:

@@ -125,10 +125,10 @@ def remember(cache_dir: Path, key: str, timings: Timings) -> None:
             raise
     except OSError as error:
         raise ConfigError(
-            "what was measured cannot be kept",
+            "the timings cannot be saved",
             where=cache_dir,
             got=error.strerror or error,
-            mend="choose a folder that you may write to, or leave cache_dir (--cache-dir) out",
+            hint="choose a folder that you can write to, or remove cache_dir (--cache-dir)",
         ) from error
 
 

@@ -29,7 +29,7 @@ def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manif
         if not fits:
             axes = ", ".join(f"{a} <= {limits[a]}" if a in limits else str(a) for a in map(str, tensor.axes))
             raise ShapeError(
-                "an input does not fit the graph",
+                "an input has the wrong shape or dtype",
                 where=tensor.name,
                 expected=f"({axes}) {tensor.dtype}" + (f" with {sizes}" if sizes else ""),
                 got=f"{array.shape} {array.dtype}",

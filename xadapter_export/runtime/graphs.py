@@ -41,9 +41,7 @@ class HowToOpen:
 
     def __post_init__(self) -> None:
         if self.check not in CHECK_WHEN:
-            raise ConfigError(
-                "check is not one of its choices", expected=", ".join(CHECK_WHEN), got=self.check
-            )
+            raise ConfigError("unknown value for check", expected=", ".join(CHECK_WHEN), got=self.check)
 
     def verifying(self, bundle: Bundle, names: Iterable[str]) -> AbstractContextManager[None]:
         """Compare the hashes of files while the body opens them, where that was asked for."""
@@ -158,13 +156,13 @@ class Graphs:
         self._checks.append(check)
         if check.passed:
             return None
-        mend = 'choose another variant, or vouch for it with check="never" (--check never)'
+        hint = 'choose another variant, or skip this check with check="never" (--check never)'
         return ParityError(
-            "a variant gives wrong answers on this processor",
+            "a variant computes wrong outputs on this processor",
             where=f"{variant.name}, experts {variant.expert_set}, {read_machine()}",
             expected=check.expected,
             got=check.got,
-            mend=mend if self._asked == variant.name else None,
+            hint=hint if self._asked == variant.name else None,
         )
 
     def _choose_another(self, choice: Choice, error: ParityError) -> None:
@@ -181,9 +179,9 @@ class Graphs:
             asked = self._asked if self._asked in PRECISIONS else "auto"
             self._choices[experts] = self._choose(experts, asked)
         except XAdapterError as none_left:
-            raise ParityError(str(error), mend=str(none_left)) from none_left
+            raise ParityError(str(error), hint=str(none_left)) from none_left
         answers = self._choices[experts].name
-        warnings.warn(f"{error}; {answers} answers instead", UserWarning, stacklevel=2)
+        warnings.warn(f"{error}; using {answers} instead", UserWarning, stacklevel=2)
 
     def _choose_fastest(self, experts: ExpertSet) -> None:
         """Choose the variant that is the fastest here: measured, unless that was done before.
@@ -212,7 +210,7 @@ class Graphs:
         if how.cache_dir is not None:
             remember(how.cache_dir, key, timings)
         unopened = set(by_name) - set(opened) - self._refused.get(experts, set())
-        left = f"; there was no time for {', '.join(sorted(unopened))}" if unopened else ""
+        left = f"; not timed: {', '.join(sorted(unopened))}" if unopened else ""
         self._choices[experts] = replace(by_name[timings.fastest], reason=f"measured: {timings}{left}")
         self._sessions[experts] = opened[timings.fastest]
 
@@ -227,7 +225,7 @@ class Graphs:
                 opened[name] = session
             else:
                 self._refused.setdefault(choice.variant.expert_set, set()).add(name)
-                warnings.warn(f"{error}; it is left out", UserWarning, stacklevel=2)
+                warnings.warn(f"{error}; skipping it", UserWarning, stacklevel=2)
         return opened
 
 

@@ -152,13 +152,13 @@ def read_index_record(folder: Path) -> IndexRecord:
     try:
         return IndexRecord.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise BundleError("the record of the index is wrong", where=path, got=describe(error)) from error
+        raise BundleError("the index's record is not valid", where=path, got=describe(error)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(
             "this is not an index",
             where=folder,
             expected=f"a folder with {INDEX_RECORD_NAME}",
-            mend="make one with: xad-bank index BUNDLE -o INDEX",
+            hint="make one with: xad-bank index BUNDLE -o INDEX",
         ) from error
 
 
@@ -181,16 +181,16 @@ def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:
     read = {FAISS_NAME} if record.kind != "lancedb" else {p.relative_to(folder).as_posix() for p in database}
     if unlisted := sorted(read - record.files.keys()):
         raise BundleError(
-            "the index does not list one of its files, so its hash cannot be checked",
+            "the index has a file that its record does not list, so its hash cannot be checked",
             where=folder / unlisted[0],
-            mend="make it again",
+            hint="make it again",
         )
     for name, entry in record.files.items():
         path = inside(folder, name, "index")
         if path.stat().st_size != entry.size_bytes:
-            raise BundleError("a file of the index is cut short", where=path, mend="make it again")
+            raise BundleError("a file of the index is truncated", where=path, hint="make it again")
         if verify and sha256_file(path) != entry.sha256:
-            raise HashMismatchError("a file of the index was changed", where=path, mend="make it again")
+            raise HashMismatchError("a file of the index has changed", where=path, hint="make it again")
     try:
         if record.kind == "lancedb":
             lancedb = import_lancedb()

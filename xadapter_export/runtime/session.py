@@ -194,7 +194,7 @@ class XAdapterSession:
                 raise
             session = make(variant="auto" if is_for_gpu else variant, providers=[CPU_PROVIDER])
             what = f", with {session.answered_by}" if is_for_gpu else ""
-            warnings.warn(f"{error}; the CPU answers instead{what}", UserWarning, stacklevel=2)
+            warnings.warn(f"{error}; using the CPU instead{what}", UserWarning, stacklevel=2)
             return session
 
     @property
@@ -369,7 +369,7 @@ class XAdapterSession:
             ("candidates", candidates, task.fills_words),
         ):
             if given is not None and not fits:
-                raise UnsupportedError(f"the bundle's task takes no {what}", got=task.name)
+                raise UnsupportedError(f"the bundle's task does not use {what}", got=task.name)
         if top_k < 1:
             raise ConfigError("top_k must be at least 1", got=top_k)
         columns, words = self._choose(candidates)
@@ -418,9 +418,9 @@ class XAdapterSession:
         if not self.retrieves(experts):
             sets = [name for name, spec in self.manifest.expert_sets.items() if _retrieves(spec)]
             raise UnsupportedError(
-                "this expert set looks at no pictures",
+                "this expert set uses no images",
                 where=experts or self.experts,
-                mend=f"choose {' or '.join(sets)}"
+                hint=f"choose {' or '.join(sets)}"
                 if sets
                 else "export the checkpoint with --experts v or vt",
             )
@@ -474,18 +474,20 @@ class XAdapterSession:
         except Exception as error:  # onnxruntime's own errors have no common base below Exception
             choice = self._graphs.choice(experts or self.experts)
             if choice.engine is not None:
-                raise BundleError("the engine cannot compute this", where=choice.name, got=error) from error
+                raise BundleError(
+                    "the engine cannot run on this input", where=choice.name, got=error
+                ) from error
             runtime = TARGETS[choice.variant.target].runtime
             assert runtime is not None  # it was opened
             file = self.bundle.folder / choice.variant.file
-            raise BundleError(f"{runtime.name} cannot compute the graph", where=file, got=error) from error
+            raise BundleError(f"{runtime.name} cannot run the graph", where=file, got=error) from error
         for name, value in zip(names, values, strict=True):
             # A sum is finite where every number is: float32 sums of logits are far from its limits.
             if value.dtype.kind == "f" and not np.isfinite(value.sum()):
                 raise BundleError(
-                    "the graph gives NaN or infinity",
+                    "the graph's outputs contain NaN or infinity",
                     where=f"{name} of {self._graphs.choice(experts or self.experts).name}",
-                    mend="copy or export the bundle again; xad-parity says which graphs are right",
+                    hint="copy or export the bundle again; xad-parity shows which graphs are right",
                 )
         return dict(zip(names, values, strict=True))
 
@@ -525,7 +527,7 @@ class XAdapterSession:
     def _require_task(self, task: TaskSpec) -> None:
         if self.manifest.task != task.name:
             raise UnsupportedError(
-                "the bundle is for another task", expected=task.name, got=self.manifest.task
+                "the bundle was exported for another task", expected=task.name, got=self.manifest.task
             )
 
     def _choose(

@@ -41,9 +41,9 @@ class SplitPairs:
         sets = bundle.manifest.expert_sets.values()
         if index is not None and not any(spec.searches_outside for spec in sets):
             raise ConfigError(
-                "no graph of this bundle takes what an index finds",
+                "no graph of this bundle uses an index",
                 where=bundle.folder,
-                mend="leave the index out, or export the checkpoint with --retrieval external",
+                hint="remove the index, or export the checkpoint with --retrieval external",
             )
         self._index = open_index(index, verify=verify) if isinstance(index, str | Path) else index
         if self._index is not None:

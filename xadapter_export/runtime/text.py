@@ -176,7 +176,9 @@ class TextEncoder:
         firsts = check_texts(texts, "text")
         seconds = None if text_pairs is None else check_texts(text_pairs, "text pair")
         if seconds is not None and len(seconds) != len(firsts):
-            raise InputTextError("not one pair to each text", expected=len(firsts), got=len(seconds))
+            raise InputTextError(
+                "the numbers of texts and second texts differ", expected=len(firsts), got=len(seconds)
+            )
 
         sources = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
         encodings = self.tokenizer.encode_batch(sources)
@@ -228,11 +230,11 @@ class TextEncoder:
         budget = self.max_seq - len(spans[None])
         if sum(needs) > budget:
             raise InputTextError(
-                "the masks of a text are too far apart to be read together",
+                "the masks of a text are too far apart for one input",
                 where=_quoted(text),
                 expected=f"within {budget} tokens",
                 got=sum(needs),
-                mend="shorten the text between them or ask for one mask at a time",
+                hint="shorten the text between them, or use one mask at a time",
             )
         # The longer text gives way first, but never so far that it loses a mask.
         lengths = len(spans[0]), len(spans[1])
@@ -258,7 +260,7 @@ class TextEncoder:
                 raise InputTextError(
                     "the text has no mask to fill",
                     where=_quoted(text),
-                    mend=f"write {self.mask_token} where the word should go",
+                    hint=f"write {self.mask_token} where the word should go",
                 )
         return rows
 
@@ -314,16 +316,16 @@ def check_texts(texts: str | Sequence[str], name: str = "text") -> list[str]:
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows:
         raise InputTextError(f"no {name} was given")
-    for number, row in enumerate(rows):
-        where = f"number {number} of {len(rows)}"
+    for number, row in enumerate(rows, 1):
+        which = f"{name} {number} of {len(rows)}"
         if not isinstance(row, str):
-            raise InputTextError(f"a {name} is not a string", where=where, got=type(row).__name__)
+            raise InputTextError(f"{which} is not a string", got=type(row).__name__)
         if not row.strip():
-            raise InputTextError(f"a {name} is empty", where=where, mend="write a sentence")
+            raise InputTextError(f"{which} is empty", hint="write a sentence")
         try:
             row.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputTextError(f"a {name} is not valid Unicode", where=where, got=error) from error
+            raise InputTextError(f"{which} is not valid Unicode", got=error) from error
     return rows
 
 
@@ -331,8 +333,8 @@ def _warn_if_cut(lengths: list[int], limit: int, reader: str) -> None:
     cut = [length for length in lengths if length > limit]
     if cut:
         warnings.warn(
-            f"{len(cut)} of {len(lengths)} texts (longest: {max(cut)} tokens) were cut to the {limit} tokens "
-            f"that {reader} can read",
+            f"{len(cut)} of {len(lengths)} texts (longest: {max(cut)} tokens) were truncated to the {limit} "
+            f"tokens that {reader} can read",
             TruncationWarning,
             stacklevel=3,
         )

@@ -74,6 +74,7 @@ def create_session(
         _warn_that_the_cpu_answers(ort)
     wanted = [exact_options(provider) for provider in providers or [CPU_PROVIDER]]
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    _check_known(names, available)
     _check_active(names, available, "is not in this onnxruntime")
     if CUDA_PROVIDER in names:
         preload(ort)
@@ -110,26 +111,24 @@ def create_session(
 
 def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
     """Return the error that says what CUDA lacks here."""
-    lacking = f": missing are {', '.join(missing)}" if missing else ""
+    lacking = f"; missing: {', '.join(missing)}" if missing else ""
     return ProviderError(
         f"the execution provider {CUDA_PROVIDER} did not start{lacking}",
         expected=", ".join(names),
         got=got,
-        mend=_clash()
+        hint=_clash()
         or 'install an NVIDIA driver, and CUDA and cuDNN with: pip install "onnxruntime-gpu[cuda,cudnn]"; or '
-        "accept the CPU with allow_fallback=True (xad-run --allow-fallback)",
+        "fall back to the CPU with allow_fallback=True (xad-run --allow-fallback)",
     )
 
 
 def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
     missing = find_missing(ort)
     why = (
-        f"CUDA cannot start here: missing are {', '.join(missing)}"
-        if missing
-        else "no provider was asked for"
+        f"CUDA cannot start here (missing: {', '.join(missing)})" if missing else "no provider was requested"
     )
     warnings.warn(
-        f"onnxruntime-gpu is installed, but {why}; the CPU answers. Ask for the GPU with "
+        f"onnxruntime-gpu is installed, but {why}; using the CPU. Request the GPU with "
         f'providers=["{CUDA_PROVIDER}"] (--provider {CUDA_PROVIDER})',
         UserWarning,
         stacklevel=3,
@@ -143,11 +142,29 @@ def _import_onnxruntime() -> ModuleType:
     except MissingExtraError as error:
         if clash is None:
             raise
-        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, mend=clash) from error
+        raise MissingExtraError("onnxruntime cannot be imported", got=error.__cause__, hint=clash) from error
     ort.disable_telemetry_events()
     if clash is not None:
         warnings.warn(clash, UserWarning, stacklevel=3)
     return ort
+
+
+def _check_known(names: Sequence[str], available: Sequence[str]) -> None:
+    """Refuse the first name that is not a whole provider name.
+
+    Raises:
+        ProviderError: If there is one; the hint has the provider that was probably meant.
+    """
+    for name in names:
+        if name.endswith("ExecutionProvider"):
+            continue
+        known = dict.fromkeys([*available, CUDA_PROVIDER])
+        meant = next((whole for whole in known if whole.lower().startswith(name.lower())), None)
+        raise ProviderError(
+            "there is no execution provider of this name",
+            where=name,
+            hint=(f"did you mean {meant}? " if meant else "") + f"available here: {', '.join(available)}",
+        )
 
 
 def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> None:
@@ -157,7 +174,7 @@ def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> 
             f"the execution provider {missing[0]} {problem}",
             expected=", ".join(names),
             got=", ".join(active),
-            mend=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
+            hint=_clash() or 'a GPU needs: pip install "xadapter-export[gpu]", its driver and its libraries',
         )
 
 

@@ -66,6 +66,6 @@ def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession
     """
     found = TARGETS[target]
     if found.opener is None or found.is_deployment:
-        raise UnsupportedError("no session runs graphs of this target", where=target)
+        raise UnsupportedError("graphs for this target cannot be run here", where=target)
     session: OnnxSession = load_named(found.opener)(file, how)
     return session

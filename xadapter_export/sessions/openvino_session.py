@@ -140,7 +140,7 @@ def _make_writable(cache_dir: Path) -> None:
             "the folder for compiled graphs cannot be written",
             where=cache_dir,
             got=error.strerror or error,
-            mend="choose one that you may write to, or leave cache_dir (--cache-dir) out",
+            hint="choose one that you can write to, or remove cache_dir (--cache-dir)",
         ) from error
 
 

@@ -59,12 +59,12 @@ class Retriever:
     def __init__(self, bank: BankSpec, stored: BankRows | None, index: PictureIndex | None) -> None:
         if stored is None and index is None:
             raise BundleError(
-                "the bundle holds no features to search",
-                mend="load it with an index of its bank that returns features: index= (--index)",
+                "the bundle has no features to search",
+                hint="load it with an index of its bank that returns features: index= (--index)",
             )
         if stored is not None and (stored.num_pictures, stored.dim) != (bank.num_pictures, bank.dim):
             raise BundleError(
-                "the features are not those of the manifest",
+                "the features differ from the manifest",
                 expected=(bank.num_pictures, bank.dim),
                 got=(stored.num_pictures, stored.dim),
             )
@@ -93,8 +93,8 @@ class Retriever:
         if features is None:
             if self._stored is None:
                 raise BundleError(
-                    "the bundle holds no features and the index returns none",
-                    mend="use an index that returns features, or export the bundle with its bank",
+                    "neither the bundle nor the index has features",
+                    hint="use an index that returns features, or export the bundle with its bank",
                 )
             features = self._stored.take(rows)
         scores = np.einsum("qd,qcd->qc", queries, features)
@@ -127,11 +127,11 @@ class Retriever:
         least = int((rows >= 0).sum(axis=1).min(initial=rows.shape[1]))
         if least < bank.k:  # faiss says -1 where it found no more
             raise ConfigError(
-                "the index found too few pictures",
+                "the index found too few images",
                 where=type(index).__name__,
                 expected=f"{bank.k} different ones for each query",
                 got=least,
-                mend="search more of it: raise its nprobe",
+                hint="search more of it: raise its nprobe",
             )
         if len(answer) == 2 or answer[2] is None:
             return rows, None
@@ -154,11 +154,11 @@ def check_index(index: object, bank: BankSpec) -> None:
         found = getattr(index, name, None)
         if found is not None and found != expected:
             raise ConfigError(
-                "the index is not one of the bundle's bank",
+                "the index was made from another bank",
                 where=f"{type(index).__name__}.{name}",
                 expected=expected,
                 got=found,
-                mend="make one with: xad-bank index BUNDLE -o INDEX",
+                hint="make one with: xad-bank index BUNDLE -o INDEX",
             )
 
 
@@ -187,5 +187,5 @@ def _distinct(rows: Int64) -> Int64:
 
 def _wrong(index: object, expected: object, got: object) -> ConfigError:
     return ConfigError(
-        "the index does not answer as an index does", where=type(index).__name__, expected=expected, got=got
+        "the index returned a wrong result", where=type(index).__name__, expected=expected, got=got
     )

@@ -39,9 +39,9 @@ def find_gpu() -> str:
     error, count = cuda.cudaGetDeviceCount()
     if int(error) or not count:
         raise ProviderError(
-            "an engine runs on an NVIDIA GPU, and this machine has none that CUDA can use",
+            "an engine needs an NVIDIA GPU, and CUDA finds none on this machine",
             got=error.name if int(error) else "no device",
-            mend="run the same command on a machine with a GPU and its driver",
+            hint="run the same command on a machine with a GPU and its driver",
         )
     attribute = cuda.cudaDeviceAttr
     major, minor = (
@@ -67,10 +67,10 @@ def engine_file_for(made: Deployment, gpu: str) -> str:
                 raise BundleError("the manifest names an engine that is not among its files", where=file)
             return file
     raise ProviderError(
-        f"the bundle holds no engine for this GPU ({gpu})",
+        f"the bundle has no engine for this GPU ({gpu})",
         where=f"{made.target}, experts {made.expert_set}, {made.source}",
         expected=f"one of {', '.join(made.engines)}",
-        mend=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
+        hint=f"export it with --compute-capability {gpu}, or current on a machine with such a GPU",
     )
 
 
@@ -91,7 +91,8 @@ class EngineSession:
         self._context = engine.create_execution_context()
         if self._context is None:
             raise ProviderError(
-                "the GPU has no room for the engine", got=f"{engine.device_memory_size_v2} bytes"
+                "the GPU does not have enough free memory for the engine",
+                got=f"{engine.device_memory_size_v2} bytes",
             )
         self._stream = _check(cuda.cudaStreamCreate())
         self._lock = threading.Lock()
@@ -128,11 +129,11 @@ class EngineSession:
             if (name := self._unplanned(input_feed)) is not None:
                 least, _, largest = map(tuple, self._engine.get_tensor_profile_shape(name, 0))
                 raise BundleError(
-                    "the engine was not planned for this shape",
+                    "the engine was not built for this shape",
                     where=name,
                     expected=f"{least} to {largest}",
                     got=input_feed[name].shape,
-                    mend="export again with a wider --profile, or choose another variant",
+                    hint="export again with a wider --profile, or choose another variant",
                 )
             for name in self._inputs:
                 array = np.ascontiguousarray(input_feed[name])
@@ -145,7 +146,7 @@ class EngineSession:
                 answers[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
                 self._place(name, answers[name].nbytes)
             if not context.execute_async_v3(int(self._stream)):
-                raise BundleError("the engine cannot compute these inputs")
+                raise BundleError("the engine cannot run on these inputs")
             names = self._outputs if output_names is None else output_names
             for name in names:
                 array, (address, _) = answers[name], self._places[name]
@@ -213,7 +214,7 @@ def open_engine(file: Path, target: str) -> EngineSession:
             f"{library.__name__} {library.__version__} cannot load the engine on this GPU ({gpu})",
             where=file,
             got=complaints[0] if complaints else "no reason given",
-            mend="an engine belongs to the version that built it: export again with this one",
+            hint="an engine runs only with the version that built it: export again with this version",
         )
     cuda = import_extra("cuda.bindings.runtime", "tensorrt")
     return EngineSession(engine, library, cuda, (runtime, logger))

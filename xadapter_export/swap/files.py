@@ -142,7 +142,7 @@ class SwappedFiles:
                     cuts[weight.offset] = weight.size_bytes, array
         if others & set(cuts):
             raise UnsupportedError(
-                "a weight of the graphs shares its bytes with the bank", where=file, mend="export again"
+                "a weight of the graphs shares its bytes with the bank", where=file, hint="export again"
             )
         return cuts
 
@@ -211,7 +211,7 @@ class SwappedFiles:
             return cast(Array, self._graphs[graph].array(weight.name))
         files = [path for path in variant.weight_files if Path(path).name == weight.location]
         if not files:
-            raise BundleError("the bank is in no file of its graph", where=graph, mend="export again")
+            raise BundleError("the bank is in no file of its graph", where=graph, hint="export again")
         file, dtype = self._old.file(files[0]), np.dtype(weight.dtype)
         return cast(Array, np.memmap(file, dtype, "r", weight.offset, weight.shape))
 

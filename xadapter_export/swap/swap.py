@@ -110,7 +110,7 @@ def swap_bank(
             raise ConfigError(
                 "the output lies inside the bundle",
                 where=staged.final,
-                mend="choose a place beside the bundle",
+                hint="choose a folder outside the bundle",
             )
         make = BankWeights(FeatureBank.load(reader.folder), old)
         files = SwappedFiles(old, staged.path, kept, make)
@@ -143,7 +143,7 @@ def _check_only_listed(bundle: Bundle) -> None:
             raise OutputExistsError(
                 "the bundle holds a file that its manifest does not list, which replacing it would remove",
                 where=path,
-                mend="move it away, or write to another folder with -o",
+                hint="move it away, or write to another folder with -o",
             )
 
 
@@ -162,9 +162,9 @@ def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
     gone = {v.name for v in manifest.variants if v not in variants}
     gone |= {name for d in manifest.deployments if d not in deployments for name in (d.name, d.target)}
     if unknown := [name for name in leave_out if name not in gone]:
-        raise ConfigError("there is nothing of this name that reads the bank", where=unknown[0])
+        raise ConfigError("no variant or deployment of this name uses the bank", where=unknown[0])
     if lost := set(manifest.expert_sets) - {variant.expert_set for variant in variants}:
-        raise ConfigError("an expert set would have no graph left", where=", ".join(sorted(lost)))
+        raise ConfigError("this would leave an expert set without a graph", where=", ".join(sorted(lost)))
     return manifest.model_copy(update={"variants": tuple(variants), "deployments": tuple(deployments)})
 
 
@@ -179,11 +179,11 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
         raise BundleError("the bundle has no bank to swap", where=old.folder)
     if reader.dim != bank.dim:
         raise ConfigError(
-            "the bank is of another width", where=reader.folder, expected=bank.dim, got=reader.dim
+            "the bank has another width", where=reader.folder, expected=bank.dim, got=reader.dim
         )
     if bank.retrieval == "topk" and reader.num_pictures < bank.k:
         raise ConfigError(
-            "the bank has fewer pictures than are retrieved",
+            "the bank has fewer images than the bundle retrieves",
             where=reader.folder,
             expected=f"at least {bank.k}",
             got=reader.num_pictures,
@@ -194,7 +194,7 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes "
             f"(query = sentence), or it was not folded or is of a version without {PROJECTIONS_NAME}",
             where=old.folder,
-            mend="train with the new bank, or export again",
+            hint="train with the new bank, or export again",
         )
     for variant in kept.variants:
         why = TARGETS[variant.target].swap_refused.get(variant.precision)
@@ -202,13 +202,13 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
         if reads_bank(variant.expert_set) and why is not None:
             raise UnsupportedError(
                 f"variant {variant.name} {why} and cannot be swapped",
-                mend=f"leave it out with --leave-out {variant.name}, or export again",
+                hint=f"leave it out with --leave-out {variant.name}, or export again",
             )
     for deployment in kept.deployments:
         if reads_bank(deployment.expert_set):
             raise UnsupportedError(
-                f"the deployment {deployment.name} holds the old bank",
-                mend=f"leave it out with --leave-out {deployment.name}, or export again",
+                f"the deployment {deployment.name} contains the old bank",
+                hint=f"leave it out with --leave-out {deployment.name}, or export again",
             )
     sha256 = reader.sha256()
     proven = bank.swapped_from or ProvenBank(num_pictures=bank.num_pictures, sha256=bank.sha256)
@@ -234,18 +234,18 @@ def _check_clip(kept: Manifest, bank: BankSpec, reader: BankReader, *, assume_cl
     if reader.clip is not None and wanted is not None:
         if reader.clip.sha256 != wanted:
             raise ConfigError(
-                "the bank was made with another CLIP than the bundle's",
+                "the bank and the bundle were made with different CLIPs",
                 where=reader.folder,
                 expected=wanted[:12],
                 got=reader.clip,
-                mend="build the bank with the CLIP of the bundle",
+                hint="build the bank with the bundle's CLIP",
             )
     elif not assume_clip:
         silent = "the bank" if reader.clip is None else "the bundle"
         raise ConfigError(
-            f"{silent} does not say which CLIP its features are of",
+            f"{silent} does not record which CLIP made its features",
             where=reader.folder,
-            mend="build the bank again with xad-bank build, or vouch for it with --assume-clip",
+            hint="build the bank again with xad-bank build, or accept it with --assume-clip",
         )
 
 
@@ -291,9 +291,9 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
                 num_searched += len(queries)
             if not right:
                 raise ParityError(
-                    "the graph does not retrieve what is in the new bank, or gives NaN or infinity",
+                    "the graph does not retrieve the new bank's rows, or its outputs contain NaN or infinity",
                     where=f"{variant.file}, case {case}",
-                    mend="please report this",
+                    hint="please report this",
                 )
     return num_searched
 

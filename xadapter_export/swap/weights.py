@@ -85,7 +85,7 @@ class BankWeights:
         if len(weight.shape) < 2:
             return None  # k, steps and shapes, which hold for any bank
         raise UnsupportedError(
-            "a graph holds its bank in a form that cannot be swapped",
+            "a graph stores its bank in a form that cannot be swapped",
             where=f"{name} {weight.dtype} {weight.shape}",
-            mend="export again",
+            hint="export again",
         )

@@ -35,150 +35,166 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # Parts
-    output: Path = Field(description="Folder of the checkpoint to write.")
-    plm: str = Field(description="Frozen PLM: folder in save_pretrained layout, or hub id.")
+    output: Path = Field(description="Folder for the trained checkpoint.")
+    plm: str = Field(description="Frozen PLM: a save_pretrained folder, a hub id or builtin.")
     clip: str | None = Field(
-        None, description="Frozen CLIP: folder in open_clip's layout, model:tag, hub id, or builtin."
+        None, description="Frozen CLIP: a folder in open_clip's layout, model:tag, a hub id or builtin."
     )
-    bank: str | None = Field(None, description="Feature bank: folder that xad-bank wrote, or builtin.")
+    bank: str | None = Field(None, description="Feature bank: a folder made by xad-bank, or builtin.")
 
     # Plug-in
     experts: SomeExperts = Field(
         V.name, description="Experts to train.", json_schema_extra={"enum": list(EXPERT_SETS[1:])}
     )
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="PLM layers before which experts are added, from 0. Default: the last two."
+        None, description="PLM layer to add experts before, counted from 0. Default: the last two."
     )
     adapter_width: Positive = Field(64, description="Width of the attention inside the plug-in.")
     num_heads: Positive = Field(4, description="Attention heads of each expert.")
     retrieval: Literal["topk", "static"] = Field(
-        "topk", description="topk: search the bank for each text. static: attend to all rows of a small bank."
+        "topk",
+        description="topk: search the bank for each text. static: attend to every row of a small bank.",
     )
-    k: Positive = Field(4, description="Pictures that a text is answered from.")
+    k: Positive = Field(4, description="Number of images retrieved per text.")
     k_drawn_from: Positive | None = Field(
-        None, description="Nearest pictures that training draws the k from. Default: twice k."
+        None, description="In training, draw the k images at random from this many nearest. Default: twice k."
     )
     order: Literal["joint", "sequential", "alternating"] = Field(
         "alternating",
-        description="With both experts. joint: always together. sequential: V, then T on top of a finished "
-        "V. alternating: V, T and both in turn, so that each works alone too.",
+        description="How to train both experts. joint: always together. sequential: V first, then T on top "
+        "of it. alternating: V, T and both in turn, so that each also works alone.",
     )
     query: Literal["token", "sentence"] = Field(
         "token",
-        description="Static retrieval: each token asks for itself, or all together, with a learned key for "
-        "each prototype.",
+        description="Static retrieval: one query per token, or one per sentence with a learned key for each "
+        "prototype.",
     )
     distill_weight: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
-        description="Static retrieval: weight of learning to attend where CLIP would search (needs clip).",
+        description="Static retrieval: weight of the loss that teaches attention to imitate CLIP's search "
+        "(needs clip).",
     )
     distill_temperature: Annotated[float, Field(gt=0.0)] = Field(
-        0.05, description="Of the search that is imitated: cosines are divided by it."
+        0.05, description="Temperature of the imitated search; cosines are divided by it."
     )
 
     distill_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps of distillation alone before the training; cheap, as no PLM layer is run."
+        0, description="Number of distillation steps before training; cheap, because no PLM layer runs."
     )
     distill_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1e-2, description="Peak learning rate of these steps."
+        1e-2, description="Peak learning rate for the distillation steps."
     )
 
     # Data
     task: Task = Field(
         FILL_MASK.name,
-        description=f"What is learned: {FILL_MASK.name}, or {TEXT_CLASSIFICATION.name}, of values too.",
+        description=f"Task to train for: {FILL_MASK.name}, or {TEXT_CLASSIFICATION.name} (also regression).",
     )
     train_files: tuple[str, ...] = Field(
         (),
-        description="Text (.txt, one a line), .jsonl (text; with answers, text has its masks already), .csv, "
-        ".tsv or .parquet; hub:NAME for a datasets data set.",
+        description="Training data: .txt with one text per line; .jsonl with text, and optional answers for "
+        "the masks already in it; .csv, .tsv or .parquet; or hub:NAME for a Hugging Face dataset.",
     )
     train_weights: tuple[Positive, ...] | None = Field(
-        None, description="How many texts of each file a round draws. Default: one of each."
+        None, description="Number of texts to draw from each file per round. Default: one of each."
     )
-    eval_file: str | None = Field(None, description="Held-out texts or rows; watched while training.")
-    glue: str | None = Field(None, description="GLUE task by name; says columns, labels and metric.")
-    glue_data: str | None = Field(None, description="Folder with the task's files. Default: the hub.")
-    text_column: str | None = Field(None, description="Column of the text.")
-    pair_column: str | None = Field(None, description="Column of a second text.")
-    label_column: str | None = Field(None, description="Column of the label.")
+    eval_file: str | None = Field(None, description="Held-out texts or rows to evaluate during training.")
+    glue: str | None = Field(None, description="GLUE task; sets columns, labels and metric.")
+    glue_data: str | None = Field(
+        None, description="Folder with the GLUE task's files. Default: download from the hub."
+    )
+    text_column: str | None = Field(None, description="Column with the text.")
+    pair_column: str | None = Field(None, description="Column with the second text.")
+    label_column: str | None = Field(None, description="Column with the label.")
     labels: tuple[str, ...] | None = Field(None, description="Label names in the order of the logits.")
-    regression: bool = Field(False, description="Labels are values, not classes.")
-    mask_share: Share = Field(0.15, description="Of the words of a text that are masked, at least one.")
-    maskings: Positive = Field(1, description="Ways in which each text is masked.")
-    favor_words: tuple[str, ...] = Field(COLOR_WORDS, description="Words that are masked more often.")
-    favor_share: Share = Field(0.5, description="How often a text with such a word has just that masked.")
+    regression: bool = Field(False, description="Train on numbers instead of classes.")
+    mask_share: Share = Field(
+        0.15, description="Fraction of the words in a text to mask; always at least one word."
+    )
+    maskings: Positive = Field(1, description="Number of different maskings per text.")
+    favor_words: tuple[str, ...] = Field(
+        COLOR_WORDS, description="Words to mask more often. Default: eleven color words."
+    )
+    favor_share: Share = Field(
+        0.5, description="How often to mask only that word in a text that contains one."
+    )
     max_seq: Positive | None = Field(None, description="Longest input in tokens. Default: the PLM's limit.")
 
-    # Optimisation
+    # Optimization
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        3.0, description="Passes over the data, for each expert set in turn; unless max_steps."
+        3.0, description="Passes over the data per expert set in --order; ignored with max_steps."
     )
-    max_steps: Positive | None = Field(None, description="Optimiser steps, for each expert set in turn.")
-    batch_size: Positive = Field(32, description="Texts of one process in one forward pass.")
-    accumulation: Positive = Field(1, description="Forward passes for one optimiser step.")
+    max_steps: Positive | None = Field(None, description="Optimizer steps per expert set in --order.")
+    batch_size: Positive = Field(32, description="Texts per forward pass and process.")
+    accumulation: Positive = Field(1, description="Forward passes per optimizer step.")
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        1e-3, description="Peak learning rate of AdamW."
+        1e-3, description="Peak learning rate for AdamW."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="Of matrices; norms and biases have none."
+        0.01, description="Weight decay for matrices; norms and biases have none."
     )
-    warmup_share: Share = Field(0.1, description="Of the steps, in which the learning rate rises.")
+    warmup_share: Share = Field(0.1, description="Fraction of steps used for warm-up.")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
-        "cosine", description="How the learning rate falls."
+        "cosine", description="How the learning rate decays."
     )
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to it.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Gradients are clipped to this norm."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where a GPU has it, else fp32."
+        "auto", description="Training precision. auto: bf16 on a GPU that supports it, else fp32."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(7, description="Of weights, masks and order.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        7, description="Random seed for weights, masks and order."
+    )
 
     # Watching and keeping
-    eval_every: Positive | None = Field(None, description="Steps between evaluations. Default: ten in all.")
+    eval_every: Positive | None = Field(
+        None, description="Steps between evaluations. Default: ten evaluations in total."
+    )
     patience: Positive | None = Field(
-        None, description="Stop after so many evaluations without a better one, and keep the best."
+        None, description="Stop after this many evaluations without improvement, and keep the best state."
     )
     save_every: Positive | None = Field(
-        None, description="Steps between states to resume from. Default: ten in all."
+        None, description="Steps between saved states. Default: ten states in total."
     )
-    log_every: Positive = Field(20, description="Steps between lines of the loss curve.")
+    log_every: Positive = Field(20, description="Steps between points of the loss curve.")
     tensorboard: bool = Field(False, description="Write TensorBoard logs to the run folder.")
     cache_hidden: bool = Field(
-        True, description="Keep the states of the layers below the plug-in on disk; they never change."
+        True, description="Cache the activations of the frozen layers below the plug-in on disk."
     )
-    cache: Path | None = Field(
-        None, description="Folder of what is computed once. Default: in the run folder."
+    cache: Path | None = Field(None, description="Folder for cached activations. Default: in the run folder.")
+    run: Path | None = Field(None, description="Folder for states, logs and cache. Default: OUTPUT.run")
+    self_contained: bool = Field(
+        False, description="Also store the PLM and CLIP's text tower in the checkpoint."
     )
-    run: Path | None = Field(None, description="Folder of states, logs and cache. Default: OUTPUT.run")
-    self_contained: bool = Field(False, description="Also store the PLM and CLIP's text tower.")
-    force: bool = Field(False, description="Replace a checkpoint that is already there.")
+    force: bool = Field(False, description="Replace an existing checkpoint.")
     head_only: bool = Field(
-        False, description="With labels: train the head alone on the plain PLM, as a baseline."
+        False, description="With labels: train only the head, without experts, as a baseline."
     )
     control: bool = Field(
-        False, description="Train the control: the same adapter with random rows in place of CLIP's."
+        False, description="Train the control: the same plug-in with random rows instead of CLIP's features."
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.glue is None and not self.train_files:
-            raise ValueError("train_files: name the training data, or a GLUE task with glue")
+            raise ValueError("train_files: give training data, or name a GLUE task with glue")
         task = TASKS[self.task]
         if not (task.fills_words or task.labels_texts):
             raise ValueError(f"task: {self.task} has nothing to train")
         if self.glue is not None and not task.labels_texts:
-            raise ValueError(f"glue: {self.task} has no labels, it goes with {TEXT_CLASSIFICATION.name}")
+            raise ValueError(f"glue: needs task {TEXT_CLASSIFICATION.name}, {self.task} has no labels")
         if self.train_weights is not None and len(self.train_weights) != len(self.train_files):
-            raise ValueError("train_weights: one for each of train_files")
+            raise ValueError("train_weights: give one for each of train_files")
         if self.patience is not None and self.eval_file is None and self.glue is None:
-            raise ValueError("patience needs an eval_file to watch")
+            raise ValueError("patience needs an eval_file")
         needs_clip = reads_text(self.experts) or self.retrieval == "topk" or self.distill_weight > 0
         if needs_clip and self.clip is None:
             raise ValueError("clip: needed by the T-expert, by topk retrieval and by distillation")
         if reads_bank(self.experts) and self.bank is None:
             raise ValueError("bank: needed by the V-expert")
         if self.query == "sentence" and self.retrieval != "static":
-            raise ValueError("query = sentence goes with retrieval = static")
+            raise ValueError("query = sentence needs retrieval = static")
         if self.distill_steps and not (self.distill_weight and self.cache_hidden):
             raise ValueError("distill_steps needs a distill_weight above 0 and cache_hidden")
         if self.distill_weight > 0 and (self.retrieval != "static" or not reads_bank(self.experts)):
@@ -186,9 +202,9 @@ class TrainConfig(BaseModel):
         if self.head_only and not task.has_labels:
             raise ValueError(f"head_only: {self.task} has no head to train")
         if not self.output.name:
-            raise ValueError("output: name a folder of its own")
+            raise ValueError("output: give a folder, not a root")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError("layers must ascend without repeats")
+            raise ValueError("layers must be in ascending order, without repeats")
         if self.adapter_width % self.num_heads:
             raise ValueError("adapter_width must be a multiple of num_heads")
         return self
@@ -238,11 +254,15 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
     for key in values:
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.0)
-            raise ConfigError("unknown setting", where=f"{where}, {key}", mend=f"did you mean {near[0]}?")
+            raise ConfigError("unknown setting", where=f"{where}, {key}", hint=f"did you mean {near[0]}?")
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            flag = place.replace("_", "-")
+            hint = f"give --{flag}, or {place} in the --config file"
+            raise ConfigError(f"the setting {place} is missing", where=where, hint=hint) from error
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{place}: {message}" if place else message, where=where) from error

@@ -57,11 +57,11 @@ def train_control(
     for name, sha256 in record["files"].items():
         if found.get(Path(name).name) != sha256:
             raise ConfigError(
-                "a file of the training is not there, or is another",
+                "a training file is missing or has changed",
                 where=name,
                 expected=f"SHA-256 {sha256[:12]}",
                 got=found.get(Path(name).name, "none")[:12],
-                mend="get the original, or name a control that was trained before",
+                hint="restore the original file, or use an existing control",
             )
     return train(config, frozen_sha256=record["frozen_sha256_before"], on_stage=on_stage, on_step=on_step)
 
@@ -88,9 +88,9 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / TRAIN_NAME
     if not path.is_file():
         raise CheckpointError(
-            "the checkpoint does not say how it was trained, so its control cannot be",
+            "the checkpoint has no record of its training, so its control cannot be trained",
             where=path,
-            mend="name a control that was trained before",
+            hint="use an existing control",
         )
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

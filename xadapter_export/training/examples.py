@@ -80,34 +80,34 @@ def read_texts(source: str, text_column: str | None = None) -> list[Any]:
         try:
             rows = list(datasets.load_dataset(source.removeprefix("hub:"), split="train"))
         except Exception as error:  # the hub client raises many kinds; each means the data cannot be had
-            raise ConfigError("the data set cannot be had", where=source, got=str(error)[:200]) from error
+            raise ConfigError("the dataset cannot be loaded", where=source, got=str(error)[:200]) from error
         return _column(rows, column, source)
     path = Path(source)
     if not path.is_file():
-        raise ConfigError("there is no such file", where=path, expected="texts to train on")
+        raise ConfigError("no such file", where=path, expected="texts to train on")
     if path.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
         return _column(read_table(path, header_names=(column,)), column, source)
     lines = read_lines(path)
     if not lines:
-        raise InputTextError("there is no text in the file", where=path)
+        raise InputTextError("the file has no text", where=path)
     return list(lines)
 
 
 def _column(rows: list[dict[str, Any]], column: str, where: str) -> list[Any]:
     if not rows:
-        raise InputTextError("there is no text in the file", where=where)
+        raise InputTextError("the file has no text", where=where)
     texts: list[Any] = []
     for number, row in enumerate(rows, 1):
         if column not in row:
             raise ConfigError(
-                "the column of the text is missing",
+                "the column with the text is missing",
                 where=f"{where}, row {number}",
                 expected=column,
                 got=", ".join(row)[:80],
             )
         if not isinstance(row[column], str) or not row[column].strip():
             raise InputTextError(
-                "a text is empty or no text", where=f"{where}, row {number}", got=repr(row[column])[:40]
+                "a text is empty or not a string", where=f"{where}, row {number}", got=repr(row[column])[:40]
             )
         texts.append({"text": row[column], "answers": row["answers"]} if "answers" in row else row[column])
     return texts
@@ -161,8 +161,8 @@ class Masker:
         ]
         if not masked:
             raise InputTextError(
-                "no text has a word that can be masked",
-                mend=f"give sentences without {self._mask}, or .jsonl with text and answers",
+                "no text has a word to mask",
+                hint=f"give sentences without {self._mask}, or .jsonl with text and answers",
             )
         return masked
 
@@ -238,7 +238,7 @@ def answered_texts(rows: Sequence[Mapping[str, Any]], encoder: TextEncoder, wher
                 try:
                     ids[word] = find_candidates(encoder.tokenizer, [word])[0].token_id
                 except (ConfigError, InputTextError) as error:
-                    raise ConfigError("an answer cannot be learnt", where=place, got=error) from error
+                    raise ConfigError("an answer cannot be learned", where=place, got=error) from error
             if share > 0:
                 shares[ids[word]] = shares.get(ids[word], 0.0) + share / total
         return shares
@@ -251,13 +251,13 @@ def answered_texts(rows: Sequence[Mapping[str, Any]], encoder: TextEncoder, wher
         given = given if isinstance(given, list) else [given]
         num_masks = text.count(mask)
         if not num_masks:
-            raise InputTextError("a text has no mask", where=place, mend=f"write {mask}")
+            raise InputTextError("a text has no mask", where=place, hint=f"write {mask}")
         if given == [None]:
             found.append(MaskedText(text, ({},) * num_masks))
             continue
         if len(given) != num_masks:
             raise InputTextError(
-                "not one answer to each mask", where=place, expected=num_masks, got=len(given)
+                "the numbers of masks and answers differ", where=place, expected=num_masks, got=len(given)
             )
         found.append(MaskedText(text, tuple(shares_of(answer, place) for answer in given)))
     return found
@@ -273,7 +273,7 @@ def encode_masked(encoder: TextEncoder, texts: Sequence[MaskedText]) -> Examples
     for entry, positions in zip(texts, examples.mask_positions, strict=True):
         if len(positions) != len(entry.answers):
             raise InputTextError(
-                "not one answer to each mask",
+                "the numbers of masks and answers differ",
                 where=entry.text[:80],
                 expected=len(positions),
                 got=len(entry.answers),

@@ -175,7 +175,7 @@ def train(
         curve += [{**entry, "phase": number} for entry in history]
         steps += done
 
-    on_stage("prove", "frozen weights are what they were")
+    on_stage("prove", "frozen weights unchanged")
     model.to("cpu").eval()
     after = model.frozen_parts()
     for name, one, other in zip(("PLM", "CLIP", "bank"), before, after, strict=True):
@@ -192,7 +192,7 @@ def train(
                 "the training diverged",
                 where=name,
                 got="values that are not finite",
-                mend="lower learning_rate",
+                hint="lower learning_rate",
             )
     model.calibration = _calibration(rows, config.seed)
     record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
@@ -234,11 +234,11 @@ def _make_model(
         name = what.lower()
         if part is not None and part.sha256 != (expected := frozen_sha256.get(name, part.sha256)):
             raise HashMismatchError(
-                f"the {what} is not the one that must be trained with",
+                f"the {what} is not the original",
                 where=getattr(config, name),
                 expected=f"SHA-256 {expected[:12]}",
                 got=part.sha256[:12],
-                mend="get the original",
+                hint="get the original",
             )
     experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
     if config.control:
@@ -264,7 +264,9 @@ def _make_model(
     if config.max_seq is not None:
         if config.max_seq > plm.max_seq:
             raise ConfigError(
-                "max_seq is longer than the PLM reads", expected=f"at most {plm.max_seq}", got=config.max_seq
+                "max_seq is longer than the PLM's longest input",
+                expected=f"at most {plm.max_seq}",
+                got=config.max_seq,
             )
         model.text_encoder = model.make_text_encoder(config.max_seq)
     teacher = clip if config.distill_weight and not config.control else None
@@ -334,7 +336,7 @@ def _read_rows(config: TrainConfig) -> _Rows:
         "regression": config.regression,
     }
     if len(config.train_files) > 1:
-        raise ConfigError("training with labels takes one training file", got=len(config.train_files))
+        raise ConfigError("training with labels needs exactly one training file", got=len(config.train_files))
     data = config.train_files[0] if config.train_files else config.glue_data
     labelled = read_labelled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
     names = {**columns, "labels": None if labelled.is_regression else labelled.label_names}
@@ -484,7 +486,7 @@ def _run_phase(
         stopped = TrainingStopped(
             f"stopped after step {trainer.state.global_step} of {steps}",
             where=config.run_folder,
-            mend="the same command goes on from there",
+            hint="run the same command again to resume",
         )
         stopped.exit_code = progress.exit_code
         if progress.stopped and trainer.state.global_step < steps:
@@ -514,7 +516,7 @@ def _blaming(folder: Path) -> Iterator[None]:
             "the run folder cannot be written",
             where=folder,
             got=getattr(error, "strerror", None) or error,
-            mend="free some space, or choose another with --run; the same command goes on",
+            hint="free some space, or choose another with --run; then run the same command again to resume",
         ) from error
 
 
@@ -569,7 +571,7 @@ def _arguments(
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
-        raise ConfigError("fp16 training needs a GPU", got="no GPU", mend="use precision bf16 or fp32")
+        raise ConfigError("fp16 training needs a GPU", got="no GPU", hint="use precision bf16 or fp32")
     use_bf16 = config.precision == "bf16" or (
         config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
     )
@@ -657,7 +659,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
         raise ConfigError(
             "the run folder holds an unfinished run with other settings, data or models",
             where=folder,
-            mend="go on with the old settings, remove the folder, or choose another with --run",
+            hint="resume with the old settings, remove the folder, or choose another with --run",
         )
     with _blaming(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ class XAdapterTrainer(Trainer):
                 "the state of the run cannot be written",
                 where=self.args.output_dir,
                 got=" ".join(str(error).split())[:200],
-                mend="free some space; the same command goes on from the last state",
+                hint="free some space, then run the same command again to resume from the last state",
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -185,7 +185,7 @@ class Progress(TrainerCallback):
                 "the training diverged",
                 where=f"step {state.global_step}",
                 got=f"loss {logs['loss']}",
-                mend="lower learning_rate, or raise warmup_share; nothing was written",
+                hint="lower learning_rate, or raise warmup_share; nothing was written",
             )
         shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_metric": "held-out metric"}
         found = [f"{title} {float(logs[name]):.3f}" for name, title in shown.items() if logs and name in logs]

@@ -169,9 +169,9 @@ def read_questions(
         return replace(_color_questions(model, source, candidates), source=source.name)
     if not spec.labels_texts or len(model.config.labels) == 1:
         raise ConfigError(
-            "there is no share of right answers to be lost",
+            "accuracy cannot be measured for this task",
             where="a regression" if spec.labels_texts else task,
-            mend="leave --evaluate out: the variants are judged by their agreement with fp32 alone",
+            hint="remove --evaluate: these variants are judged only by their agreement with fp32",
         )
     return replace(_label_questions(model, source), source=source.name)
 
@@ -214,7 +214,7 @@ def collect(runner: Runner, probe: Probe, name: str) -> Answers:
         ParityError: If there is nothing to ask, or an answer is not finite.
     """
     if not probe.feeds:
-        raise ParityError("there is no text to compare a variant on", where=name)
+        raise ParityError("there are no texts to compare a variant on", where=name)
     task = TASKS[probe.task]
     output = task.compared
     names = [output, "retrieved"] if probe.retrieves else [output]
@@ -231,7 +231,7 @@ def collect(runner: Runner, probe: Probe, name: str) -> Answers:
         np.concatenate(said) if said else None,
     )
     if not np.isfinite(answers.vectors).all():
-        raise ParityError("a variant gives numbers that are not finite", where=name)
+        raise ParityError("a variant's outputs contain NaN or infinity", where=name)
     return answers
 
 
@@ -270,7 +270,7 @@ def compare(
     ours, theirs = reference.vectors, candidate.vectors
     if ours.shape != theirs.shape:
         raise ParityError(
-            "a variant's answers have another shape",
+            "a variant's outputs have the wrong shape",
             where=candidate.name,
             expected=ours.shape,
             got=theirs.shape,
@@ -399,12 +399,12 @@ def check(agreement: Agreement, variant_name: str) -> None:
         flags.append("--max-points-lost")
     if flags:
         raise ParityError(
-            "a variant is below its gate",
+            "a variant failed its accuracy check",
             where=variant_name,
             expected=" and ".join(expected),
             got=" and ".join(got),
-            mend=f"choose another precision, give --calibration with texts as the model will read, or change "
-            f"the gate with {' and '.join(flags)}",
+            hint="choose another precision, give typical texts with --calibration, or change the limit with "
+            f"{' and '.join(flags)}",
         )
 
 
@@ -459,7 +459,7 @@ def _color_questions(model: XAdapterModel, source: Path, candidates: Sequence[Ca
                 "a question's answer is not among the candidates",
                 where=f"{source}, {', '.join(absent)}",
                 expected=", ".join(candidate.word for candidate in candidates),
-                mend="add it to --candidates, or leave --evaluate out",
+                hint="add it to --candidates, or leave --evaluate out",
             )
         columns = [column_of[i] for i in columns]
     texts = CalibrationTexts(tuple(text for text, _ in asked))

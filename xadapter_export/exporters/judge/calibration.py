@@ -128,7 +128,7 @@ def read_calibration(
     sentences = _by_sentence(rows[:_MOST_ROWS], mask_token)
     if len(sentences) < _LEAST_SENTENCES:
         raise InputTextError(
-            "too few different sentences to calibrate with some and compare on others",
+            "too few different sentences: some are needed for calibration, others for comparison",
             where=name,
             expected=f"{_LEAST_SENTENCES} or more",
             got=len(sentences),
@@ -231,7 +231,7 @@ def find_text_columns(columns: Sequence[str], where: object, *, with_pairs: bool
     if "0" in columns and len(columns) <= 2:  # no header: text, and perhaps a label
         return "0", None
     raise ConfigError(
-        "it cannot be told which column has the text",
+        "no column with text was found",
         where=where,
         expected=f"a header with {' or '.join(TEXT_COLUMNS)}, or with the columns of a GLUE task of pairs",
         got=", ".join(columns[:12]),
@@ -304,7 +304,9 @@ def _read_texts(path: Path, *, with_pairs: bool) -> list[_Row]:
     if path.suffix not in _TABLES:
         lines = [line.strip() for line in read_lines(path)]
         if not lines:
-            raise InputTextError("the file has no text", where=path, mend="give a file with one text a line")
+            raise InputTextError(
+                "the file has no text", where=path, hint="give a file with one text per line"
+            )
         return [(line, None) for line in lines]
     return _texts_of(read_text_table(path), path, with_pairs=with_pairs)
 

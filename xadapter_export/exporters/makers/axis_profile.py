@@ -41,7 +41,7 @@ def parse_profile(texts: Iterable[str]) -> dict[str, tuple[int, int]]:
         numbers = (least, largest or least)
         if not all(number.isdecimal() for number in numbers):
             raise ConfigError(
-                "a profile is ranges of axes", got=repr(item), expected="such as batch=1..8 seq=8..128"
+                "a profile must be a list of ranges", got=repr(item), expected="such as batch=1..8 seq=8..128"
             )
         if axis in profile:
             raise ConfigError("an axis has two ranges in the profile", where=axis)
@@ -58,10 +58,10 @@ def check_axes(profile: Mapping[str, tuple[int, int]]) -> None:
     """
     for axis, (least, largest) in profile.items():
         if axis not in AXES:
-            raise ConfigError("no graph has this axis", where=f"profile {axis}", expected=", ".join(AXES))
+            raise ConfigError("unknown axis", where=f"profile {axis}", expected=", ".join(AXES))
         if not 1 <= least <= largest:
             raise ConfigError(
-                "the range of an axis holds no length", where=f"profile {axis}", got=f"{least}..{largest}"
+                "the range of an axis is empty", where=f"profile {axis}", got=f"{least}..{largest}"
             )
 
 
@@ -79,7 +79,7 @@ def check_limits(profile: Mapping[str, tuple[int, int]], *, max_seq: int, contex
     for axis, limit in (("seq", max_seq), ("clip_seq", context_length)):
         if axis in profile and limit is not None and profile[axis][1] > limit:
             raise ConfigError(
-                "the profile is longer than the model reads",
+                "the profile is longer than the model's longest input",
                 where=f"profile {axis}",
                 expected=f"at most {limit}",
                 got=profile[axis][1],
@@ -104,14 +104,14 @@ def check_cases(profile: Mapping[str, tuple[int, int]], cases: Iterable[Mapping[
     ]
     for axis in profile:
         if axis not in lengths[0]:
-            raise ConfigError("no graph that was asked for has this axis", where=f"profile {axis}")
+            raise ConfigError("none of the exported graphs has this axis", where=f"profile {axis}")
     if not any(
         all(least <= case[axis] <= largest for axis, (least, largest) in profile.items()) for case in lengths
     ):
         raise ConfigError(
-            "no reference input has lengths within the profile, so nothing could be proven",
+            "no reference input fits the profile, so nothing could be checked",
             where=", ".join(f"{axis}={least}..{largest}" for axis, (least, largest) in profile.items()),
-            mend="give --profile wider ranges",
+            hint="give wider ranges with --profile",
         )
 
 

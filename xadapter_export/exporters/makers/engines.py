@@ -84,7 +84,7 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
     for name in (name for group in groups for name in group):
         if name not in known:
             raise ConfigError(
-                f"TensorRT-RTX {library.__version__} builds no engines for this compute capability",
+                f"TensorRT-RTX {library.__version__} cannot build engines for this compute capability",
                 where=name or "an empty name",
                 expected=f"some of {', '.join(sorted(known, key=_number))}",
                 got=None if name else ", ".join(asked),
@@ -92,7 +92,7 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
     for number, group in enumerate(groups):
         if len(set(group)) < len(group) or set(group) in [set(other) for other in groups[:number]]:
             raise ConfigError(
-                "an engine, or a compute capability of it, is named twice",
+                "an engine or compute capability is named twice",
                 where="+".join(group),
                 got=", ".join(asked),
             )

@@ -232,7 +232,7 @@ def check_options(names: Sequence[VariantName], options: DeployOptions) -> None:
         raise ConfigError(
             f"compute capabilities are for the target {', '.join(readers)}",
             got=", ".join(options.compute_capabilities),
-            mend=f"leave them out, or add --target {readers[0]}",
+            hint=f"remove them, or add --target {readers[0]}",
         )
     for target in targets:
         load_maker(target).check(options, [n.precision for n in names if n.target == target.name])
@@ -247,13 +247,13 @@ def _check_profile(targets: Sequence[Target], options: DeployOptions) -> None:
         if not readers:
             known = [t.name for t in all_targets() if axis in (*t.axes, *t.largest_axes)]
             raise ConfigError(
-                "no target that was asked for is planned for lengths of this axis",
+                "none of the chosen targets uses a profile for this axis",
                 where=f"profile {axis}",
-                mend=f"leave it out, or add --target {' or '.join(known)}",
+                hint=f"leave it out, or add --target {' or '.join(known)}",
             )
         if least > 1 and not any(axis in target.axes for target in readers):
             raise ConfigError(
-                f"target {readers[0].name} takes any length of this axis from 1 on",
+                f"target {readers[0].name} accepts every length of this axis, starting at 1",
                 where=f"profile {axis}",
                 expected=f"1..{largest}",
                 got=f"{least}..{largest}",

@@ -112,11 +112,11 @@ def convert_to_ir(
     """
     if precision not in _RECIPES:
         raise UnsupportedError(
-            "OpenVINO's target has no such precision", expected=" or ".join(_RECIPES), got=precision
+            "OpenVINO does not support this precision", expected=" or ".join(_RECIPES), got=precision
         )
     is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:
-        raise ConfigError("int8 needs texts to calibrate with", got="none")
+        raise ConfigError("int8 needs texts for calibration", got="none")
     rounding = rounding or Rounding()
     ov = import_openvino()
     model = ov.Core().read_model(str(model_file))
@@ -261,7 +261,7 @@ def _restore_weights(model: Any, weights: Mapping[str, tuple[Any, Any]]) -> None
         raise ParityError(
             "products were lost while activations were measured",
             got=", ".join(left),
-            mend="please report this",
+            hint="please report this",
         )
 
 

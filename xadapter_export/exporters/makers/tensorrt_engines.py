@@ -61,7 +61,7 @@ class TensorRtRtxMaker(Deployer):
             if built.peak_bytes is not None:
                 facts[f"peak bytes {label}"] = str(built.peak_bytes)
         if not files:
-            raise UnsupportedError("TensorRT-RTX refuses every engine", got="; ".join(refused))
+            raise UnsupportedError("TensorRT-RTX could not build any engine", got="; ".join(refused))
         which = f"--experts {variant.expert_set} --variant {variant.name}"
         proof = f"xad-parity . --engine {self.target.name} {which}"
         return Deployed(tuple(files), facts, tuple(refused), proof)

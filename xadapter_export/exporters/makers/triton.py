@@ -187,5 +187,5 @@ def _require(got: object, want: object, what: str) -> None:
             where=what,
             expected=want,
             got=got,
-            mend="please report this",
+            hint="please report this",
         )

@@ -167,7 +167,7 @@ def run_pass(name: str, model: ir.Model, expected: int) -> Optimisation | None:
     got = CPU_PASSES[name](model)
     RemoveUnusedNodesPass()(model)
     if got != expected:
-        raise ParityError(f"pass {name}", expected=f"{expected} patterns", got=got, mend="please report this")
+        raise ParityError(f"pass {name}", expected=f"{expected} patterns", got=got, hint="please report this")
     if not got:
         return None
     return Optimisation(name=name, lossless=True, unit="nodes", before=before, after=len(model.graph))

@@ -47,7 +47,7 @@ def quantise_qdq(portable: ir.Model, ranges: Ranges, rounding: Rounding) -> ir.M
         ir.convenience.replace_all_uses_with(table, expanded.outputs[0])
     products = [found for found in find_products(model) if found.table is None]
     if not products:
-        raise ParityError("there is no product to quantise", mend="please report this")
+        raise ParityError("there is no matrix product to quantize", hint="please report this")
     for found in products:
         nodes = _multiply(model.graph, found, ranges[str(found.weight.name)], rounding)
         replace_node(model.graph, found.node, nodes)

@@ -89,7 +89,7 @@ class Recipe:
         if largest == 0 or row % largest == 0:
             return largest
         if bits == 4:
-            raise ParityError("4 bits need rows of a multiple of 16", got=row, mend="choose int8")
+            raise ParityError("4 bits need rows of a multiple of 16", got=row, hint="choose int8")
         return 0
 
     def bits(self, name: str, *, is_table: bool) -> int:
@@ -209,7 +209,7 @@ def quantise(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding
     ]
     if left:
         raise ParityError(
-            "quantisation left large matrices in fp32", got=", ".join(left), mend="please report this"
+            "quantization left large matrices in fp32", got=", ".join(left), hint="please report this"
         )
 
 
