@@ -210,7 +210,7 @@ def test_banks_that_cannot_be_merged(tmp_path: Path) -> None:
             r"differ in CLIP: .*expected some/clip \(aaaaaaaaaaaa\).*got other/clip \(cccccccccccc\)",
         ),
         ("unknown", unit_rows(20, 8), {"clip": None}, "differ in CLIP.*got one that nobody named"),
-        ("middles", unit_rows(20, 8), {"kind": "prototypes"}, "same kind"),
+        ("middles", unit_rows(20, 8), {"kind": "prototypes"}, "differ in kind"),
     ]:
         second = write(tmp_path / name, rows, prefix="q", **said)  # type: ignore[arg-type]  # any field
         with pytest.raises(ConfigError, match=message):
