@@ -209,8 +209,8 @@ def test_banks_that_cannot_be_merged(tmp_path: Path) -> None:
             {"clip": OTHER_CLIP},
             r"differ in CLIP: .*expected some/clip \(aaaaaaaaaaaa\).*got other/clip \(cccccccccccc\)",
         ),
-        ("unknown", unit_rows(20, 8), {"clip": None}, "same CLIP.*got one that nobody named"),
-        ("middles", unit_rows(20, 8), {"kind": "prototypes"}, "same kind"),
+        ("unknown", unit_rows(20, 8), {"clip": None}, "differ in CLIP.*got one that nobody named"),
+        ("middles", unit_rows(20, 8), {"kind": "prototypes"}, "differ in kind"),
     ]:
         second = write(tmp_path / name, rows, prefix="q", **said)  # type: ignore[arg-type]  # any field
         with pytest.raises(ConfigError, match=message):

@@ -277,7 +277,7 @@ def test_not_one_pair_to_each_text() -> None:
         InputTextError, match=r"the numbers of texts and second texts differ \(expected 2, got 1\)"
     ):
         make_encoder().encode(["a", "b"], ["c"])
-    with pytest.raises(InputTextError, match="a text pair is empty"):
+    with pytest.raises(InputTextError, match="text pair 1 of 1 is empty"):
         make_encoder().encode("a", "")
 
 
