@@ -285,7 +285,7 @@ def test_pairs_are_read_where_a_classifier_may_take_them(
     [
         ("a.txt", "\n", InputTextError, "the file has no text: .*one text a line"),
         ("a.csv", "", InputTextError, "the file has no rows"),
-        ("a.jsonl", '{"body": "x"}\n', ConfigError, "which column has the text: .*a\\.jsonl .*got body"),
+        ("a.jsonl", '{"body": "x"}\n', ConfigError, "no column with text was found: .*a\\.jsonl .*got body"),
         ("a.tsv", "1\tx\t0\n", ConfigError, "expected a header with sentence or text"),
         ("a.csv", "text\nx\n ,\n", InputTextError, "wrong number of columns"),
         ("a.jsonl", '{"text": "x"}\n{"label": 1}\n', InputTextError, "row 2, is empty"),
@@ -449,7 +449,7 @@ def test_answers_that_cannot_be_compared(tiny: Path, bundles: dict[Task, Path]) 
     with pytest.raises(ParityError, match="not finite: cpu-int8"):
         collect(broken, probe, "cpu-int8")
     for vectors in (answers.vectors[:, :1], answers.vectors[:1]):  # both would broadcast
-        with pytest.raises(ParityError, match=r"another shape: cpu-int8 \(expected \(16, 21\), got"):
+        with pytest.raises(ParityError, match=r"wrong shape: cpu-int8 \(expected \(16, 21\), got"):
             compare(answers, replace(answers, vectors=vectors), probe, "int8")
     with pytest.raises(ParityError, match="no texts to compare a variant on: cpu-int8"):
         collect(graph, replace(probe, feeds=()), "cpu-int8")

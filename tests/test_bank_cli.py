@@ -119,7 +119,7 @@ def test_search_finds_by_meaning(built: Path) -> None:
     assert re.fullmatch(r" *-?\d\.\d{3}  (red|blue) +(red|blue)/\d\.png", lines[0])
 
 
-@pytest.mark.filterwarnings("always:the bank does not say")  # which the command prints
+@pytest.mark.filterwarnings("always:the bank does not record")  # which the command prints
 def test_search_knows_whose_the_bank_is(built: Path, tmp_path: Path) -> None:
     nameless = Path(shutil.copytree(builtin_folder(), tmp_path / "nameless"))
     shutil.rmtree(nameless / "clip")
@@ -133,7 +133,7 @@ def test_search_knows_whose_the_bank_is(built: Path, tmp_path: Path) -> None:
     )
     result = call("search", unknown, "blue", "--clip", "builtin", "-k", 1)
     assert result.exit_code == 0
-    assert "is not checked" in result.stderr
+    assert "nothing checks that it is this one" in result.stderr
 
 
 def test_search_refuses_another_clip(built: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_search_refuses_another_clip(built: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.filterwarnings("always:the bank does not say")  # which the command prints
+@pytest.mark.filterwarnings("always:the bank does not record")  # which the command prints
 def test_search_of_a_bank_of_another_width(built: Path, tmp_path: Path) -> None:
     save_clip_text(make_clip(), tmp_path / "narrow")
     unknown = Path(shutil.copytree(built, tmp_path / "unknown"))

@@ -301,13 +301,13 @@ def test_what_does_not_fit_is_refused_and_the_bundle_stays(searched: Exported, t
     wide.save(tmp_path / "wide")
     out = ["onnx-int8"]
     cases: list[tuple[str, dict[str, Any], type[XAdapterError], str]] = [
-        ("other", {}, ConfigError, "another CLIP than the bundle's.*got other-clip"),
-        ("other", {"assume_clip": True}, ConfigError, "another CLIP"),
-        ("silent", {}, ConfigError, "does not say which CLIP.*--assume-clip"),
+        ("other", {}, ConfigError, "made with different CLIPs.*got other-clip"),
+        ("other", {"assume_clip": True}, ConfigError, "made with different CLIPs"),
+        ("silent", {}, ConfigError, "does not record which CLIP.*--assume-clip"),
         ("few", {}, ConfigError, "fewer images than the bundle retrieves.*at least 4, got 3"),
         ("wide", {}, ConfigError, "another width.*expected 24, got 32"),
         ("few", {"leave_out": ["nothing"]}, ConfigError, "no variant or deployment of this name.*: nothing"),
-        ("few", {"leave_out": [*VARIANTS, *out]}, ConfigError, "no graph left: vt"),
+        ("few", {"leave_out": [*VARIANTS, *out]}, ConfigError, "without a graph: vt"),
     ]
     for name, options, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -210,7 +210,7 @@ def test_objects_are_chosen_by_name_in_singular_or_plural(tmp_path: Path) -> Non
         "ash",
     ]
     assert select_objects(data, only=[["fox"]]).colors == ("grey", "red")  # those of the whole file
-    with pytest.raises(ConfigError, match="no object is left"):
+    with pytest.raises(ConfigError, match="no objects are left"):
         chosen(["nothing"])
 
 

@@ -216,7 +216,7 @@ def test_what_a_model_cannot_be_asked(scorer: Scorer, tmp_path: Path) -> None:
         scorer.mask_logits(["[MASK]"], ["red", "mauve"], "none")
     with pytest.raises(InputTextError, match="a text already has a mask"):
         scorer.token_scores(["it is [MASK]"], "none")
-    with pytest.raises(UnsupportedError, match="looks at no pictures: bundle, t"):
+    with pytest.raises(UnsupportedError, match="uses no images: bundle, t"):
         scorer.retrieve(["lime"], "t")
     with pytest.raises(UnsupportedError, match="expected text-classification, got fill-mask"):
         scorer.label_logits(["lime"], None, "none")

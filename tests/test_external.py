@@ -329,7 +329,7 @@ def test_an_index_that_does_not_answer_as_one(external: Path, form: Any, message
 
 def test_an_index_of_another_bank_is_refused(external: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"not one of the bundle's bank: IndexFlatIP.ntotal \(expected 30, got 0"
+        ConfigError, match=r"made from another bank: IndexFlatIP.ntotal \(expected 30, got 0"
     ):
         XAdapterSession.load(external, index=faiss.IndexFlatIP(D))
     with pytest.raises(ConfigError, match=r"a method search\(queries, k\)"):
@@ -341,7 +341,7 @@ def test_an_index_of_another_bank_is_refused(external: Path, tmp_path: Path) -> 
     swapped = make_bank().features[::-1].copy()
     FeatureBank(swapped, make_bank().pictures).save(other)
     build_index(other, tmp_path / "index", "flat", IndexOptions(num_queries=0))
-    with pytest.raises(ConfigError, match=r"not one of the bundle's bank: FaissIndex\.bank_sha256"):
+    with pytest.raises(ConfigError, match=r"made from another bank: FaissIndex\.bank_sha256"):
         XAdapterSession.load(external, index=tmp_path / "index")
 
 

@@ -84,7 +84,7 @@ def test_one_weight_that_is_off_by_five_percent_is_refused_and_another_variant_i
     break_weight(copied, "cpu-int8", experts, weight)
     message = (
         rf"^a variant computes wrong outputs on this processor: cpu-int8, experts {experts}, .*"
-        r"\(expected at most .* off, got .*\); cpu-fp32 instead$"
+        r"\(expected at most .* off, got .*\); using cpu-fp32 instead$"
     )
     with pytest.warns(UserWarning, match=message) as warned:
         session = XAdapterSession.load(copied, experts=experts, num_threads=1)
@@ -162,7 +162,7 @@ def test_the_same_files_are_asked_once_in_a_process(copied: Path, monkeypatch: p
     XAdapterSession.load(copied, experts="v", variant="cpu-int8", num_threads=2)
     assert len(asked) == 3
     break_weight(copied, "cpu-int8", "v", "adapter_v")  # another file now
-    with pytest.raises(ParityError, match="wrong answers"):
+    with pytest.raises(ParityError, match="wrong outputs"):
         XAdapterSession.load(copied, experts="v", variant="cpu-int8", num_threads=1)
     assert len(asked) == 4
 
@@ -207,7 +207,7 @@ def test_a_wrong_kernel_is_refused_and_another_variant_is_right(
         return WrongKernel(session, change) if variant.name == "cpu-int8" else session
 
     monkeypatch.setattr(graphs, "open_shared", open_one)
-    with pytest.warns(UserWarning, match=r"cpu-int8, experts v, .*; cpu-fp32 instead"):
+    with pytest.warns(UserWarning, match=r"cpu-int8, experts v, .*; using cpu-fp32 instead"):
         session = XAdapterSession.load(several, experts="v", num_threads=1, check="always")
     assert session.answered_by == "cpu-fp32"
     assert session.fill_mask(BANANA)[0].token == "yellow"

@@ -181,7 +181,7 @@ def test_it_names_the_pictures_it_looked_at(session: XAdapterSession) -> None:
     assert [row[0].caption for row in session.retrieve(["a lime", BANANA])] == ["lime", "banana"]
     assert session.retrieves("vt")
     assert not session.retrieves("t")
-    with pytest.raises(UnsupportedError, match="looks at no pictures: t; choose v or vt"):
+    with pytest.raises(UnsupportedError, match="uses no images: t; choose v or vt"):
         session.retrieve("a cherry", experts="t")
 
 

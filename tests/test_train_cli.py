@@ -281,7 +281,7 @@ def test_a_flag_that_does_not_exist_is_a_mistake_of_usage(run: Run) -> None:
         ("--task text-classification --glue sst3", "unknown GLUE task (expected one of cola, sst2"),
         (
             "--plm headless",
-            "PLM headless has no MLM head, which fill-mask needs (got 6 weights less, first",
+            "PLM headless has no MLM head, which fill-mask needs (got 6 missing weights, first",
         ),
         ("--max-seq 500", "max_seq is longer than the PLM's longest input"),
     ],

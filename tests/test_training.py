@@ -288,7 +288,7 @@ def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path
     wide = train_control(tmp_path / "both", tmp_path / "wide")
     assert wide.steps == 6  # as many as v, t and vt took together
     assert wide.model.config.adapter_width == 32
-    with pytest.raises(CheckpointError, match="does not say how it was trained"):
+    with pytest.raises(CheckpointError, match="has no record of its training"):
         train_control(parts, tmp_path / "other")
 
 
