@@ -12,7 +12,10 @@ def kept_grid(findings: Sequence[Finding], processors: Sequence[str]) -> Grid:
     for (case, experts, variant), group in _grouped(findings):
         gate = next(finding.gate for finding in group)
         cells = [_kept(group, processor) for processor in processors]
-        native = max(finding.kept_natively for finding in group)  # 0 where it was refused
+        answered = sorted((f for f in group if not f.reason), key=lambda finding: finding.route)
+        native = (
+            answered[0].kept_natively if answered else 0.0
+        )  # of all texts: a plain session, if there is one
         rows.append((f"{case}, {experts}, {variant}", _share(gate), _share(native), *cells))
     return Grid(
         "Answers equal to fp32's on the same processor, %: opened by a plain session / by ours",
