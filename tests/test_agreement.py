@@ -201,7 +201,7 @@ def test_copies_of_a_sentence_in_a_file_stay_together(builtin: XAdapterModel, tm
 
 def test_a_file_with_one_sentence_in_many_copies_is_refused(filler: XAdapterModel, tmp_path: Path) -> None:
     path = write(tmp_path / "one.txt", "a banana is yellow\nA  [MASK] is yellow\na banana is [MASK]\n" * 3)
-    with pytest.raises(InputTextError, match=r"too few different sentences .*: one\.txt .*2 or more, got 1"):
+    with pytest.raises(InputTextError, match=r"too few different sentences: .*: one\.txt .*2 or more, got 1"):
         read_calibration(filler, path, "fill-mask")
 
 
@@ -283,12 +283,12 @@ def test_pairs_are_read_where_a_classifier_may_take_them(
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.txt", "\n", InputTextError, "the file has no text: .*one text a line"),
+        ("a.txt", "\n", InputTextError, "the file has no text: .*one text per line"),
         ("a.csv", "", InputTextError, "the file has no rows"),
         ("a.jsonl", '{"body": "x"}\n', ConfigError, "no column with text was found: .*a\\.jsonl .*got body"),
         ("a.tsv", "1\tx\t0\n", ConfigError, "expected a header with sentence or text"),
         ("a.csv", "text\nx\n ,\n", InputTextError, "wrong number of columns"),
-        ("a.jsonl", '{"text": "x"}\n{"label": 1}\n', InputTextError, "row 2, is empty"),
+        ("a.jsonl", '{"text": "x"}\n{"label": 1}\n', InputTextError, "row 2: text 1 of 1 is empty"),
         ("a.txt", "word\n!\n", InputTextError, "no word to mask: '!'"),
     ],
 )
@@ -446,7 +446,7 @@ def test_answers_that_cannot_be_compared(tiny: Path, bundles: dict[Task, Path]) 
         first, *rest = graph(feed, names)
         return [np.where(first > 0, np.float32(np.nan), first), *rest]
 
-    with pytest.raises(ParityError, match="not finite: cpu-int8"):
+    with pytest.raises(ParityError, match="NaN or infinity: cpu-int8"):
         collect(broken, probe, "cpu-int8")
     for vectors in (answers.vectors[:, :1], answers.vectors[:1]):  # both would broadcast
         with pytest.raises(ParityError, match=r"wrong shape: cpu-int8 \(expected \(16, 21\), got"):

@@ -318,6 +318,6 @@ def _texts_of(rows: Sequence[Mapping[str, Any]], where: object, *, with_pairs: b
     found: list[_Row] = []
     for number, row in enumerate(rows, 1):
         columns = [text] if pair is None else [text, pair]
-        cells = check_texts([row.get(column, "") for column in columns], f"text of {where}, row {number},")
+        cells = check_texts([row.get(column, "") for column in columns], f"{where}, row {number}: text")
         found.append((cells[0], None if pair is None else cells[1]))
     return found
