@@ -185,7 +185,7 @@ def _plan_lists(stored: BankRows, kind: IndexKind, options: IndexOptions) -> int
         return None
     if n < _FEWEST_TRAINED:
         raise ConfigError(
-            f"the bank is too small for a {kind} index",
+            f"the bank is too small for an index of kind {kind}",
             expected=f"{_FEWEST_TRAINED} images or more",
             got=n,
             hint="use --kind flat, which is exact",
