@@ -228,7 +228,7 @@ def test_feature_extraction_from_a_fill_mask_checkpoint(model: XAdapterModel, tm
         expected = mean_pool(model(**inputs).last_hidden_state, inputs["attention_mask"])
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
-    with pytest.raises(ConfigError, match="feature-extraction has no candidates"):
+    with pytest.raises(ConfigError, match="feature-extraction does not use candidates"):
         export(model, tmp_path / "other", "vt", task="feature-extraction", candidates=["red"])
 
 

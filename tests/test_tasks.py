@@ -238,7 +238,7 @@ def test_a_label_for_each_token_from_checkpoint_to_answer(tmp_path: Path) -> Non
     assert agreement is not None
     assert agreement.num_answers > agreement.num_texts  # tokens, and no padding
     assert agreement.same_top == 1
-    with pytest.raises(UnsupportedError, match=r"takes no second texts \(got token-classification\)"):
+    with pytest.raises(UnsupportedError, match=r"does not use second texts \(got token-classification\)"):
         session.answer(TEXTS, TEXTS)
 
 
