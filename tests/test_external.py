@@ -328,9 +328,7 @@ def test_an_index_that_does_not_answer_as_one(external: Path, form: Any, message
 
 
 def test_an_index_of_another_bank_is_refused(external: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"made from another bank: IndexFlatIP.ntotal \(expected 30, got 0"
-    ):
+    with pytest.raises(ConfigError, match=r"made from another bank: IndexFlatIP.ntotal \(expected 30, got 0"):
         XAdapterSession.load(external, index=faiss.IndexFlatIP(D))
     with pytest.raises(ConfigError, match=r"a method search\(queries, k\)"):
         XAdapterSession.load(external, index=3)  # type: ignore[arg-type]  # no index
