@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.processors import __main__ as program
-from benchmarks.processors import debian, report
+from benchmarks.processors import debian, haswell, report
 from benchmarks.processors.compare import Finding, Ran, compare, wrong
 from benchmarks.processors.debian import UnavailableError, call
 from benchmarks.processors.emulated import PROCESSORS, Machine, build, native
@@ -153,3 +153,18 @@ def test_what_is_off_is_asked_more_texts(
             "builtin/vt/cpu-int8/plain": 7,
         }
     assert "(natively 100.0)" in report.kept_grid([asked], ["A"]).rows[0][-1]
+
+
+def test_a_table_of_tests(tmp_path: Path) -> None:
+    junit = tmp_path / "tests.xml"
+    junit.write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_a" name="test_x[1]" time="2.0"/>'
+        '<testcase classname="tests.test_a" name="test_x[2]" time="1.0"><failure/></testcase>'
+        '<testcase classname="tests.test_a" name="test_y" time="0"><skipped/></testcase>'
+        "</testsuite></testsuites>",
+        encoding="utf-8",
+    )
+    assert haswell.tests_grid(junit).rows == (
+        ("test_a, test_x", "1", "1", "0", "3"),
+        ("test_a, test_y", "0", "0", "1", "0"),
+    )
