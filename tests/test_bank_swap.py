@@ -20,7 +20,7 @@ from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip, FeatureBank
 from xadapter_export.bank.convert import convert_bank
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialise
+from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialize
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.cli.bank import bank as bank_command
@@ -440,7 +440,7 @@ def test_a_graph_file_is_read_and_written_as_it_was(searched: Exported, tmp_path
                 graph.put_inside(weight.name, graph.array(weight.name))
         assert graph.to_bytes() == data
     fields = [Field(1, 0, 2**63), Field(2, 2, b"abc"), Field(3, 5, b"1234"), Field(4, 1, b"12345678")]
-    assert parse(serialise(fields)) == fields
+    assert parse(serialize(fields)) == fields
     for wrong in (b"\xff", b"\x3a\x05ab", b"", data[:-3]):
         with pytest.raises(BundleError, match=r"the graph cannot be read: here"):
             GraphFile(wrong, "here")

@@ -1,6 +1,6 @@
 """Reads and changes the weights that an ``.onnx`` file declares, without the onnx package.
 
-A serialised model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
+A serialized model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
 to the weights is taken apart here; all else stays the bytes that it was, in its order, so that a change that
 is undone gives the same file again.
 
@@ -76,14 +76,14 @@ class Node:
 
 
 class GraphFile:
-    """A serialised ``ModelProto`` whose weights can be replaced.
+    """A serialized ``ModelProto`` whose weights can be replaced.
 
     Args:
         data: The file.
         where: Its path, for errors.
 
     Raises:
-        BundleError: If it is not a serialised model with one graph.
+        BundleError: If it is not a serialized model with one graph.
     """
 
     def __init__(self, data: bytes, where: object) -> None:
@@ -154,7 +154,7 @@ class GraphFile:
                 entry = {part.number: part.data for part in parse(field.data)}
                 value = changed.get(entry[_ENTRY_KEY], entry[_ENTRY_VALUE])
                 parts = [Field(_ENTRY_KEY, _BYTES, entry[_ENTRY_KEY]), Field(_ENTRY_VALUE, _BYTES, value)]
-                field = Field(field.number, _BYTES, serialise(parts))
+                field = Field(field.number, _BYTES, serialize(parts))
             if field.number != _TENSOR_DIMS:
                 fields.append(field)
         self._store(name, [*_dims(shape), *fields])
@@ -170,24 +170,24 @@ class GraphFile:
             for j, part in enumerate(node):
                 if part.number == _NODE_ATTRIBUTE:
                     node[j] = Field(part.number, _BYTES, _with_int(part.data, attribute, value))
-            self._graph[i] = Field(field.number, _BYTES, serialise(node))
+            self._graph[i] = Field(field.number, _BYTES, serialize(node))
 
     def to_bytes(self) -> bytes:
         """Return the file as it is now."""
         model = list(self._model)
-        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialise(self._graph))
-        return serialise(model)
+        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialize(self._graph))
+        return serialize(model)
 
     def _fields(self, name: str) -> list[Field]:
         return parse(self._graph[self._places[name]].data)
 
     def _store(self, name: str, fields: list[Field]) -> None:
-        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialise(fields))
+        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialize(fields))
         self.weights[name] = _read_weight(fields)
 
 
 def with_weights(data: bytes, where: object, arrays: Mapping[str, Array]) -> bytes:
-    """Return a serialised model with those of its weights replaced that are named; the new ones are in it."""
+    """Return a serialized model with those of its weights replaced that are named; the new ones are in it."""
     graph = GraphFile(data, where)
     for name in arrays.keys() & graph.weights.keys():
         graph.put_inside(name, arrays[name])
@@ -221,7 +221,7 @@ def parse(data: bytes) -> list[Field]:
     return fields
 
 
-def serialise(fields: list[Field]) -> bytes:
+def serialize(fields: list[Field]) -> bytes:
     """Return the message of some fields; the reverse of ``parse``."""
     parts = []
     for field in fields:
@@ -286,7 +286,7 @@ def _with_int(attribute: bytes, name: str, value: int) -> bytes:
     fields = parse(attribute)
     if Field(_ATTRIBUTE_NAME, _BYTES, name.encode()) not in fields:
         return attribute
-    return serialise([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
+    return serialize([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
 
 
 def _dims(shape: tuple[int, ...]) -> list[Field]:

@@ -55,7 +55,7 @@ from xadapter_export.exporters.makers.maker import (
     load_maker,
 )
 from xadapter_export.exporters.onnx_files import hide_taps
-from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
+from xadapter_export.exporters.passes.quantize import Ranges, Rounding, measure_products
 from xadapter_export.exporters.plan import Plan, check_split, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
 from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
@@ -150,7 +150,7 @@ def export(
         min_agreement: Gate for the share of equal answers; the default of the precision if None.
         max_points_lost: Gate for the accuracy; the default of the precision if None.
         skip_failed: Leave out lossy variants that are below a gate, with a warning, and write the others.
-        without: Exact optimisations to leave out.
+        without: Exact optimizations to leave out.
         deploy_options: What deployments must fit.
         retrieval: Where the bank is searched: ``in-graph``, or ``external``, by the app, with an index of its
             choice; every set that reads CLIP is then split.
@@ -173,7 +173,7 @@ def export(
     check_gate_options(min_agreement, max_points_lost)
     check_names("expert set", (experts,) if isinstance(experts, str) else experts or (), EXPERT_SETS)
     check_names("retrieval", (retrieval,), get_args(Retrieval))
-    check_names("optimisation of the merge", without, STEPS)
+    check_names("optimization of the merge", without, STEPS)
     request = make_request(variants, precisions, targets)
     split = split or retrieval == "external"
     judging: dict[str, object] = {
@@ -364,7 +364,7 @@ class _Builder:
                 if agreement.passes(measured):
                     break
             if not self.judge.leaves_out(measured, expert_set, name):
-                steps = [*material.variant.optimisations, *made.steps]
+                steps = [*material.variant.optimizations, *made.steps]
                 self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
 
     def _ask_fp32(self, expert_set: ExpertSet, portable: Variant) -> None:
@@ -455,7 +455,7 @@ class _Builder:
             query_file=placed.query_file,
             weight_files=placed.weight_files,
             size_bytes=placed.size_bytes,
-            optimisations=tuple(made.steps),
+            optimizations=tuple(made.steps),
             parity=None,
             agreement=measured,
         )

@@ -26,7 +26,7 @@ from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provid
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-# onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
+# onnxruntime fuses a sum and the norm after it into one operator that is not vectorized on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
