@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+from xadapter_export.bundle.graph_check import check_onnx
 from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.errors import (
     BundleError,
@@ -33,7 +34,8 @@ _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are ab
 
 
 def open_onnx(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the targets that onnxruntime runs; see ``create_session``."""
+    """Open a graph of the targets that onnxruntime runs; see ``check_onnx`` and ``create_session``."""
+    check_onnx(file, how.weight_files)
     return create_session(
         file,
         providers=how.providers,
