@@ -329,14 +329,14 @@ def _multiply_expanded(graph: ir.Graph, found: Product, weights: _Rows) -> list[
     zero = add_initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
     last = add_initializer(graph, "last_axis", np.array([-1], np.int64))
     numbers = ir.node("Cast", [weights.rows], {"to": ir.DataType.FLOAT})
-    centerd = ir.node("Sub", [numbers.outputs[0], zero])
-    blocks = ir.node("Reshape", [centerd.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
+    centered = ir.node("Sub", [numbers.outputs[0], zero])
+    blocks = ir.node("Reshape", [centered.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
     scales = ir.node("Unsqueeze", [weights.scales, last])
     scaled = ir.node("Mul", [blocks.outputs[0], scales.outputs[0]])
     rows = ir.node("Reshape", [scaled.outputs[0], _shape(graph, n, k)])
     columns = ir.node("Transpose", rows.outputs, {"perm": [1, 0]})
     product = ir.node("MatMul", [found.node.inputs[0], columns.outputs[0]])
-    nodes = [numbers, centerd, blocks, scales, scaled, rows, columns, product]
+    nodes = [numbers, centered, blocks, scales, scaled, rows, columns, product]
     return nodes if found.bias is None else [*nodes, ir.node("Add", [product.outputs[0], found.bias])]
 
 
