@@ -107,7 +107,7 @@ def _prepare_batches(source: Source, tower: ImageTower, batch_size: int) -> list
     return [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
 
 
-def _summarise(builds: list[_Pass], bares: list[_Pass], pictures: int) -> dict[str, dict[str, float]]:
+def _summarize(builds: list[_Pass], bares: list[_Pass], pictures: int) -> dict[str, dict[str, float]]:
     pairs = list(zip(builds, bares, strict=True))
     return {
         "build": _medians(builds, pictures),
@@ -177,7 +177,7 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
             for run, passes in ((build, builds), (encode_bare, bares))[:: 1 if number % 2 else -1]:
                 passes.append(_measure(run))
         difference = (builds[0].features - bares[0].features).abs().max().item()
-    row = _summarise(builds, bares, pictures)
+    row = _summarize(builds, bares, pictures)
     if as_json:
         print_json({**row, "largest difference of a feature": difference, "pictures": pictures})
         return

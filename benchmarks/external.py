@@ -34,19 +34,19 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
     """Writes a bank of rows of width 512, and returns its bytes on disk."""
     import numpy as np
 
-    from benchmarks.bank_search import _centres
+    from benchmarks.bank_search import _centers
     from xadapter_export.bank.writer import BankWriter
     from xadapter_export.bundle.pictures import Picture
 
     folder.mkdir()
     rng = np.random.default_rng(0)
-    centres = _centres()
+    centers = _centers()
     with BankWriter(folder, dtype="fp32", dim=_D) as writer:
         for start in range(0, num_pictures, _BLOCK):
             count = min(_BLOCK, num_pictures - start)
             rows = unit(rng.standard_normal((count, _D), dtype=np.float32))
             if kind == "clustered":
-                rows = unit(centres[rng.integers(len(centres), size=count)] + np.float32(0.7) * rows)
+                rows = unit(centers[rng.integers(len(centers), size=count)] + np.float32(0.7) * rows)
             numbers = range(start, start + count)
             writer.append(rows, [Picture(id=f"p{n}", caption=f"picture {n}") for n in numbers])
         writer.finish(clip=None)
@@ -55,13 +55,13 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
 
 def export_bundle(bank: Path, output: Path) -> int:
     """Exports BERT-base with CLIP ViT-B/16 and the V-expert over the bank; returns the graphs' bytes."""
-    from export.parity import CASES, randomise_plugin
+    from export.parity import CASES, randomize_plugin
     from xadapter_export import FeatureBank, XAdapterModel
     from xadapter_export.exporters import export
 
     case = CASES["bert-base"]()
     model = XAdapterModel(case.config, case.plm, case.clip, FeatureBank.load(bank))
-    randomise_plugin(model)
+    randomize_plugin(model)
     result = export(model, output, "v", retrieval="external")
     return sum(variant.size_bytes for variant in result.manifest.variants)
 

@@ -290,7 +290,7 @@ def _openvino(preparation: Preparation, folder: Path) -> None:
 
 
 def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
-    """NNCF's post-training quantisation of it for transformers, calibrated on texts fed as its user would."""
+    """NNCF's post-training quantization of it for transformers, calibrated on texts fed as its user would."""
     from benchmarks.cases import calibration_feeds
     from benchmarks.feeds import feed_as
 

@@ -1,4 +1,4 @@
-"""Asks a Triton server that serves a bundle: tokenises here, sends token ids, formats the answers.
+"""Asks a Triton server that serves a bundle: tokenizes here, sends token ids, formats the answers.
 
 It needs the bundle's tokenizers and manifest, no graph and no onnxruntime; only ``--prove`` of a lossy model
 runs its graph here, with onnxruntime, to compare with:

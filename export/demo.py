@@ -1,4 +1,4 @@
-"""``python -m export.demo``: ask the exported built-in checkpoint for the colours of objects new to it.
+"""``python -m export.demo``: ask the exported built-in checkpoint for the colors of objects new to it.
 
 Exports every expert set into one bundle, asks about the held-out objects from the ONNX files alone, and
 prints what each set answers beside what people say (CoDa).
@@ -63,7 +63,7 @@ def main(output: Path, shown: int, every_answer: bool) -> None:
 
     pictures = session.retrieve([entry["sentences"][0] for entry in objects], experts="v")
     table = Table(
-        title="Colours of objects that the plug-in never trained on, from ONNX files", show_edge=False
+        title="Colors of objects that the plug-in never trained on, from ONNX files", show_edge=False
     )
     for column in ("object", "people say", *_TITLES.values(), "pictures it looked at"):
         table.add_column(column)

@@ -385,7 +385,7 @@ def test_what_differs_is_counted(bundles: dict[Task, Path], task: Task) -> None:
 
 
 def test_a_real_graph_that_was_changed_is_told_apart(tiny: Path) -> None:
-    """Experts none instead of vt: the answer is a word of the sentence instead of a colour."""
+    """Experts none instead of vt: the answer is a word of the sentence instead of a color."""
     (graph, probe), (other, _) = open_graph(tiny, MASKED), open_graph(tiny, MASKED, experts="none")
 
     def without_experts(feed: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
@@ -578,7 +578,7 @@ def test_columns_follow_the_candidates_of_a_sliced_head(builtin: XAdapterModel, 
         read_questions(builtin, path, "fill-mask", sliced[:5])
 
 
-def test_colour_questions_of_a_file(builtin: XAdapterModel, tmp_path: Path) -> None:
+def test_color_questions_of_a_file(builtin: XAdapterModel, tmp_path: Path) -> None:
     rows = [
         {"item": "banana", "label": "yellow", "descriptor": "a"},
         {"item": "snow", "label": "white", "descriptor": ""},
@@ -618,7 +618,7 @@ def test_questions_that_will_not_do(
         read_questions(builtin, write(tmp_path / "own.jsonl", json.dumps(row)), "fill-mask")
 
 
-def test_labelled_texts_are_questions_for_a_classifier(classifier: XAdapterModel, tmp_path: Path) -> None:
+def test_labeled_texts_are_questions_for_a_classifier(classifier: XAdapterModel, tmp_path: Path) -> None:
     names = write(tmp_path / "names.csv", "text,label\nlime,yes\ncherry,yes\n")
     numbers = write(
         tmp_path / "numbers.tsv", "#1 String\t#2 String\tQuality\nlime\tgreen\t1\ncherry\tred\t0\n"

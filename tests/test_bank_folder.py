@@ -305,8 +305,8 @@ def test_recall_of_other_dtypes(tmp_path: Path) -> None:
 
 def _clustered(path: Path) -> Path:
     """300 + 200 + 100 rows around three directions, one class after the other."""
-    centres = unit_rows(3, 16, 3)
-    rows = np.concatenate([np.repeat(centres[i : i + 1], n, 0) for i, n in enumerate((300, 200, 100))])
+    centers = unit_rows(3, 16, 3)
+    rows = np.concatenate([np.repeat(centers[i : i + 1], n, 0) for i, n in enumerate((300, 200, 100))])
     rows = rows + 0.05 * np.random.default_rng(4).standard_normal(rows.shape, dtype=np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     names = ["cat"] * 300 + ["dog"] * 150 + ["puppy"] * 50 + ["sun"] * 100

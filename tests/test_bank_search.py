@@ -96,7 +96,7 @@ def test_rows_that_fill_up_the_last_block_are_never_retrieved(tmp_path: Path) ->
 
 
 def test_int8_keeps_rows_that_one_byte_would_swap(tmp_path: Path) -> None:
-    """Neighbours are 1e-4 apart: less than rounding to a byte moves a cosine, more than the rest leaves."""
+    """Neighbors are 1e-4 apart: less than rounding to a byte moves a cosine, more than the rest leaves."""
     rng = np.random.default_rng(1)
     query = unit(rng.standard_normal((1, D), dtype=np.float32))
     other = rng.standard_normal((40, D), dtype=np.float32)

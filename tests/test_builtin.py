@@ -36,7 +36,7 @@ def result(builtin_export: ExportResult) -> ExportResult:
 
 @pytest.fixture(scope="module")
 def questions() -> list[tuple[str, str]]:
-    """Sentence and the colour that people say, for every held-out object and unseen template."""
+    """Sentence and the color that people say, for every held-out object and unseen template."""
     lines = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     return [(text, entry["color"]) for entry in map(json.loads, lines) for text in entry["sentences"]]
 

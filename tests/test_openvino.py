@@ -19,7 +19,7 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.makers.openvino_ir import convert_to_ir
-from xadapter_export.exporters.passes.quantise import RECIPES, Rounding, measure_products, round_products
+from xadapter_export.exporters.passes.quantize import RECIPES, Rounding, measure_products, round_products
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export, registry
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.maker import (
@@ -86,7 +86,7 @@ class WholeMaker(GraphMaker):
                     value.const_value = ir.tensor(array * np.float32(factor), name=value.name)
             file = job.empty_scratch() / f"{job.stems['whole']}_{job.precision}.whole"
             file.write_bytes(ir.to_proto(graph).SerializeToString())
-            step = Optimisation(name=f"times {factor}", lossless=False, unit="bytes", before=2, after=1)
+            step = Optimization(name=f"times {factor}", lossless=False, unit="bytes", before=2, after=1)
             yield MadeGraph([step], files={"whole": file})
 
 
@@ -193,7 +193,7 @@ def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportRes
 
 def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> None:
     int8 = bundle.manifest.variant("t", "whole-int8")
-    assert int8.optimisations[-1].name == "times 1.0"
+    assert int8.optimizations[-1].name == "times 1.0"
     assert int8.agreement is not None
     assert int8.agreement.same_top == 1
 

@@ -1,6 +1,6 @@
 """A bundle small enough to check by eye: real tokenizers, real graphs, a PLM and a CLIP of one-hot vectors.
 
-The language model repeats the words of its sentence; the V-expert adds the colour of the pictures that it
+The language model repeats the words of its sentence; the V-expert adds the color of the pictures that it
 retrieves, the T-expert adds "fruit". The reference outputs come from numpy, written apart from the graphs.
 """
 
@@ -324,7 +324,7 @@ def write_bundle(
                     "file": file,
                     "weight_files": [data],
                     "size_bytes": sum((folder / path).stat().st_size for path in (file, data)),
-                    "optimisations": [STEP] if target == "cpu" else [],
+                    "optimizations": [STEP] if target == "cpu" else [],
                     "parity": None if lossy else PROOF | {"num_cells": len(CASES) * num_arrays},
                     "agreement": AGREEMENT if lossy else None,
                 }

@@ -35,14 +35,14 @@ from xadapter_export.model.x_adapter_model import XAdapterModel  # noqa: E402
 _ROOT = Path(__file__).resolve().parents[2]
 _NOTES = (
     "Held-out objects share no word of any name with an object that trained the plug-ins. The language model "
-    "and CLIP have read their names, but no sentence that ties one to a colour.",
+    "and CLIP have read their names, but no sentence that ties one to a color.",
     "The V-expert answers from the held-out objects' own pictures, which are in the bank. The probe on those "
-    "pictures' pixels is the ceiling: how often emoji are drawn in the colour that CoDa's annotators named.",
-    "The T-expert knows colours because CLIP's text tower was trained to match these objects' names to their "
-    "pictures, with captions that name no colour.",
-    "An untrained language model with a V-expert answers colours too: the colour flows from the pictures "
+    "pictures' pixels is the ceiling: how often emoji are drawn in the color that CoDa's annotators named.",
+    "The T-expert knows colors because CLIP's text tower was trained to match these objects' names to their "
+    "pictures, with captions that name no color.",
+    "An untrained language model with a V-expert answers colors too: the color flows from the pictures "
     "through the plug-in. What the trained language model adds is language, which is the second table.",
-    "Training objects that CoDa does not know are labelled with the main colour of their pictures.",
+    "Training objects that CoDa does not know are labeled with the main color of their pictures.",
 )
 
 

@@ -1,10 +1,10 @@
-"""Named pictures of objects: emoji artwork whose licences allow shipping what is made from it.
+"""Named pictures of objects: emoji artwork whose licenses allow shipping what is made from it.
 
-N pictures, C colours (11).
+N pictures, C colors (11).
 
 Source:
     unicode-emoji-json and emojilib (MIT); Noto Emoji and Firefox OS Emoji (Apache-2.0); Fluent Emoji (MIT),
-    as packed for npm by iconify. Colour distributions: CoDa (Paik et al. 2021, Apache-2.0).
+    as packed for npm by iconify. Color distributions: CoDa (Paik et al. 2021, Apache-2.0).
 """
 
 import csv
@@ -32,7 +32,7 @@ _COLOR_WORDS = frozenset(
         *COLORS,
         "gray",
         "color",
-        "colour",
+        "color",
         "colorful",
         "gold",
         "golden",
@@ -52,12 +52,12 @@ class DemoObject:
     """One kind of thing.
 
     Attributes:
-        name: What its pictures are called, without colour words.
+        name: What its pictures are called, without color words.
         names: All that it is called: ``name``, CoDa's singular and plural. Captions draw from these.
-        keywords: Words that people associate with it, without colour words.
+        keywords: Words that people associate with it, without color words.
         group: The Unicode group, such as "Food & Drink".
         coda_name: CoDa's name of it, or None where CoDa does not know it.
-        color_shares: Share of CoDa's annotators' colour mass, in the order of ``COLORS``; empty without CoDa.
+        color_shares: Share of CoDa's annotators' color mass, in the order of ``COLORS``; empty without CoDa.
     """
 
     name: str
@@ -69,7 +69,7 @@ class DemoObject:
 
     @property
     def color(self) -> str | None:
-        """The colour that most of CoDa's annotators' mass is on."""
+        """The color that most of CoDa's annotators' mass is on."""
         return COLORS[int(np.argmax(self.color_shares))] if self.color_shares else None
 
 
@@ -93,7 +93,7 @@ class Material:
 
 
 def without_color_words(text: str) -> str:
-    """Drop colour words, punctuation other than hyphens, and the "face" that ends "dog face"."""
+    """Drop color words, punctuation other than hyphens, and the "face" that ends "dog face"."""
     words = [
         word
         for word in re.sub(r"[^\w -]", "", text.lower()).split()
@@ -103,7 +103,7 @@ def without_color_words(text: str) -> str:
 
 
 def pack_packages(packages: Sequence[str], folder: Path) -> None:
-    """Fetch npm packages with the npm client and unpack each into its folder, licences included."""
+    """Fetch npm packages with the npm client and unpack each into its folder, licenses included."""
     for spec in packages:
         done = subprocess.run(
             ["npm", "pack", "--silent", "--json", spec],

@@ -9,10 +9,10 @@ from train.tables import Grid
 
 
 def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
-    """Colour accuracy of the shipped split, and over the splits."""
+    """Color accuracy of the shipped split, and over the splits."""
     sizes = [split.num_held_out for split in splits]
     return Grid(
-        "Colour of held-out objects, unseen sentences, 11 colours, % right",
+        "Color of held-out objects, unseen sentences, 11 colors, % right",
         (
             "",
             f"shipped ({shipped.num_held_out} objects)",
@@ -41,7 +41,7 @@ def language_grid(splits: Sequence[SplitResult]) -> Grid:
 
     return Grid(
         "Language check: one masked word of sentences that were kept from training",
-        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a colour %"),
+        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
         tuple(row(name) for name in splits[0].language),
     )
 

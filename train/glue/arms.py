@@ -15,7 +15,7 @@ from rich.console import Console
 from train.tables import Grid
 from xadapter_export import XAdapterModel
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
-from xadapter_export.evaluation.labelled import Labelled
+from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.metrics import task_metrics
 from xadapter_export.training import make_config, train
 
@@ -111,7 +111,7 @@ def run_arms(
     return found
 
 
-def score(model: XAdapterModel, data: Labelled, task: str) -> Scores:
+def score(model: XAdapterModel, data: Labeled, task: str) -> Scores:
     """Return what GLUE reports for the task, each number by its name, from -1 or 0 to 1.
 
     Args:

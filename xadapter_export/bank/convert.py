@@ -50,8 +50,8 @@ def noisy_queries(bank: BankReader, count: int, seed: int = 0) -> Float32:
     rows = np.concatenate([bank.rows(row, row + 1) for row in sample_rows(bank, count, seed)])
     noise = np.random.default_rng(seed + 1).standard_normal(rows.shape, dtype=np.float32)
     queries = rows + noise * (_NOISE / np.sqrt(bank.dim))
-    normalised: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-    return normalised
+    normalized: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    return normalized
 
 
 def measure_recall(expected: BankReader, got: BankReader, queries: Float32) -> dict[int, float]:

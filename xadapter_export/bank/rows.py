@@ -56,5 +56,5 @@ def check_lengths(rows: Float32, *, first_row: int = 0) -> None:
         row = int(np.argmax(wrong))
         raise ShapeError(
             f"bank row {first_row + row}: expected a feature of length 1, got {lengths[row]:.4g}; "
-            "normalise the rows"
+            "normalize the rows"
         )

@@ -12,7 +12,7 @@ from xadapter_export.tasks import TASKS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Manifest, Optimisation, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
 
 MIB = 1024 * 1024
 MOST_FILES = 4  # of a deployment; the manifest has all
@@ -38,7 +38,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     console = make_console()
     for name, value in _facts(manifest, verify=verify).items():
         console.print(f"{name:<12}{value}")
-    tables = (_variants, _choices, _deployments, _refused, _optimisations, _tensors, _parameters)
+    tables = (_variants, _choices, _deployments, _refused, _optimizations, _tensors, _parameters)
     for table in (make(manifest) for make in tables):
         if table.row_count:
             console.print()
@@ -128,16 +128,16 @@ def _refused(manifest: "Manifest") -> "Table":
     return table
 
 
-def _optimisations(manifest: "Manifest") -> "Table":
+def _optimizations(manifest: "Manifest") -> "Table":
     table = _table("experts", "variant", "optimization", "saved", "lossless")
     for variant in manifest.variants:
-        for step in variant.optimisations:
+        for step in variant.optimizations:
             lossless = "yes" if step.lossless else "no"
             table.add_row(variant.expert_set, variant.name, step.name, _saved(step), lossless)
     return table
 
 
-def _saved(step: "Optimisation") -> str:
+def _saved(step: "Optimization") -> str:
     share = f", {1 - step.after / step.before:.1%} less" if step.before else ""
     return f"{step.unit} {step.before:,} to {step.after:,}{share}"
 

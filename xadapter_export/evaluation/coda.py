@@ -1,6 +1,6 @@
-"""Does a model know how often people say which colour? Its distribution over colours beside CoDa's.
+"""Does a model know how often people say which color? Its distribution over colors beside CoDa's.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 
 Source:
     Paik et al. 2021, The World of an Octopus (arXiv 2110.08182). The sentences are ours (``prompts.CODA``).
@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.evaluation.color import ColorEvaluation, spread
 from xadapter_export.evaluation.color_answers import answer_colors
-from xadapter_export.evaluation.colour import ColorEvaluation, spread
 from xadapter_export.evaluation.metrics import correlation, jensen_shannon_divergence
 from xadapter_export.evaluation.objects import ObjectSet
 from xadapter_export.evaluation.readings import OnProgress, Reading, ignore_progress
@@ -38,9 +38,9 @@ def evaluate_coda(
     ends_with_stop: bool = True,
     on_progress: OnProgress = ignore_progress,
 ) -> ColorEvaluation:
-    """Compare each object's softmax over the colours with the shares of people who say them.
+    """Compare each object's softmax over the colors with the shares of people who say them.
 
-    Accuracy counts the most probable colour as right where no colour is said by more people. Every number is
+    Accuracy counts the most probable color as right where no color is said by more people. Every number is
     a mean over objects and prompts; a correlation is left out of it where a distribution is constant.
 
     Args:
@@ -52,7 +52,7 @@ def evaluate_coda(
         on_progress: Told after each batch.
 
     Raises:
-        ConfigError: If a colour is not one token of the PLM.
+        ConfigError: If a color is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
         MissingExtraError: If scipy is not installed.
     """
@@ -62,7 +62,7 @@ def evaluate_coda(
     mean = truth.mean(0)
     uniform = np.full(len(colors), 1 / len(colors))
     rows = [
-        # What a guess is right about on average; argmax of equal shares would always say the first colour.
+        # What a guess is right about on average; argmax of equal shares would always say the first color.
         Row("chance", {**_compare(uniform, truth), "accuracy": float(is_top.mean())}, is_baseline=True),
         Row(
             "mean distribution of these objects",
@@ -96,13 +96,13 @@ def evaluate_coda(
         kind="coda",
         model=readings[0].scorer.name,
         data=Path(data.where).name,
-        counts={"objects": len(data.objects), "prompts": len(prompts), "colours": len(colors)},
+        counts={"objects": len(data.objects), "prompts": len(prompts), "colors": len(colors)},
         settings={
             "prompts": prompts_name or None,
             "candidates": ", ".join(colors),
-            "accuracy": "of the most probable colour against the one that most people say",
+            "accuracy": "of the most probable color against the one that most people say",
             "Jensen-Shannon": "divergence, base 2: 0 is best, 1 is worst",
-            "Spearman, Kendall tau-b": "over the colours of an object; -1 to 1",
+            "Spearman, Kendall tau-b": "over the colors of an object; -1 to 1",
             "mean": "over prompts and objects; sd over prompts with n - 1",
         },
         metrics=METRICS,

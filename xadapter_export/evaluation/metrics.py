@@ -1,6 +1,6 @@
 """The numbers that a classifier, a regression or a predicted distribution is judged by.
 
-Dimensions: n texts, L labels, C colours.
+Dimensions: n texts, L labels, C colors.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Objects and the colours that people say they have, read from the files in which such data is published."""
+"""Objects and the colors that people say they have, read from the files in which such data is published."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from xadapter_export.errors import ConfigError, InputTextError
 
-# The basic colour terms of Memory Colors and CoDa.
+# The basic color terms of Memory Colors and CoDa.
 ELEVEN: Final = (
     "black",
     "blue",
@@ -32,14 +32,14 @@ _SUM_TOLERANCE = 0.02  # published shares are rounded
 
 @dataclass(frozen=True)
 class ColoredObject:
-    """An object and its colour.
+    """An object and its color.
 
     Attributes:
         name: The object.
         descriptor: What goes before it in a sentence; may be empty.
         plural: Several of it.
-        color: The colour that most people say.
-        shares: How often each colour is said, adding up to 1; only ``color`` where no more is known.
+        color: The color that most people say.
+        shares: How often each color is said, adding up to 1; only ``color`` where no more is known.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ObjectSet:
     Attributes:
         benchmark: ``memory_colors``, ``color_terms`` or ``coda``, by the file's columns.
         objects: The objects, in the file's order.
-        colors: The colours that occur, in alphabetical order.
+        colors: The colors that occur, in alphabetical order.
         where: The file.
     """
 
@@ -67,7 +67,7 @@ class ObjectSet:
 
 
 def read_colors(path: str | Path) -> ObjectSet:
-    """Read objects with one colour each.
+    """Read objects with one color each.
 
     JSON lines with ``item``, ``label`` and ``descriptor`` as Memory Colors is published, or CSV with
     ``object`` and ``color`` as ColorTerms is; a CSV may have a ``descriptor`` too.
@@ -88,9 +88,9 @@ def read_colors(path: str | Path) -> ObjectSet:
 
 
 def read_distributions(path: str | Path) -> ObjectSet:
-    """Read objects with the share of people who say each colour, as CoDa is published.
+    """Read objects with the share of people who say each color, as CoDa is published.
 
-    CSV with ``object``, ``plural``, perhaps ``annotators``, and a column for each colour. Where there is no
+    CSV with ``object``, ``plural``, perhaps ``annotators``, and a column for each color. Where there is no
     singular ("jeans"), the plural stands for it, without an article.
 
     Raises:
@@ -153,7 +153,7 @@ def select_objects(
 ) -> ObjectSet:
     """Return the objects whose name is in every collection of ``only`` and not in ``leave_out``.
 
-    Names are compared without case, and a plural is the same as its singular. The colours stay those of the
+    Names are compared without case, and a plural is the same as its singular. The colors stay those of the
     whole file.
 
     Raises:

@@ -54,7 +54,7 @@ from xadapter_export.exporters.makers.maker import (
     load_maker,
 )
 from xadapter_export.exporters.onnx_files import hide_taps
-from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
+from xadapter_export.exporters.passes.quantize import Ranges, Rounding, measure_products
 from xadapter_export.exporters.plan import Plan, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
 from xadapter_export.exporters.portable.merge import MergedModel, Part
@@ -335,7 +335,7 @@ class _Builder:
                 if agreement.passes(measured):
                     break
             if not self.judge.leaves_out(measured, expert_set, name):
-                steps = [*material.variant.optimisations, *made.steps]
+                steps = [*material.variant.optimizations, *made.steps]
                 self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
 
     def _ask_fp32(self, expert_set: ExpertSet, portable: Variant) -> None:
@@ -426,7 +426,7 @@ class _Builder:
             query_file=placed.query_file,
             weight_files=placed.weight_files,
             size_bytes=placed.size_bytes,
-            optimisations=tuple(made.steps),
+            optimizations=tuple(made.steps),
             parity=None,
             agreement=measured,
         )

@@ -1,6 +1,6 @@
 """Read a value inside a graph without the onnx package: make it an output by appending a few bytes.
 
-Protobuf merges two serialised messages that are put one after the other: repeated fields are joined, and
+Protobuf merges two serialized messages that are put one after the other: repeated fields are joined, and
 fields that are messages are merged in turn. So a model followed by a second ``ModelProto`` that holds
 nothing but ``graph.output`` entries is the same model with more outputs.
 """
@@ -18,7 +18,7 @@ _LENGTH_DELIMITED = 2  # protobuf's wire type for strings and messages
 
 
 def extra_outputs(names: Iterable[str]) -> bytes:
-    """Return the bytes that, appended to a serialised ``ModelProto``, make the named values outputs.
+    """Return the bytes that, appended to a serialized ``ModelProto``, make the named values outputs.
 
     Only names are written; onnxruntime infers their types.
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+from xadapter_export.bundle.graph_check import check_onnx
 from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.errors import (
     BundleError,
@@ -26,14 +27,15 @@ from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provid
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-# onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
+# onnxruntime fuses a sum and the norm after it into one operator that is not vectorized on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
 def open_onnx(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the targets that onnxruntime runs; see ``create_session``."""
+    """Open a graph of the targets that onnxruntime runs; see ``check_onnx`` and ``create_session``."""
+    check_onnx(file, how.weight_files)
     return create_session(
         file,
         providers=how.providers,

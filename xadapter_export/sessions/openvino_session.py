@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from xadapter_export.bundle.graph_check import check_openvino
 from xadapter_export.errors import BundleError, ConfigError, import_extra
 from xadapter_export.sessions.session import Array, KnownValue, OnnxSession, Opening
 
@@ -86,7 +87,8 @@ class _OpenVinoSession:
 
 
 def open_openvino(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the target ``openvino``; see ``create_openvino_session``."""
+    """Open a graph of the target ``openvino``; see ``check_openvino`` and ``create_openvino_session``."""
+    check_openvino(file)
     return create_openvino_session(file, num_threads=how.num_threads, cache_dir=how.cache_dir)
 
 

@@ -22,6 +22,7 @@ class Opening:
         appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
         weights: Arrays to put in the place of weights of these names, whatever their shape.
         cache_dir: A folder for what the library compiled from this graph; None for nowhere.
+        weight_files: Where the graph may have its weights, relative to its folder; None for anywhere.
     """
 
     providers: Sequence[Provider] | None = None
@@ -29,6 +30,7 @@ class Opening:
     appended: bytes = b""
     weights: Mapping[str, Array] | None = None
     cache_dir: Path | None = None
+    weight_files: frozenset[str] | None = None
 
 
 class Value(Protocol):

@@ -87,7 +87,7 @@ def frozen_features(
 
     Args:
         model: Its PLM below the first adapter, CLIP and bank are run.
-        examples: n tokenised examples.
+        examples: n tokenized examples.
         folder: Where results are kept.
         pool: K, pictures to find for each example.
         with_hidden: Whether to keep hidden states, ``T * H * 4`` bytes for each example.

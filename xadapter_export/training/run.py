@@ -34,7 +34,7 @@ from xadapter_export.errors import (
     XAdapterError,
     import_extra,
 )
-from xadapter_export.evaluation.labelled import Labelled, read_labelled
+from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
@@ -50,7 +50,7 @@ from xadapter_export.training.examples import (
     Examples,
     Masker,
     answered_texts,
-    encode_labelled,
+    encode_labeled,
     encode_masked,
     read_texts,
 )
@@ -91,7 +91,7 @@ class TrainResult:
     Attributes:
         folder: The checkpoint.
         model: The trained model, on the CPU, in evaluation mode.
-        steps: Optimiser steps in all.
+        steps: Optimizer steps in all.
         cache: Folder of the frozen features, which another run can use.
         curve: ``{"step": ..., "loss": ...}`` and evaluations, in the order in which they came.
         record: What ``train.json`` holds.
@@ -133,7 +133,7 @@ def train(
         plm: The frozen PLM, where it is already loaded; else ``config.plm`` is.
         frozen_sha256: Hashes that ``plm``, ``clip`` and ``bank`` must have, by these names.
         on_stage: Called as each stage begins, with its name and what it works on.
-        on_step: Called after each optimiser step with the step, the steps of the phase, and a note.
+        on_step: Called after each optimizer step with the step, the steps of the phase, and a note.
 
     Raises:
         ConfigError: If settings make no sense together, or the run folder holds another run.
@@ -295,11 +295,11 @@ def _random_bank(dim: int, seed: int) -> FeatureBank:
 
 def _calibration(rows: "_Rows", seed: int) -> str:
     """Some of the texts as JSON lines: what the exporter makes and judges lossy variants with."""
-    if rows.labelled is not None:
-        pairs = rows.labelled.pairs or [None] * len(rows.labelled.texts)
+    if rows.labeled is not None:
+        pairs = rows.labeled.pairs or [None] * len(rows.labeled.texts)
         lines = [
             {"sentence": text} if pair is None else {"sentence1": text, "sentence2": pair}
-            for text, pair in zip(rows.labelled.texts, pairs, strict=True)
+            for text, pair in zip(rows.labeled.texts, pairs, strict=True)
         ]
     else:
         texts = [text for group in rows.texts for text in group]
@@ -310,16 +310,16 @@ def _calibration(rows: "_Rows", seed: int) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the files hold: labelled texts, or lists of texts."""
+    """What the files hold: labeled texts, or lists of texts."""
 
-    labelled: Labelled | None
-    watched: Labelled | None
+    labeled: Labeled | None
+    watched: Labeled | None
     texts: tuple[list[Any], ...]
     watched_texts: list[Any] | None
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return () if self.labelled is None else self.labelled.label_names
+        return () if self.labeled is None else self.labeled.label_names
 
 
 def _read_rows(config: TrainConfig) -> _Rows:
@@ -338,12 +338,12 @@ def _read_rows(config: TrainConfig) -> _Rows:
     if len(config.train_files) > 1:
         raise ConfigError("training with labels needs exactly one training file", got=len(config.train_files))
     data = config.train_files[0] if config.train_files else config.glue_data
-    labelled = read_labelled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
-    names = {**columns, "labels": None if labelled.is_regression else labelled.label_names}
+    labeled = read_labeled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
+    names = {**columns, "labels": None if labeled.is_regression else labeled.label_names}
     held_out = None
     if config.eval_file is not None or config.glue is not None:
-        held_out = read_labelled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
-    return _Rows(labelled, held_out, (), None)
+        held_out = read_labeled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
+    return _Rows(labeled, held_out, (), None)
 
 
 def _make_sources(
@@ -356,10 +356,8 @@ def _make_sources(
 ) -> tuple[list[Source], Source | None]:
     encoder = model.text_encoder
 
-    def labelled(entry: Labelled) -> Examples:
-        return encode_labelled(
-            encoder, entry.texts, entry.pairs, entry.labels, regression=entry.is_regression
-        )
+    def labeled(entry: Labeled) -> Examples:
+        return encode_labeled(encoder, entry.texts, entry.pairs, entry.labels, regression=entry.is_regression)
 
     def masked(texts: list[Any], where: str, seed: int) -> Examples:
         answered = [row for row in texts if isinstance(row, dict)]
@@ -394,9 +392,9 @@ def _make_sources(
         return Source(examples, features, weight)
 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if rows.labelled is not None:
-        watched = None if rows.watched is None else source(labelled(rows.watched), "held-out texts")
-        return [source(labelled(rows.labelled), "training texts")], watched
+    if rows.labeled is not None:
+        watched = None if rows.watched is None else source(labeled(rows.watched), "held-out texts")
+        return [source(labeled(rows.labeled), "training texts")], watched
     weights = config.train_weights or (1,) * len(rows.texts)
     sources = [
         source(masked(texts, name, config.seed), f"texts of {Path(name).name}", weight)

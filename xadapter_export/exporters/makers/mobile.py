@@ -69,7 +69,7 @@ class MobileMaker(Deployer):
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Has onnxruntime save the graph in its own format, weights inside, optimised for any CPU."""
+    """Has onnxruntime save the graph in its own format, weights inside, optimized for any CPU."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, MadeGraph
-from xadapter_export.exporters.passes.quantise import (
+from xadapter_export.exporters.passes.quantize import (
     KEPT,
     RECIPES,
     Recipe,
@@ -70,7 +70,7 @@ class OpenVinoMaker(GraphMaker):
                 rounding=material.rounding,
             )
             size, before = sum(each.stat().st_size for each in file.parent.iterdir()), portable.size_bytes
-            step = Optimisation(name=name, lossless=False, unit="bytes", before=before, after=size)
+            step = Optimization(name=name, lossless=False, unit="bytes", before=before, after=size)
             yield MadeGraph([step] if precision != "fp32" else [], files={"whole": file})
 
 
@@ -100,10 +100,10 @@ def convert_to_ir(
         calibration: Inputs to measure the ranges of activations with, arrays by name; for ``int8``.
         weights_only: Whether ``int8`` measures no ranges: activations are rounded at each run instead, in
             groups of 64, which is more exact and slower.
-        blocks: A recipe of ``quantise`` for ``int8``, with a scale for each few weights, whose activations
+        blocks: A recipe of ``quantize`` for ``int8``, with a scale for each few weights, whose activations
             stay float32: the most exact, and the slowest. Its ``tables`` and ``clip`` may be 32.
-        rounding: As ``quantise.quantise``: curvatures for ``blocks``, and otherwise the int8 weights that
-            ``quantise.round_products`` found. A weight that is in neither is rounded to the nearest number.
+        rounding: As ``quantize.quantize``: curvatures for ``blocks``, and otherwise the int8 weights that
+            ``quantize.round_products`` found. A weight that is in neither is rounded to the nearest number.
 
     Raises:
         MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
@@ -132,7 +132,7 @@ def convert_to_ir(
         _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
         if is_calibrated:
             weights = _round_products(model, rounding.rows)
-            model = _quantise(model, calibration)
+            model = _quantize(model, calibration)
             _restore_weights(model, weights)
         elif precision == "int4":
             model = _compress_int4(model)
@@ -174,7 +174,7 @@ def _gather_whole_rows(model: Any) -> None:
 def _select_masks(model: Any) -> None:
     """Writes ``masked * lowest`` as a choice between ``lowest`` and 0, the same numbers.
 
-    OpenVINO takes an integer mask that is converted, subtracted and multiplied for a dequantisation, and
+    OpenVINO takes an integer mask that is converted, subtracted and multiplied for a dequantization, and
     moves its factor of -3.4e38 to the far side of the sum with the attention scores, which are then lost.
     """
     ops = _ops()
@@ -186,7 +186,7 @@ def _select_masks(model: Any) -> None:
 
 
 def _round_products(model: Any, rows: Mapping[str, SmoothRows]) -> dict[str, tuple[Any, Any]]:
-    """Gives products the weights that ``quantise`` rounded, and returns these by the name of the product.
+    """Gives products the weights that ``quantize`` rounded, and returns these by the name of the product.
 
     NNCF would round them anew, and on a processor without int8 dot products sums of such products overflow.
     """
@@ -285,8 +285,8 @@ def _copy_axes(model: Any) -> None:
 def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
     """Makes embedding tables int8 by rows, and a decoder that shares one.
 
-    Rows are looked up in int8 and their scales beside them. A plain dequantised table would be the same, but
-    OpenVINO makes all of it float32 at load where activations are quantised.
+    Rows are looked up in int8 and their scales beside them. A plain dequantized table would be the same, but
+    OpenVINO makes all of it float32 at load where activations are quantized.
     """
     ops = _ops()
     for table, name, lookups in _tables(model):
@@ -359,7 +359,7 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
             _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
 
 
-def _quantise(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:
+def _quantize(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:
     """Makes weights and activations of the remaining products int8."""
     nncf, ranges = import_openvino("nncf"), import_openvino("nncf.quantization.range_estimator")
     names = [port.get_any_name() for port in model.inputs]

@@ -1,6 +1,6 @@
 """A model repository for Triton Inference Server: a proven graph, its weights, and how to serve it.
 
-The graph takes token ids, so that there is no ensemble and no Python in the server; clients tokenise. Its
+The graph takes token ids, so that there is no ensemble and no Python in the server; clients tokenize. Its
 configuration is made as NVIDIA's own protobuf, read back from the text that is written, and compared with
 what onnxruntime, which Triton runs it with, says of the ONNX file.
 
@@ -158,7 +158,7 @@ def _configure(
 
 
 def _type_outputs(model: ir.Model, spec: ExpertSetSpec) -> None:
-    """Writes the axes of the outputs into the graph: passes that quantise leave some of them out."""
+    """Writes the axes of the outputs into the graph: passes that quantize leave some of them out."""
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
         value.shape = ir.Shape(tensor.axes)
 

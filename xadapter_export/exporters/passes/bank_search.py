@@ -9,7 +9,7 @@ loads. What measured best instead:
   float32 copy of the bank is ever made.
 - ``int8``: one byte a number is searched with integer products, the best candidates are rescored from two
   bytes a number: the codes again, and what they leave over, as int8 in steps of 1/254 of a code. Rounding to
-  one byte moves a cosine by up to 2e-3, enough to swap neighbours; with the rest it is 1e-5, where float16
+  one byte moves a cosine by up to 2e-3, enough to swap neighbors; with the rest it is 1e-5, where float16
   rows, at the same two bytes, would be off by 7e-5. onnxruntime keeps a packed copy of the codes; what is
   rescored stays memory-mapped.
 
@@ -26,7 +26,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantise_rows
+from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantize_rows
 from xadapter_export.errors import ParityError
 
 BankPrecision = Literal["fp32", "fp16", "int8"]
@@ -221,7 +221,7 @@ def _search_fp16(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
 
 def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Sequence[ir.Value]:
     n, d = rows.shape
-    codes, rest, scales = quantise_rows(rows)
+    codes, rest, scales = quantize_rows(rows)
     g, s = codes.shape[1:]
     scale = tape.weight("bank_scales", scales)
     scores = tape.op(  # (B, N)

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ParityError
 
 CONTRIB = "com.microsoft"
@@ -153,7 +153,7 @@ CPU_PASSES: dict[str, Callable[[ir.Model], int]] = {
 }
 
 
-def run_pass(name: str, model: ir.Model, expected: int) -> Optimisation | None:
+def run_pass(name: str, model: ir.Model, expected: int) -> Optimization | None:
     """Runs one of ``CPU_PASSES`` in place.
 
     Returns:
@@ -170,7 +170,7 @@ def run_pass(name: str, model: ir.Model, expected: int) -> Optimisation | None:
         raise ParityError(f"pass {name}", expected=f"{expected} patterns", got=got, hint="please report this")
     if not got:
         return None
-    return Optimisation(name=name, lossless=True, unit="nodes", before=before, after=len(model.graph))
+    return Optimization(name=name, lossless=True, unit="nodes", before=before, after=len(model.graph))
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

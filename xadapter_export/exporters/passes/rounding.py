@@ -84,7 +84,7 @@ def measure_inputs(
         feeds: Inputs of the graph, by name.
         curvatures: Gets those of the products that it lacks. Products of one input share an array.
     """
-    if not inputs:  # a small tower has no product that is quantised
+    if not inputs:  # a small tower has no product that is quantized
         return {}
     values = list(dict.fromkeys(inputs.values()))
     model.graph.outputs.extend(value for value in values if not value.is_graph_output())

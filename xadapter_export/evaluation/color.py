@@ -1,6 +1,6 @@
-"""Which colour does an object have? Accuracy as Memory Colors and ColorTerms are scored.
+"""Which color does an object have? Accuracy as Memory Colors and ColorTerms are scored.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class ColorEvaluation:
     answers: tuple[ColorAnswers, ...]
 
 
-def evaluate_colour(
+def evaluate_color(
     readings: Sequence[Reading],
     data: ObjectSet,
     prompts: Sequence[str],
@@ -62,21 +62,21 @@ def evaluate_colour(
     published: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> ColorEvaluation:
-    """Score how often the right colour is the most probable one.
+    """Score how often the right color is the most probable one.
 
     Args:
         readings: The rows.
         data: The objects.
         prompts: P prompts.
         prompts_name: What to call them in the report.
-        candidates: Colours that may be answered; those that occur in the data's file if None. An empty word
+        candidates: Colors that may be answered; those that occur in the data's file if None. An empty word
             is ignored.
         ends_with_stop: Whether a full stop follows a mask that goes after the last word.
         published: Whether to add the published figures for the same benchmark.
         on_progress: Told after each batch.
 
     Raises:
-        ConfigError: If an object's colour is not among the candidates, or one is not one token of the PLM.
+        ConfigError: If an object's color is not among the candidates, or one is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
     """
     words = data.colors if candidates is None else [word.strip() for word in candidates]
@@ -128,10 +128,10 @@ def evaluate_colour(
     if published:
         settings["published"] = "on all objects of the benchmark, each with its own prompts"
     evaluation = Evaluation(
-        kind="colour",
+        kind="color",
         model=readings[0].scorer.name,
         data=Path(data.where).name,
-        counts={"objects": len(data.objects), "prompts": len(prompts), "colours": len(colors)},
+        counts={"objects": len(data.objects), "prompts": len(prompts), "colors": len(colors)},
         settings=settings,
         metrics=METRICS,
         rows=tuple(rows),

@@ -1,7 +1,7 @@
-"""``python -m train.colour``: does a V-expert teach a PLM the colours of objects it was never told about?
+"""``python -m train.color``: does a V-expert teach a PLM the colors of objects it was never told about?
 
 Any PLM, CLIP and bank whose captions are the recipe's object names; by default the pretrained MiniLM with the
-built-in CLIP and bank. Runs are kept under ``build/colour``; an interrupted recipe goes on after the last arm
+built-in CLIP and bank. Runs are kept under ``build/color``; an interrupted recipe goes on after the last arm
 that was finished.
 """
 
@@ -16,9 +16,9 @@ import click
 import torch
 from rich.console import Console
 
-from train.colour.laboratory import Arm, ArmResult, Laboratory, from_json, to_json
-from train.colour.mlm_head import HeadSettings, train_head
-from train.colour.published import hold_out_named, score_published
+from train.color.laboratory import Arm, ArmResult, Laboratory, from_json, to_json
+from train.color.mlm_head import HeadSettings, train_head
+from train.color.published import hold_out_named, score_published
 from train.demo import pictures, text
 from train.demo.plm import split_corpus
 from train.demo.plugin import (
@@ -53,15 +53,15 @@ _ROWS = (
 _NOTES = (
     "Held-out objects share no word of any name with an object that trained the plug-ins, and are asked for "
     "in sentences that nothing was trained on. CLIP has seen their pictures, with captions that name no "
-    "colour.",
+    "color.",
     "The text-only control is the same adapter, trained on the same texts, attending to 16 random rows in "
     "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both "
     "experts.",
-    "MiniLM comes without an MLM head. One was trained over the frozen encoder, on facts without colours and "
-    "on sentences whose colours have nothing to do with their objects.",
+    "MiniLM comes without an MLM head. One was trained over the frozen encoder, on facts without colors and "
+    "on sentences whose colors have nothing to do with their objects.",
     "The static bank is searched by the PLM's own states: one softmax over all pairs of token and prototype, "
     "with a learned key for each prototype, taught to look where CLIP would search, on sentences that name "
-    "all objects but no colour. It needs no CLIP to run. Taught on the training objects' names alone it "
+    "all objects but no color. It needs no CLIP to run. Taught on the training objects' names alone it "
     "cannot know where to look for the others: that row is among the ablations.",
 )
 
@@ -74,7 +74,7 @@ _NOTES = (
     "--memory-colors", type=click.Path(path_type=Path), help="Memory Colors' JSON lines, to score on as well."
 )
 @click.option("--color-terms", type=click.Path(path_type=Path), help="ColorTerms' CSV, likewise.")
-@click.option("--work", type=click.Path(path_type=Path), default=_ROOT / "build" / "colour", help="Runs.")
+@click.option("--work", type=click.Path(path_type=Path), default=_ROOT / "build" / "color", help="Runs.")
 @click.option(
     "--results", type=click.Path(path_type=Path), default=_ROOT / "docs" / "results.md", help="Tables."
 )
@@ -249,7 +249,7 @@ def main(
             grids.append(grid)
             notes.append(note)
     seeds = f"splits and seeds {', '.join(map(str, splits))}"
-    write_results(results, "train.colour", grids, notes, seeds)
+    write_results(results, "train.color", grids, notes, seeds)
     total_s = sum(stages.elapsed_s(name) for name in stages.names)
     console.print(f"All stages took {total_s / 60:.1f} min. Runs: {work}; tables: {results}")
 
@@ -287,9 +287,9 @@ def ablations(static: dict[str, Any], training: dict[str, Any]) -> dict[str, Arm
 
 
 def color_grid(found: list[ArmResult], sizes: list[int], plm: str) -> Grid:
-    """Colour accuracy over the splits."""
+    """Color accuracy over the splits."""
     return Grid(
-        f"Colour of held-out objects on {plm}, unseen sentences, 11 colours, % right",
+        f"Color of held-out objects on {plm}, unseen sentences, 11 colors, % right",
         (
             "",
             *(f"split {n}" for n in range(1, len(found) + 1)),
@@ -322,7 +322,7 @@ def language_grid(found: list[ArmResult], plm: str) -> Grid:
 
     return Grid(
         f"Language check on {plm}: one masked word of sentences that were kept from training",
-        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a colour %"),
+        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
         tuple(row(name) for name in (_FROZEN, _TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC)),
     )
 
@@ -333,7 +333,7 @@ def ablation_grid(
     """Accuracy of each ablation on the first splits, and the language check where it was made."""
     return Grid(
         f"Ablations after {steps} steps each, held-out objects, % right (differences under 6 mean nothing)",
-        ("", *(f"split {n}" for n in range(1, len(chosen) + 1)), "mean", "answers that are a colour %"),
+        ("", *(f"split {n}" for n in range(1, len(chosen) + 1)), "mean", "answers that are a color %"),
         tuple(
             (
                 name,
