@@ -96,8 +96,7 @@ def build_index(
         OutputWriteError: If it cannot be written.
     """
     options = options or IndexOptions()
-    reader = BankReader(bank)
-    stored = BankRows(Path(bank) / FEATURES_NAME)
+    reader, stored = BankReader(bank), BankRows(Path(bank) / FEATURES_NAME)
     lists = _plan_lists(stored, kind, options)
     library = import_lancedb() if kind == "lancedb" else import_extra("faiss", "faiss")
     with staged_folder(output, force=force, marker=INDEX_RECORD_NAME) as staged:
@@ -119,14 +118,17 @@ def build_index(
             files=list_files(staged.path),
             created_with=package_versions(("xadapter-export", "faiss-cpu", "lancedb")),
         )
-        path = staged / INDEX_RECORD_NAME
-        path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_record(staged.path, record)
         if options.num_queries:
             say(f"recall of {options.num_queries} queries")
             found = measure_index_recall(staged.path, reader, stored, options.num_queries)
             record = record.model_copy(update={"recall": found})
-            path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            _write_record(staged.path, record)
     return record
+
+
+def _write_record(folder: Path, record: IndexRecord) -> None:
+    (folder / INDEX_RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def measure_index_recall(
