@@ -27,7 +27,6 @@ from xadapter_export.exporters.judge.agreement import (
     collect,
     compare,
     make_probe,
-    measure,
     points_lost,
     read_questions,
     share_of_same_rows,
@@ -45,14 +44,21 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.encoders import load_encoders
-from xadapter_export.sessions.onnx_session import create_session
-from xadapter_export.sessions.session import Array
+from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.session import Array, Opening
+from xadapter_export.targets import Precision
 
 ROOT = Path(__file__).parents[1]
 COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 MASKED = CalibrationTexts(("a banana is [MASK]", "the [MASK] of a lime is [MASK].", "[MASK] cherry") * 4)
 PLAIN = CalibrationTexts(("a banana is yellow", "the color of a lime", "red cherry and lime") * 4)
 MISSING = Path("missing.txt")
+
+
+def measure(reference: Runner, candidate: Runner, probe: Probe, precision: Precision, name: str) -> Agreement:
+    """Ask both graphs and compare."""
+    said = collect(reference, probe, "fp32"), collect(candidate, probe, name)
+    return compare(*said, probe, precision)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def open_graph(
     manifest = bundle.manifest
     spec = manifest.expert_sets[experts]
     encoder = load_encoders(bundle)[1]
-    runner = as_runner(create_session(bundle.file(manifest.variant(experts).file), num_threads=1))
+    runner = as_runner(open_onnx(bundle.file(manifest.variant(experts).file), Opening(num_threads=1)))
     return runner, make_probe(encoder, spec, manifest.task, texts, questions)
 
 
