@@ -59,7 +59,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
         precisions=("fp32", "fp16"),
         targets=("tensorrt-rtx", "tensorrt"),
         min_agreement=0.0,
-        deploy_options=DeployOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
+        profile={"batch": (1, 4)},
+        compute_capabilities=("sm75", "sm86+sm89"),
     )
 
 
@@ -463,7 +464,7 @@ def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp
                 tmp_path / "bundle",
                 "none",
                 targets=("tensorrt",),
-                deploy_options=DeployOptions(dict(profile)),
+                profile=dict(profile),
                 on_stage=lambda stage, _: stages.append(stage),
             )
     assert stages == []

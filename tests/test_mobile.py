@@ -103,7 +103,7 @@ def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     [
         ({"precisions": ("fp32", "fp16")}, "precision fp16 is not available for target mobile"),
         ({"profile": {"batch": (1, 8)}}, "a profile for this axis: profile batch; .* tensorrt or triton"),
-        ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
+        ({"compute_capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
         ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "a profile for this axis: profile seq"),
         ({"targets": ("mobil",)}, "unknown target: mobil "),
         ({"targets": (), "precisions": ("fp61",)}, "unknown precision: fp61 "),
@@ -114,9 +114,7 @@ def test_what_no_target_takes_is_refused_before_the_model_loads(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     from xadapter_export import export
-    from xadapter_export.exporters.makers.maker import DeployOptions
 
     asked = {"experts": "t", "targets": ("mobile",), **options}
-    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
     with pytest.raises(ConfigError, match=said):
-        export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)
+        export("nowhere", tmp_path / "bundle", **asked)

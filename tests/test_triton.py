@@ -23,7 +23,6 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters.makers.maker import DeployOptions
 from xadapter_export.exporters.makers.triton import check_repository
 from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Opening
@@ -53,7 +52,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration=folder / "texts.txt",
         min_agreement=0,
         max_points_lost=100,
-        deploy_options=DeployOptions(profile={"batch": (1, 8)}),
+        profile={"batch": (1, 8)},
     ).folder
 
 
