@@ -301,7 +301,7 @@ def test_a_tap_that_is_not_in_the_graph(broken: Path) -> None:
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BundleError, match=r"cannot load the graph: .*m\.onnx"):
+    with pytest.raises(BundleError, match=r"the graph cannot be read: .*m\.onnx"):
         open_onnx(tmp_path / "m.onnx")
 
 
