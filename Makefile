@@ -56,8 +56,9 @@ imports: $(STAMP) ## Check that imports go one way (import-linter).
 house: $(STAMP) ## Count where names are compared outside their rooms.
 	$(BIN)/python -m tests.test_house
 
-docs: $(STAMP) ## Write docs/cli.md from what --help says.
+docs: $(STAMP) ## Write docs/cli.md from what --help says, and draw the map of the code.
 	$(BIN)/python -m docs.cli_reference
+	$(BIN)/python -m docs.house_map
 
 bench: $(STAMP) ## Time bundles against other exporters and engines, and the search of the bank: under 20 minutes.
 	$(BIN)/python -m benchmarks.latency

@@ -8,7 +8,7 @@ import pytest
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.onnx_session import create_session
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
@@ -28,8 +28,8 @@ def test_ort_file_answers_as_the_graph_that_it_was_made_from(phone: "ExportResul
     session = XAdapterSession.load(phone.folder, variant="onnx-fp32")
     for deployment in phone.manifest.deployments:
         variant = phone.manifest.variant("t", deployment.source)
-        graph = open_onnx(phone.folder / variant.file)
-        ort_file = open_onnx(phone.folder / deployment.files[0])
+        graph = create_session(phone.folder / variant.file)
+        ort_file = create_session(phone.folder / deployment.files[0])
         for texts in (TEXTS[:1], TEXTS):
             arrays = session._clip_encoder.encode(texts)
             feed = {value.name: arrays[value.name] for value in graph.get_inputs()}

@@ -27,7 +27,7 @@ from xadapter_export.exporters.makers.maker import (
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.choose import choices_of
-from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import OnnxSession, Opening
 from xadapter_export.targets import (
     CPU_PROVIDER,
@@ -91,7 +91,7 @@ class WholeMaker(GraphMaker):
 
 
 def open_whole(file: Path, how: Opening) -> OnnxSession:
-    return open_onnx(file, Opening(num_threads=how.num_threads))
+    return create_session(file, Opening(num_threads=how.num_threads))
 
 
 WHOLE = Target(

@@ -1,12 +1,13 @@
 """The tables of results, for the terminal and for ``docs/results.md``."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from xadapter_export.bundle.machine import read_machine
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def write_results(path: Path, recipe: str, grids: Sequence[Grid], notes: Sequenc
     section = [
         begin,
         "",
-        f"Printed by `python -m {recipe}`, {seeds}, on {platform.machine()} with 2 threads.",
+        f"Printed by `python -m {recipe}`, {seeds}, on {read_machine()}.",
         "",
     ]
     for grid in grids:

@@ -8,7 +8,7 @@ Source:
     onnx/onnx.proto (onnx 1.23) for the numbers of the fields; protobuf's encoding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,13 +215,33 @@ def parse(data: bytes) -> list[Field]:
     Raises:
         ValueError: If it is no message.
     """
-    fields, at = [], 0
+    return [
+        Field(number, wire, payload if isinstance(payload, int) else bytes(payload))
+        for number, wire, payload in _split(memoryview(data))
+    ]
+
+
+def messages(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and bytes of the fields of a message that have bytes, without a copy.
+
+    Raises:
+        ValueError: If it is no message.
+    """
+    for number, wire, payload in _split(data):
+        if wire == _BYTES and not isinstance(payload, int):
+            yield number, payload
+
+
+def _split(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+    at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
+        if tag >= 1 << 32:  # other readers drop the upper bits, and find another field
+            raise ValueError("a field's number is too large")
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
             value, at = _read_varint(data, at)
-            fields.append(Field(number, wire, value))
+            yield number, wire, value
             continue
         if wire == _BYTES:
             size, at = _read_varint(data, at)
@@ -231,9 +251,8 @@ def parse(data: bytes) -> list[Field]:
             raise ValueError(f"wire type {wire}")
         if at + size > len(data):
             raise ValueError("a field that is cut short")
-        fields.append(Field(number, wire, data[at : at + size]))
+        yield number, wire, data[at : at + size]
         at += size
-    return fields
 
 
 def serialize(fields: list[Field]) -> bytes:
@@ -259,14 +278,15 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # as nearly all are
+        return data[at], at + 1
+    value = 0
+    for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
         if byte < 0x80:
-            return value, at
+            return value, at + shift // 7 + 1
+    raise ValueError("a number that is cut short or too long")
 
 
 def _read_weight(fields: list[Field]) -> Weight:

@@ -595,9 +595,7 @@ def _write_page(path: Path, page: str) -> None:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[tuple[OnNote, OnPictures]]":
     """Show on stderr what happens: a bar on a terminal, a line now and then elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = make_console(stderr=True)
     if quiet:
         yield (lambda _note: None), (lambda _done, _total: None)
     elif console.is_terminal:

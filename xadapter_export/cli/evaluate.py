@@ -535,10 +535,9 @@ def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[OnProgress]":
     """Show the row at work on stderr: a bar on a terminal, a line for each row elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = make_console(stderr=True)
     start = time.monotonic()
     if quiet:
         yield lambda *_: None

@@ -373,9 +373,7 @@ def _proof(variant: "Variant") -> str:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[OnStage]":
     """Shows the stage at work on stderr: a spinner on a terminal, a line for each stage elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = make_console(stderr=True)
     start = time.monotonic()
 
     def say(stage: str, detail: str) -> str:

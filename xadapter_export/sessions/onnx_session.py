@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+from xadapter_export.bundle.graph_check import check_onnx
 from xadapter_export.bundle.graph_file import with_weights
 from xadapter_export.errors import (
     BundleError,
@@ -31,7 +32,13 @@ _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
-def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
+def open_onnx(file: Path, how: Opening) -> OnnxSession:
+    """Open a graph of the targets that onnxruntime runs; see ``check_onnx`` and ``create_session``."""
+    check_onnx(file, how.weight_files)
+    return create_session(file, how)
+
+
+def create_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load a graph into onnxruntime.
 
     Args:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.graph_check import beside
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.sessions.retrieval import Retriever, open_retriever
@@ -28,9 +29,10 @@ def open_variant(
     Raises:
         UnsupportedError: As ``open_graph``.
         MissingExtraError: If what runs the target is not installed.
-        ProviderError: As ``open_onnx``.
+        ProviderError: As ``create_session``.
         ConfigError: If ``cache_dir`` cannot be written.
-        BundleError: If a file is missing, or its library cannot load the graph.
+        BundleError: If a file is missing, the graph could do harm (``bundle.graph_check``), or its library
+            cannot load it.
     """
     if variant.query_file is not None:
 
@@ -45,6 +47,7 @@ def open_variant(
     if how.cache_dir is not None:
         hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
         how = replace(how, cache_dir=how.cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16])
+    how = replace(how, weight_files=beside(variant.file, variant.weight_files))
     return open_graph(variant.target, bundle.file(variant.file), how)
 
 

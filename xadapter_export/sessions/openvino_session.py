@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from xadapter_export.bundle.graph_check import check_openvino
 from xadapter_export.errors import BundleError, ConfigError, import_extra
 from xadapter_export.sessions.session import AS_IT_IS, Array, KnownValue, OnnxSession, Opening
 
@@ -85,7 +86,13 @@ class _OpenVinoSession:
         return [_describe(port) for port in self._compiled.outputs]
 
 
-def open_openvino(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
+def open_openvino(file: Path, how: Opening) -> OnnxSession:
+    """Open a graph of the target ``openvino``; see ``check_openvino`` and ``create_openvino_session``."""
+    check_openvino(file)
+    return create_openvino_session(file, how)
+
+
+def create_openvino_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load OpenVINO's own form of a graph into OpenVINO's CPU engine.
 
     Whatever the file does not hold as int8 or int4 is computed in float32. The weights are mapped from the

@@ -24,6 +24,7 @@ class Opening:
         appended: Bytes to put after the model's, which protobuf merges into it; see ``extra_outputs``.
         weights: Arrays to put in the place of weights of these names, whatever their shape.
         cache_dir: A folder for what the library compiled from this graph; None for nowhere.
+        weight_files: Where the graph may have its weights, relative to its folder; None for anywhere.
 
     Raises:
         ConfigError: If ``num_threads`` is below 1.
@@ -34,6 +35,7 @@ class Opening:
     appended: bytes = b""
     weights: Mapping[str, Array] | None = None
     cache_dir: Path | None = None
+    weight_files: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:

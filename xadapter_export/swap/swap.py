@@ -35,7 +35,7 @@ from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.recorded import record
 from xadapter_export.parity.reference import SCORES, read_reference, reference_feeds, sample_reference
-from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.retrieval import open_retriever
 from xadapter_export.sessions.session import Array, OnnxSession, Opening
@@ -268,9 +268,9 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
         searches = bank.retrieval == "topk" and retriever is None
         query = GraphFile(file.read_bytes(), file).query_of_bank() if searches else "query"
         session: OnnxSession
-        asked = session = open_onnx(file, Opening(appended=extra_outputs([query] if searches else [])))
+        asked = session = create_session(file, Opening(appended=extra_outputs([query] if searches else [])))
         if variant.query_file is not None:
-            answer = open_onnx(new.file(variant.file))
+            answer = create_session(new.file(variant.file))
             session = SplitSession(asked, answer, spec, variant.query_file, retriever)
         for case, feed in reference_feeds(reference, spec).items():
             right = all(np.isfinite(array).all() for array in session.run(outputs, feed))

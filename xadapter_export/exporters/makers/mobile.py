@@ -16,7 +16,7 @@ from xadapter_export.errors import ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
 from xadapter_export.parity.reference import read_reference, reference_feeds
-from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.targets import CPU_PROVIDER
 
 # onnxruntime-android (Maven), onnxruntime-objc and onnxruntime-c (CocoaPods) are full builds: "all types and
@@ -109,7 +109,7 @@ def _prove(job: DeployJob, target: Path) -> float:
             differs.
     """
     variant, reference = job.variant, read_reference(Bundle(job.folder, job.manifest))
-    graph, phone = open_onnx(job.folder / variant.file), open_onnx(target)
+    graph, phone = create_session(job.folder / variant.file), create_session(target)
     names = [value.name for value in graph.get_outputs()]
     largest = 0.0
     for case, feed in reference_feeds(reference, job.manifest.expert_sets[variant.expert_set]).items():
