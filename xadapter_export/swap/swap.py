@@ -38,8 +38,7 @@ from xadapter_export.parity.reference import SCORES, read_reference, reference_f
 from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.retrieval import open_retriever
-from xadapter_export.sessions.session import Array, OnnxSession, Opening
-from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.sessions.session import Array, Opening
 from xadapter_export.swap.files import SwappedFiles
 from xadapter_export.swap.weights import BankWeights
 from xadapter_export.targets import TARGETS
@@ -267,11 +266,8 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
         retriever = open_retriever(new, None) if spec.searches_outside else None
         searches = bank.retrieval == "topk" and retriever is None
         query = GraphFile(file.read_bytes(), file).query_of_bank() if searches else "query"
-        session: OnnxSession
-        asked = session = open_onnx(file, Opening(appended=extra_outputs([query] if searches else [])))
-        if variant.query_file is not None:
-            answer = open_onnx(new.file(variant.file))
-            session = SplitSession(asked, answer, spec, variant.query_file, retriever)
+        asked = open_onnx(file, Opening(appended=extra_outputs([query] if searches else [])))
+        session = asked if variant.query_file is None else open_variant(new, variant, retriever=retriever)
         for case, feed in reference_feeds(reference, spec).items():
             right = all(np.isfinite(array).all() for array in session.run(outputs, feed))
             if bank.retrieval == "topk":

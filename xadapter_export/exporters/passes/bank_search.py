@@ -26,6 +26,7 @@ from onnx_ir.tape import Tape
 
 from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantize_rows
 from xadapter_export.errors import ParityError
+from xadapter_export.exporters.passes.fuse import CONTRIB, only_user
 
 BankPrecision = Literal["fp32", "int8"]
 
@@ -76,7 +77,7 @@ def search_bank(model: ir.Model, precision: BankPrecision) -> None:
             del model.graph.initializers[str(value.name)]
     tape.register_initializers()
     if precision == "int8":
-        model.opset_imports["com.microsoft"] = 1
+        model.opset_imports[CONTRIB] = 1
     after = [(str(value.name), value.dtype) for value in model.graph.outputs]
     if before != after or _match(model) is not None:
         raise ParityError("the search of the bank was not rewritten", expected=before, got=after)
@@ -135,8 +136,8 @@ def _match(model: ir.Model) -> _Search | None:
     transpose, gather = by_type.get("Transpose"), by_type.get("GatherND") or by_type.get("Gather")
     if len(bank.uses()) != 2 or transpose is None or gather is None:
         return None
-    matmul = _only_user(transpose, "MatMul")
-    topk = None if matmul is None else _only_user(matmul, "TopK")
+    matmul = only_user(transpose.outputs[0], "MatMul")
+    topk = None if matmul is None else only_user(matmul.outputs[0], "TopK")
     if matmul is None or topk is None or topk.inputs[1] is None or topk.inputs[1].const_value is None:
         return None
     places, query, index = topk.outputs[1], matmul.inputs[0], gather.inputs[1]
@@ -152,11 +153,6 @@ def _match(model: ir.Model) -> _Search | None:
         return None
     k = int(topk.inputs[1].const_value.numpy().item())
     return _Search(bank, query, nodes, (topk.outputs[0], places, gather.outputs[0]), k)
-
-
-def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
-    users = [user for user, _ in node.outputs[0].uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
 def _rows(bank: ir.Value) -> NDArray[np.float32]:
@@ -184,7 +180,7 @@ def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
         "MatMulNBits",
         [search.query, tape.weight("bank_search", codes), scale],
         {"K": d, "N": n, "bits": 8, "block_size": s, "accuracy_level": 4},  # 4: int8 products
-        domain="com.microsoft",
+        domain=CONTRIB,
     )
     count = tape.ints("bank_candidates", num_candidates(n, search.k))
     _, candidates = tape.top(scores, count)  # (B, R)
