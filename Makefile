@@ -53,7 +53,7 @@ types: $(STAMP) ## Check types (mypy, strict).
 imports: $(STAMP) ## Check that imports go one way (import-linter).
 	$(BIN)/lint-imports
 
-house: $(STAMP) ## Count where names are compared outside their rooms.
+house: $(STAMP) ## Count names compared outside their rooms, and functions over the limits.
 	$(BIN)/python -m tests.test_house
 
 docs: $(STAMP) ## Write docs/cli.md from what --help says, and draw the map of the code.

@@ -119,14 +119,17 @@ def build_index(
             files=list_files(staged.path),
             created_with=package_versions(("xadapter-export", "faiss-cpu", "lancedb")),
         )
-        path = staged / INDEX_RECORD_NAME
-        path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_record(staged.path, record)
         if options.num_queries:
             say(f"recall of {options.num_queries} queries")
             found = measure_index_recall(staged.path, reader, options.num_queries)
             record = record.model_copy(update={"recall": found})
-            path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            _write_record(staged.path, record)
     return record
+
+
+def _write_record(folder: Path, record: IndexRecord) -> None:
+    (folder / INDEX_RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def measure_index_recall(folder: Path, reader: BankReader, num_queries: int) -> dict[str, float]:

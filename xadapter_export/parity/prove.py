@@ -13,7 +13,7 @@ is of; see ``parity.proven_bank``. Whether the new one is in the graph is checke
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -44,6 +44,25 @@ from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a session must give.
+
+    Attributes:
+        reference: What is compared with.
+        keys: The reference's name, ``out/logits``, by the graph's.
+        tolerances: How far a value may be, by the graph's name.
+        tie: Retrieved rows whose scores are as near as this may swap places.
+        bank: What stands for the bank in the session; None where it is the bundle's own.
+    """
+
+    reference: Mapping[str, Array]
+    keys: Mapping[str, str]
+    tolerances: Mapping[str, Tolerance]
+    tie: float = TIE
+    bank: ProvenBank | None = None
 
 
 def prove_bundle(
@@ -85,36 +104,13 @@ def prove_bundle(
     cells: list[Cell] = []
     active: dict[str, None] = {}
     for variant in chosen:
-        spec = bundle.manifest.expert_sets[variant.expert_set]
-        keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        how, retriever = Opening(providers, num_threads), None
         bank = old_bank if reads_bank(variant.expert_set) else None
-        if bank is not None:
-            how = replace(how, weights=bank.weights_of(bundle, variant))
-            retriever = bank.retriever(bundle)
-        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
-        compared, used = _prove_values(open_graph, variant, spec, reference, keys, bank)
+        compared, used = _prove_variant(bundle, variant, reference, Opening(providers, num_threads), bank)
         active |= dict.fromkeys(used)
-        if taps := _find_taps(bundle, variant, spec):
-            how = replace(how, appended=extra_outputs(tap.name for tap in taps))
-            open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
-            keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
-            compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
-        if compared and variant.parity and len(compared) < variant.parity.num_cells:
-            raise ParityError(
-                "the reference lacks cases that were checked at export",
-                where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
-                expected=f"{variant.parity.num_cells} cells",
-                got=len(compared),
-                hint="copy or export the bundle again",
-            )
         cells += compared
     if not cells:
-        raise ParityError(
-            "there was nothing to compare",
-            where=bundle.folder,
-            got=None if chosen else "no fp32 variant that runs here",
-        )
+        got = None if chosen else "no fp32 variant that runs here"
+        raise ParityError("there was nothing to compare", where=bundle.folder, got=got)
     return ParityReport(
         tolerances=TOLERANCES,
         created_with={"numpy": np.__version__} | _engine_versions(chosen),
@@ -122,6 +118,44 @@ def prove_bundle(
         processor=str(read_machine()),
         cells=tuple(cells),
     )
+
+
+def _prove_variant(
+    bundle: Bundle, variant: Variant, reference: Mapping[str, Array], how: Opening, bank: ProvenBank | None
+) -> tuple[list[Cell], list[str]]:
+    """Return a cell for each case and each output or tap of a variant, and the providers that were active.
+
+    Raises:
+        ParityError: If there are fewer than when the bundle was made.
+    """
+    spec, retriever = bundle.manifest.expert_sets[variant.expert_set], None
+    if bank is not None:
+        how = replace(how, weights=bank.weights_of(bundle, variant))
+        retriever = bank.retriever(bundle)
+    open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
+    keys = {output.name: f"out/{output.name}" for output in spec.outputs}
+    cells, used = _prove_values(open_graph, variant, spec, _exact(variant, reference, keys, bank))
+    if taps := _find_taps(bundle, variant, spec):
+        how = replace(how, appended=extra_outputs(tap.name for tap in taps))
+        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
+        keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
+        cells += _prove_values(open_graph, variant, spec, _exact(variant, reference, keys, None))[0]
+    if cells and variant.parity and len(cells) < variant.parity.num_cells:
+        raise ParityError(
+            "the reference lacks cases that were checked at export",
+            where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
+            expected=f"{variant.parity.num_cells} cells",
+            got=len(cells),
+            hint="copy or export the bundle again",
+        )
+    return cells, used
+
+
+def _exact(
+    variant: Variant, reference: Mapping[str, Array], keys: Mapping[str, str], bank: ProvenBank | None
+) -> Expected:
+    """Return what is expected of a variant of fp32: the reference, by the rule of its precision."""
+    return Expected(reference, keys, dict.fromkeys(keys, TOLERANCES[variant.precision]), bank=bank)
 
 
 def _choose(
@@ -213,34 +247,21 @@ def _prove_values(
     open_graph: Callable[[], OnnxSession],
     variant: Variant,
     spec: ExpertSetSpec,
-    reference: Mapping[str, Array],
-    keys: Mapping[str, str],
-    bank: ProvenBank | None = None,
+    expected: Expected,
 ) -> tuple[list[Cell], list[str]]:
     """Return a cell for each case and each named value, and the providers that were active.
 
-    ``keys`` maps the graph's name to the reference's. The session is gone before another is opened: each
-    holds the weights.
+    The session is gone before another is opened: each holds the weights.
     """
     session = open_graph()
-    tolerances = dict.fromkeys(keys, TOLERANCES[variant.precision])
     cells: list[Cell] = []
-    for case, feed in reference_feeds(reference, spec).items():
-        cells += compare_case(session, variant, case, feed, reference, keys, tolerances, bank=bank)
+    for case, feed in reference_feeds(expected.reference, spec).items():
+        cells += compare_case(session, variant, case, feed, expected)
     return cells, session.get_providers()
 
 
 def compare_case(
-    session: OnnxSession,
-    variant: Variant,
-    case: str,
-    feed: Mapping[str, Array],
-    reference: Mapping[str, Array],
-    keys: Mapping[str, str],
-    tolerances: Mapping[str, Tolerance],
-    *,
-    tie: float = TIE,
-    bank: ProvenBank | None = None,
+    session: OnnxSession, variant: Variant, case: str, feed: Mapping[str, Array], expected: Expected
 ) -> list[Cell]:
     """Run one case and compare every named value.
 
@@ -249,16 +270,13 @@ def compare_case(
         variant: The variant that it was made from.
         case: Name of the case.
         feed: Its inputs.
-        reference: What is compared with.
-        keys: The reference's name, ``out/logits``, by the graph's.
-        tolerances: How far a value may be, by the graph's name.
-        tie: Retrieved rows whose scores are as near as this may swap places.
-        bank: What stands for the bank in the session; None where it is the bundle's own.
+        expected: What it must give.
 
     Raises:
         ParityError: If the reference lacks a value, or the inputs cannot be computed.
     """
     cells: list[Cell] = []
+    reference, keys, bank = expected.reference, expected.keys, expected.bank
     refs = {name: look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
     try:
         got = dict(zip(keys, session.run(list(keys), feed), strict=True))
@@ -272,7 +290,7 @@ def compare_case(
             got[name] = bank.number(got[name]) if bank is not None else got[name]
             rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
             scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
-            cells.append(compare_retrieved(*rows, *scores, place, tie=tie))
+            cells.append(compare_retrieved(*rows, *scores, place, tie=expected.tie))
         else:
-            cells.append(compare(got[name], refs[name], tolerances[name], place))
+            cells.append(compare(got[name], refs[name], expected.tolerances[name], place))
     return cells

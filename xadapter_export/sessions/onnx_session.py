@@ -22,7 +22,7 @@ from xadapter_export.sessions.cuda import (
     preload,
     silenced,
 )
-from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening
+from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -46,16 +46,8 @@ def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """
     check_onnx(model_file, how.weight_files)
     ort = _import_onnxruntime()
-    available = ort.get_available_providers()
-    if not how.providers and CUDA_PROVIDER in available:
-        _warn_that_the_cpu_answers(ort)
-    wanted = [exact_options(provider) for provider in how.providers or [CPU_PROVIDER]]
+    wanted = _providers(ort, how.providers)
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
-    _check_known(names, available)
-    _check_active(names, available, "is not in this onnxruntime")
-    if CUDA_PROVIDER in names:
-        preload(ort)
-
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if how.num_threads is not None:
@@ -86,6 +78,24 @@ def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     return session if session.get_providers() == [CPU_PROVIDER] else BoundSession(session)
 
 
+def _providers(ort: ModuleType, asked: Sequence[Provider] | None) -> list[Provider]:
+    """Return the providers that were asked for, or the CPU, with their libraries loaded.
+
+    Raises:
+        ProviderError: If this onnxruntime has no such provider.
+    """
+    available = ort.get_available_providers()
+    if not asked and CUDA_PROVIDER in available:
+        _warn_that_the_cpu_answers(ort)
+    wanted = [exact_options(provider) for provider in asked or [CPU_PROVIDER]]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    _check_known(names, available)
+    _check_active(names, available, "is not in this onnxruntime")
+    if CUDA_PROVIDER in names:
+        preload(ort)
+    return wanted
+
+
 def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
     """Return the error that says what CUDA lacks here."""
     lacking = f"; missing: {', '.join(missing)}" if missing else ""
@@ -108,7 +118,7 @@ def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
         f"onnxruntime-gpu is installed, but {why}; using the CPU. Request the GPU with "
         f'providers=["{CUDA_PROVIDER}"] (--provider {CUDA_PROVIDER})',
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
