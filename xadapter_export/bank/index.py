@@ -96,8 +96,7 @@ def build_index(
         OutputWriteError: If it cannot be written.
     """
     options = options or IndexOptions()
-    reader = BankReader(bank)
-    stored = reader.stored
+    stored = (reader := BankReader(bank)).stored
     lists = _plan_lists(stored, kind, options)
     library = import_lancedb() if kind == "lancedb" else import_extra("faiss", "faiss")
     with staged_folder(output, force=force, marker=INDEX_RECORD_NAME) as staged:
