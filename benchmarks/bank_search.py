@@ -35,7 +35,7 @@ from rich.table import Table
 from benchmarks.machine import cpu
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.errors import ConfigError, MissingExtraError
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Opening
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def write_search(folder: Path, rows: Float32Array, precision: str) -> tuple[Path
 
 def open_search(graph: Path, threads: int) -> Search:
     """Loads a graph that searches."""
-    session = create_session(graph, Opening(num_threads=threads))
+    session = open_onnx(graph, Opening(num_threads=threads))
     names = ["retrieved", "retrieved_scores", "pictures"]
     return lambda queries: cast(Int64Array, session.run(names, {"query": queries})[0])
 

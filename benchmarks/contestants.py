@@ -158,7 +158,7 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
 def _load_onnxruntime(place: Place) -> Run:
     import onnxruntime as ort
 
-    from xadapter_export.sessions.onnx_session import create_session
+    from xadapter_export.sessions.onnx_session import open_onnx
 
     assert place.folder is not None
     options = ort.SessionOptions()
@@ -167,7 +167,7 @@ def _load_onnxruntime(place: Place) -> Run:
     if place.provider == CPU_PROVIDER:
         session = ort.InferenceSession(place.folder / MODEL, options, providers=[CPU_PROVIDER])
     else:  # as a bundle is opened: a provider that does not start is an error
-        session = create_session(
+        session = open_onnx(
             place.folder / MODEL, Opening(providers=[place.provider], num_threads=place.threads)
         )
     names = [value.name for value in session.get_inputs()]

@@ -333,8 +333,8 @@ def _export(
     from benchmarks.cases import write_calibration
     from xadapter_export import export
     from xadapter_export.exporters.makers.engines import CURRENT
-    from xadapter_export.exporters.makers.maker import DeployOptions
 
+    has_engines = "tensorrt-rtx" in targets
     is_lossy = any(precision != "fp32" for precision in precisions)
     is_random = preparation.case != "builtin"  # its weights, so that no text is better than another
     export(
@@ -348,7 +348,8 @@ def _export(
         # With the gates open, so that what is below one is timed too; its row and verdict say so.
         min_agreement=0.0 if is_lossy else None,
         max_points_lost=100.0 if is_lossy else None,
-        deploy_options=DeployOptions(_PROFILE, (CURRENT,)) if "tensorrt-rtx" in targets else None,
+        profile=_PROFILE if has_engines else {},
+        compute_capabilities=(CURRENT,) if has_engines else (),
     )
 
 

@@ -45,7 +45,7 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.encoders import load_encoders
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, Opening
 from xadapter_export.targets import Precision
 
@@ -98,7 +98,7 @@ def open_graph(
     manifest = bundle.manifest
     spec = manifest.expert_sets[experts]
     encoder = load_encoders(bundle)[1]
-    runner = as_runner(create_session(bundle.file(manifest.variant(experts).file), Opening(num_threads=1)))
+    runner = as_runner(open_onnx(bundle.file(manifest.variant(experts).file), Opening(num_threads=1)))
     return runner, make_probe(encoder, spec, manifest.task, texts, questions)
 
 

@@ -15,7 +15,7 @@ from xadapter_export import XAdapterSession
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters import ExportResult
 from xadapter_export.exporters.passes.bank_search import BankPrecision, search_bank
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, Opening
 
 Arrays = dict[str, Array]
@@ -32,7 +32,7 @@ def make_rows(num_rows: int, dim: int) -> NDArray[np.float32]:
 
 def answer(graph: Path, queries: NDArray[np.float32]) -> Arrays:
     names = ["retrieved", "retrieved_scores", "pictures"]
-    values = create_session(graph, Opening(num_threads=1)).run(names, {"query": queries})
+    values = open_onnx(graph, Opening(num_threads=1)).run(names, {"query": queries})
     return dict(zip(names, values, strict=True))
 
 
@@ -49,7 +49,7 @@ def test_the_builtin_bundle_retrieves_the_same_pictures(
     texts = [f"a {color} {thing} is [MASK]." for color in COLORS for thing in THINGS]
     inputs = session._encoder_for("v").encode(texts)
     want = session.run(inputs)
-    values = create_session(tmp_path / "model.onnx", Opening(num_threads=1)).run(list(want), inputs)
+    values = open_onnx(tmp_path / "model.onnx", Opening(num_threads=1)).run(list(want), inputs)
     got = dict(zip(want, values, strict=True))
     assert len(np.unique(want["retrieved"])) > 40  # the sentences ask for different pictures
     assert got["retrieved"].dtype == np.int64

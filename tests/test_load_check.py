@@ -25,7 +25,7 @@ from xadapter_export.parity import check_lossy
 from xadapter_export.parity.recorded import Check, Record, noise, opened_record
 from xadapter_export.runtime import graphs
 from xadapter_export.sessions import shared
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, OnnxSession
 
 BANANA = "the color of a banana is [MASK]."
@@ -227,7 +227,7 @@ def test_another_answer_that_comes_first_is_seen_where_its_column_was_not_kept(c
     change_reference(copied, keep_little)
     bundle = read_bundle(copied)
     variant = bundle.manifest.variant("v", "cpu-int8")
-    right = create_session(copied / variant.file)
+    right = open_onnx(copied / variant.file)
 
     def raise_another(array: Array) -> Array:
         changed = array.copy()

@@ -32,13 +32,7 @@ _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
-def open_onnx(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the targets that onnxruntime runs; see ``check_onnx`` and ``create_session``."""
-    check_onnx(file, how.weight_files)
-    return create_session(file, how)
-
-
-def create_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
+def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load a graph into onnxruntime.
 
     Args:
@@ -48,8 +42,9 @@ def create_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     Raises:
         MissingExtraError: If onnxruntime is not installed.
         ProviderError: If a provider that was named is not there or does not start.
-        BundleError: If onnxruntime cannot load the graph.
+        BundleError: If the graph could do harm (``bundle.graph_check``), or onnxruntime cannot load it.
     """
+    check_onnx(model_file, how.weight_files)
     ort = _import_onnxruntime()
     available = ort.get_available_providers()
     if not how.providers and CUDA_PROVIDER in available:

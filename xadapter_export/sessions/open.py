@@ -29,7 +29,7 @@ def open_variant(
     Raises:
         UnsupportedError: As ``open_graph``.
         MissingExtraError: If what runs the target is not installed.
-        ProviderError: As ``create_session``.
+        ProviderError: As ``open_onnx``.
         ConfigError: If ``cache_dir`` cannot be written.
         BundleError: If a file is missing, the graph could do harm (``bundle.graph_check``), or its library
             cannot load it.

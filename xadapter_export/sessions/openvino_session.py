@@ -86,13 +86,7 @@ class _OpenVinoSession:
         return [_describe(port) for port in self._compiled.outputs]
 
 
-def open_openvino(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the target ``openvino``; see ``check_openvino`` and ``create_openvino_session``."""
-    check_openvino(file)
-    return create_openvino_session(file, how)
-
-
-def create_openvino_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
+def open_openvino(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load OpenVINO's own form of a graph into OpenVINO's CPU engine.
 
     Whatever the file does not hold as int8 or int4 is computed in float32. The weights are mapped from the
@@ -110,8 +104,9 @@ def create_openvino_session(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSe
     Raises:
         MissingExtraError: If OpenVINO is not installed.
         ConfigError: If ``cache_dir`` cannot be written.
-        BundleError: If OpenVINO cannot load the graph.
+        BundleError: If the graph could do harm (``bundle.graph_check``), or OpenVINO cannot load it.
     """
+    check_openvino(model_file)
     ov = import_openvino()
     settings = dict(_SETTINGS)
     if how.num_threads is not None:

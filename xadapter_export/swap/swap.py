@@ -35,7 +35,7 @@ from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.recorded import record
 from xadapter_export.parity.reference import SCORES, read_reference, reference_feeds, sample_reference
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.retrieval import open_retriever
 from xadapter_export.sessions.session import Array, Opening
@@ -266,7 +266,7 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
         retriever = open_retriever(new, None) if spec.searches_outside else None
         searches = bank.retrieval == "topk" and retriever is None
         query = GraphFile(file.read_bytes(), file).query_of_bank() if searches else "query"
-        asked = create_session(file, Opening(appended=extra_outputs([query] if searches else [])))
+        asked = open_onnx(file, Opening(appended=extra_outputs([query] if searches else [])))
         session = asked if variant.query_file is None else open_variant(new, variant, retriever=retriever)
         for case, feed in reference_feeds(reference, spec).items():
             right = all(np.isfinite(array).all() for array in session.run(outputs, feed))

@@ -16,7 +16,7 @@ from xadapter_export.errors import ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
 from xadapter_export.parity.reference import read_reference, reference_feeds
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.targets import CPU_PROVIDER
 
 # onnxruntime-android (Maven), onnxruntime-objc and onnxruntime-c (CocoaPods) are full builds: "all types and
@@ -108,8 +108,11 @@ def _prove(job: DeployJob, target: Path) -> float:
         ParityError: If an output differs by more than fp32's tolerance; of a lossy graph, if a top answer
             differs.
     """
+    import onnxruntime as ort
+
     variant, reference = job.variant, read_reference(Bundle(job.folder, job.manifest))
-    graph, phone = create_session(job.folder / variant.file), create_session(target)
+    graph = open_onnx(job.folder / variant.file)
+    phone = ort.InferenceSession(str(target), providers=[CPU_PROVIDER])
     names = [value.name for value in graph.get_outputs()]
     largest = 0.0
     for case, feed in reference_feeds(reference, job.manifest.expert_sets[variant.expert_set]).items():
