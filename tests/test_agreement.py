@@ -289,7 +289,7 @@ def test_pairs_are_read_where_a_classifier_may_take_them(
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.txt", "\n", InputTextError, "the file has no text: .*one text per line"),
+        ("a.txt", "\n", InputTextError, "the file has no text: .*one sentence per line"),
         ("a.csv", "", InputTextError, "the file has no rows"),
         ("a.jsonl", '{"body": "x"}\n', ConfigError, "no column with text was found: .*a\\.jsonl .*got body"),
         ("a.tsv", "1\tx\t0\n", ConfigError, "expected a header with sentence or text"),

@@ -10,13 +10,14 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 
 from tests.test_prove import scale_weight
 from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.machine import read_machine
-from xadapter_export.bundle.manifest import Task
+from xadapter_export.bundle.manifest import Agreement, JudgedOn, Task
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.cli import command
 from xadapter_export.cli.main import _COMMANDS, xad
@@ -352,6 +353,38 @@ def test_the_card_names_the_engine_that_runs_the_bundle(tiny: Path) -> None:
     assert "It runs with OpenVINO;" in card
     assert "ONNX" not in card
     assert "onnxruntime" not in card
+
+
+def test_the_card_says_in_the_hubs_words_what_the_bundle_is_and_what_was_measured(tiny: Path) -> None:
+    manifest = read_bundle(tiny).manifest
+    plain = ModelCard(model_card(manifest, "b", {})).data
+    assert [plain.get(key) for key in ("library_name", "pipeline_tag")] == ["xadapter-export", "fill-mask"]
+    assert plain.get("tags") == ["x-adapter", "onnx"]
+    assert plain.get("license") is plain.get("eval_results") is None
+    agreement = Agreement(
+        num_texts=10,
+        num_answers=10,
+        same_top=0.99,
+        cosine=0.9,
+        num_questions=4,
+        accuracy_fp32=1.0,
+        accuracy=0.75,
+        min_same_top=0.9,
+        max_points_lost=30,
+        gate_lowered=False,
+        judged_on=JudgedOn(texts="texts.txt", questions="dev.tsv", processor="x86-64"),
+    )
+    lossy = manifest.variants[0].model_copy(
+        update={"precision": "int8", "parity": None, "agreement": agreement}
+    )
+    changes: dict[str, object] = {"variants": (*manifest.variants, lossy)}
+    changes["plm"] = manifest.plm.model_copy(update={"source": "someone/bert"})
+    changes["checkpoint"] = manifest.checkpoint.model_copy(update={"source": "builtin"})
+    data = ModelCard(model_card(manifest.model_copy(update=changes), "b", {})).data
+    assert (data.get("base_model"), data.get("license")) == (["someone/bert"], "apache-2.0")
+    found = {(r.dataset_name, r.metric_type, r.metric_value) for r in data.get("eval_results")}
+    assert found == {("texts.txt", "agreement", 0.99), ("dev.tsv", "accuracy", 0.75)}
+    assert all(lossy.name in r.metric_name for r in data.get("eval_results"))
 
 
 @pytest.mark.parametrize("name", ["run", "parity", "inspect"])
