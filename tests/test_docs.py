@@ -7,6 +7,7 @@ import click
 import pytest
 
 from docs.cli_reference import COMMANDS, render
+from docs.house_map import FILE, draw, read_rooms
 from xadapter_export.training.config import make_config
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +15,12 @@ TRAINING = ROOT / "docs" / "training.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = {"xadapter_export.cli.train": "xad-train", "xadapter_export.cli.bank": "xad-bank"}
 SHELL = {"make", "pip", "source", "mkdir", "cd", "printf", "python"}
+
+
+def test_the_map_is_drawn_from_the_code() -> None:
+    rooms = read_rooms()
+    assert {room.name for row in rooms for room in row if room.has_torch} >= {"cli", "exporters", "model"}
+    assert FILE.read_text(encoding="utf-8") == draw(rooms), "run `make docs`"
 
 
 def console_lines(page: Path) -> list[str]:
@@ -107,7 +114,7 @@ def test_the_training_guide_shows_a_config_that_is_valid() -> None:
 def test_the_readme_quotes_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    minilm = results[results.index("<!-- train.colour begin -->") :]
+    minilm = results[results.index("<!-- train.color begin -->") :]
     quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", readme)
     assert len(quoted) == 2
     assert [number for number in quoted if number not in minilm] == []

@@ -115,7 +115,7 @@ def unicode_strings(count: int) -> list[str]:
 
 
 def color_of(row: int) -> tuple[int, int, int]:
-    """A colour that tells a bank row from its neighbours."""
+    """A color that tells a bank row from its neighbors."""
     red, green, blue = colorsys.hsv_to_rgb(row * 0.381966 % 1, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -139,7 +139,7 @@ def packages_of(name: str, lock_from: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def site(bundle: Path, python: XAdapterSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page around the built-in bundle, with a plain colour as the picture of each bank row."""
+    """The page around the built-in bundle, with a plain color as the picture of each bank row."""
     folder = tmp_path_factory.mktemp("page")
     with write_thumbnails(folder) as thumbnails:
         for row in range(len(python.pictures)):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Manifest, Optimisation, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
 
 MB = 1_000_000
 MOST_FILES = 4  # of a deployment; the manifest has all
@@ -42,7 +42,7 @@ def inspect(bundle: Path, verify: bool, verbose: bool, as_json: bool) -> None:
     tables = [_variants(manifest, verbose=verbose), _choices(manifest)]
     tables += [_deployments(manifest, verbose=verbose), _refused(manifest)]
     if verbose:
-        tables += [_optimisations(manifest), _tensors(manifest), _parameters(manifest)]
+        tables += [_optimizations(manifest), _tensors(manifest), _parameters(manifest)]
     console = make_console()
     _print_facts(console, _facts(manifest, verify=verify))
     for table in tables:
@@ -150,16 +150,16 @@ def _refused(manifest: "Manifest") -> "Table":
     return table
 
 
-def _optimisations(manifest: "Manifest") -> "Table":
+def _optimizations(manifest: "Manifest") -> "Table":
     table = _table("experts", "variant", "optimization", "saved", "lossless")
     for variant in manifest.variants:
-        for step in variant.optimisations:
+        for step in variant.optimizations:
             lossless = "yes" if step.lossless else "no"
             table.add_row(variant.expert_set, variant.name, step.name, _saved(step), lossless)
     return table
 
 
-def _saved(step: "Optimisation") -> str:
+def _saved(step: "Optimization") -> str:
     share = f", {1 - step.after / step.before:.1%} less" if step.before else ""
     return f"{step.unit} {step.before:,} to {step.after:,}{share}"
 

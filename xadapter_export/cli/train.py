@@ -110,10 +110,9 @@ _NOT_SHOWN = {"runtime", "samples_per_second", "steps_per_second", "metric"}
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[tuple[OnStage, OnStep]]":
     """Stages and steps on stderr: a bar on a terminal, a line for each tenth elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = make_console(stderr=True)
     start = time.monotonic()
 
     def say(stage: str, detail: str) -> None:

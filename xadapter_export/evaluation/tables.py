@@ -76,7 +76,7 @@ def class_names(rows: Any) -> list[dict[str, Any]]:
     """Rows of a ``datasets`` table, class labels by name instead of by number."""
     features = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
     return [
-        {**row, **{n: f.int2str(row[n]) if row[n] >= 0 else "unlabelled" for n, f in features.items()}}
+        {**row, **{n: f.int2str(row[n]) if row[n] >= 0 else "unlabeled" for n, f in features.items()}}
         for row in rows
     ]
 

@@ -110,7 +110,7 @@ class TaskSpec:
 
     @property
     def labels_texts(self) -> bool:
-        """Whether each text, or pair, gets one label or value: then labelled texts train and judge it."""
+        """Whether each text, or pair, gets one label or value: then labeled texts train and judge it."""
         return any(output.axes == ("batch", "labels") for output in self.outputs)
 
     def rows(

@@ -13,7 +13,7 @@ import numpy as np
 
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError, InputTextError
-from xadapter_export.evaluation.labelled import GLUE_TASKS
+from xadapter_export.evaluation.labeled import GLUE_TASKS
 from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning, check_texts

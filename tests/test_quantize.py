@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomise_plugin
+from tests.tiny_checkpoint import TEXTS, make_bank, make_clip, make_plm, randomize_plugin
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, Manifest, Variant
@@ -28,14 +28,14 @@ from xadapter_export.exporters import pipeline
 from xadapter_export.exporters.judge import agreement, judge
 from xadapter_export.exporters.judge.judge import Judge, LeftOutWarning
 from xadapter_export.exporters.passes import half as half_pass
-from xadapter_export.exporters.passes.quantise import RECIPES, Recipe, Rounding, measure_products, quantise
+from xadapter_export.exporters.passes.quantize import RECIPES, Recipe, Rounding, measure_products, quantize
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.targets import Precision, VariantName
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
@@ -56,11 +56,11 @@ ANY: dict[str, Any] = {"min_agreement": 0.0, "max_points_lost": 100.0}  # gates 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> XAdapterModel:
-    """A tiny model whose CLIP is wide enough to be quantised."""
+    """A tiny model whose CLIP is wide enough to be quantized."""
     folder = tmp_path_factory.mktemp("model")
     config = XAdapterConfig(experts="vt", layers=(1, 2), adapter_width=32, num_heads=2)
     plm = load_plm(make_plm("bert", folder / "plm"), "fill-mask")
-    model = randomise_plugin(XAdapterModel(config, plm, make_clip(width=32), make_bank()))
+    model = randomize_plugin(XAdapterModel(config, plm, make_clip(width=32), make_bank()))
     model.save_pretrained(folder / "checkpoint", self_contained=True)
     return XAdapterModel.from_pretrained(folder / "checkpoint")
 
@@ -97,7 +97,7 @@ def arrays(model: ir.Model) -> dict[str, NDArray[Any]]:
 
 
 def large(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """Matrices that are quantised: not the small ones, nor what is kept."""
+    """Matrices that are quantized: not the small ones, nor what is kept."""
     return {
         name: array
         for name, array in weights.items()
@@ -128,7 +128,7 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
 # ------------------------------------------------------------------------------------------ graphs
 
 
-def test_every_large_matrix_is_quantised_and_what_is_kept_is_not(result: ExportResult) -> None:
+def test_every_large_matrix_is_quantized_and_what_is_kept_is_not(result: ExportResult) -> None:
     for experts in SETS:
         fp32 = arrays(load(result, "onnx-fp32", experts))
         names = set(large(fp32))
@@ -204,7 +204,7 @@ def test_fp16_halves_the_weights_and_keeps_its_inputs_and_outputs(result: Export
     for name, matrix in large(whole).items():
         assert half[name].dtype == np.float16
         np.testing.assert_allclose(half[name], matrix, rtol=1e-3, atol=1e-6)
-    session = create_session(result.folder / result.manifest.variant("vt", "onnx-fp16").file)
+    session = open_onnx(result.folder / result.manifest.variant("vt", "onnx-fp16").file)
     kinds = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
     assert kinds["logits"] == kinds["retrieved_scores"] == "tensor(float)"
     assert kinds["input_ids"] == "tensor(int64)"
@@ -322,14 +322,14 @@ def graph_of(table: NDArray[np.float32], matrix: NDArray[np.float32], bias: NDAr
 FEEDS = [{"ids": np.arange(start, start + 8)} for start in range(0, 32, 8)]  # what ``graph_of`` reads
 
 
-def quantise_with_feeds(model: ir.Model, recipe: Recipe, feeds: Sequence[Mapping[str, Any]]) -> None:
+def quantize_with_feeds(model: ir.Model, recipe: Recipe, feeds: Sequence[Mapping[str, Any]]) -> None:
     rounding = Rounding()
-    quantise(model, recipe, measure_products(model, feeds, rounding), rounding)
+    quantize(model, recipe, measure_products(model, feeds, rounding), rounding)
 
 
 def answers(model: ir.Model, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     ir.save(model, folder / "graph.onnx")
-    (got,) = create_session(folder / "graph.onnx").run(["out"], {"ids": ids})
+    (got,) = open_onnx(folder / "graph.onnx").run(["out"], {"ids": ids})
     return np.asarray(got, np.float32)
 
 
@@ -345,7 +345,7 @@ def test_odd_sizes_and_rows_of_zeros(bits: int, rows: int, width: int, tmp_path:
     ids = np.arange(rows)
     expected = answers(graph_of(table, matrix, bias), tmp_path, ids)
     model = graph_of(table, matrix, bias)
-    quantise_with_feeds(model, Recipe("all", bits, bits, bits), [{"ids": ids}])
+    quantize_with_feeds(model, Recipe("all", bits, bits, bits), [{"ids": ids}])
     assert not large(arrays(model))
     got = answers(model, tmp_path, ids)
     assert np.isfinite(got).all()
@@ -366,7 +366,7 @@ def test_blocks_of_8_bits_keep_what_lies_beside_a_large_number(width: int, tmp_p
     errors = []
     for block, rounds_activations in ((0, True), (32, True), (16, False)):
         model = graph_of(table, matrix, bias)
-        quantise_with_feeds(
+        quantize_with_feeds(
             model, Recipe("all", 8, 8, 8, block=block, rounds_activations=rounds_activations), FEEDS
         )
         in_blocks = int(block > 0 and width % 16 == 0)
@@ -385,7 +385,7 @@ def test_blocks_of_8_bits_keep_what_lies_beside_a_large_number(width: int, tmp_p
 def test_four_bits_need_rows_that_divide_into_blocks() -> None:
     matrix = np.ones((40, 40), np.float32)
     with pytest.raises(ParityError, match=r"4 bits need rows of a multiple of 16 \(got 40\); choose"):
-        quantise_with_feeds(graph_of(matrix, matrix, np.ones(40, np.float32)), Recipe("all", 4, 4, 4), FEEDS)
+        quantize_with_feeds(graph_of(matrix, matrix, np.ones(40, np.float32)), Recipe("all", 4, 4, 4), FEEDS)
 
 
 def test_a_recipe_may_leave_parts_in_fp32() -> None:
@@ -394,7 +394,7 @@ def test_a_recipe_may_leave_parts_in_fp32() -> None:
     for name in ("table", "matrix"):
         value = model.graph.initializers[name]
         value.name = f"clip.{name}"
-    quantise_with_feeds(model, Recipe("rest only", 8, 32, 8), FEEDS)
+    quantize_with_feeds(model, Recipe("rest only", 8, 32, 8), FEEDS)
     assert set(large(arrays(model))) == {"clip.table", "clip.matrix"}
     assert not products(model, "MatMulIntegerToFloat")
 
@@ -402,7 +402,7 @@ def test_a_recipe_may_leave_parts_in_fp32() -> None:
 def test_a_decoder_that_is_tied_to_a_table_stays_fp32_with_it() -> None:
     rng = np.random.default_rng(1)
     model = graph_of(*(rng.normal(0, 1, shape).astype(np.float32) for shape in ((40, 32), (32, 32), (32,))))
-    quantise_with_feeds(model, Recipe("products", 32, 32, 8, block=16, rounds_activations=False), FEEDS)
+    quantize_with_feeds(model, Recipe("products", 32, 32, 8, block=16, rounds_activations=False), FEEDS)
     assert set(large(arrays(model))) == {"table"}
     assert len(products(model, "MatMul")) == 2
     assert arrays(model)["matrix.int8"].dtype == np.uint8
@@ -458,7 +458,7 @@ def test_lossy_variants_carry_agreement_and_fp32_ones_a_proof(result: ExportResu
             assert variant.agreement.cosine > {"fp16": 0.999, "int8": 0.9, "int4": 0.5}[variant.precision]
             assert variant.agreement.gate_lowered
             assert (variant.agreement.same_rows is None) == (variant.expert_set == "none")
-            (step,) = [step for step in variant.optimisations if not step.lossless]
+            (step,) = [step for step in variant.optimizations if not step.lossless]
             assert step.after < step.before
             known = {"fp16_weights", "int8_qdq"} | {r.name for recipes in RECIPES.values() for r in recipes}
             assert step.name in known
@@ -536,7 +536,7 @@ def recipe_and_cosine(manifest: Manifest) -> tuple[str, float]:
     """What became of the one variant of a bundle."""
     (variant,) = manifest.variants
     assert variant.agreement is not None
-    (step,) = [step for step in variant.optimisations if not step.lossless]
+    (step,) = [step for step in variant.optimizations if not step.lossless]
     return step.name, variant.agreement.cosine
 
 
@@ -608,7 +608,7 @@ def test_the_flags_reach_the_bundle(model: XAdapterModel, texts: Path, tmp_path:
     assert agreement.num_questions == 3
     assert agreement.accuracy_fp32 is not None
     assert agreement.num_texts > len(SENTENCES) // 2  # up to three masks of a text, each in a copy
-    assert "packed_projections" not in {s.name for v in manifest.variants for s in v.optimisations}
+    assert "packed_projections" not in {s.name for v in manifest.variants for s in v.optimizations}
     text = call(
         folder, "--experts", "t", "-o", tmp_path / "bundle", "--force", "--precision", "int8", *flags[10:]
     )

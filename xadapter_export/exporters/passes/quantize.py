@@ -1,7 +1,7 @@
 """Weights in 8 and 4 bits, for onnxruntime's CPU provider.
 
 The usual recipe leaves the tied decoder in fp32 and makes the runtime expand whole embedding tables at each
-run. Here every product with a large constant matrix is quantised, the decoder among them, and of a table only
+run. Here every product with a large constant matrix is quantized, the decoder among them, and of a table only
 the rows that a text needs are taken out and expanded.
 
 In 8 bits a product is ``MatMulIntegerToFloat``: activations are ``uint8`` with one scale and zero point that
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.passes.fuse import CONTRIB
+from xadapter_export.exporters.passes.fuse import CONTRIB, replace_node
 from xadapter_export.exporters.passes.rounding import (
     Curvatures,
     Range,
@@ -120,7 +120,7 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
 
 @dataclass(frozen=True)
 class _Rows:
-    """Quantised rows, and their scales: one for each ``block`` numbers, for each row if that is 0."""
+    """Quantized rows, and their scales: one for each ``block`` numbers, for each row if that is 0."""
 
     bits: int
     rows: ir.Value
@@ -157,8 +157,8 @@ class Rounding:
     rows: dict[str, SmoothRows] = field(default_factory=dict)
 
 
-def quantise(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding) -> None:
-    """Quantises in place.
+def quantize(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding) -> None:
+    """Quantizes in place.
 
     Args:
         model: A graph in fp32.
@@ -178,7 +178,7 @@ def quantise(model: ir.Model, recipe: Recipe, ranges: Ranges, rounding: Rounding
             kept.add(table)
             continue
         if table not in tables:
-            tables[table] = _quantise_table(model.graph, table, bits, recipe)
+            tables[table] = _quantize_table(model.graph, table, bits, recipe)
         replace_node(model.graph, gather, _gather(tables[table], gather.inputs[1]))
     for found in list(find_products(model)):
         shared = tables.get(found.weight) if found.table is not None else None
@@ -286,7 +286,7 @@ def round_product(
         graph: The graph; it gets the factors of the columns, if there are any.
         found: A product whose weight is no table.
         inputs: Range of what goes into the product in fp32.
-        rounding: As ``quantise``.
+        rounding: As ``quantize``.
     """
     value, rounded = found.node.inputs[0], _round(found, inputs, rounding)
     if rounded.divisors is None:
@@ -329,14 +329,14 @@ def _multiply_expanded(graph: ir.Graph, found: Product, weights: _Rows) -> list[
     zero = add_initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
     last = add_initializer(graph, "last_axis", np.array([-1], np.int64))
     numbers = ir.node("Cast", [weights.rows], {"to": ir.DataType.FLOAT})
-    centred = ir.node("Sub", [numbers.outputs[0], zero])
-    blocks = ir.node("Reshape", [centred.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
+    centered = ir.node("Sub", [numbers.outputs[0], zero])
+    blocks = ir.node("Reshape", [centered.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
     scales = ir.node("Unsqueeze", [weights.scales, last])
     scaled = ir.node("Mul", [blocks.outputs[0], scales.outputs[0]])
     rows = ir.node("Reshape", [scaled.outputs[0], _shape(graph, n, k)])
     columns = ir.node("Transpose", rows.outputs, {"perm": [1, 0]})
     product = ir.node("MatMul", [found.node.inputs[0], columns.outputs[0]])
-    nodes = [numbers, centred, blocks, scales, scaled, rows, columns, product]
+    nodes = [numbers, centered, blocks, scales, scaled, rows, columns, product]
     return nodes if found.bias is None else [*nodes, ir.node("Add", [product.outputs[0], found.bias])]
 
 
@@ -344,12 +344,12 @@ def _shape(graph: ir.Graph, *sizes: int) -> ir.Value:
     return add_initializer(graph, "shape" + ".".join(map(str, sizes)), np.array(sizes, np.int64))
 
 
-def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe) -> _Rows:
+def _quantize_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe) -> _Rows:
     array = _array(table)
     block = recipe.block_size(array.shape[1], bits)
     if block:
         return _store_blocks(graph, table, array, bits, block)
-    rows, scales = quantise_rows(table)
+    rows, scales = quantize_rows(table)
     return _Rows(
         bits,
         add_initializer(graph, f"{table.name}.int8", rows),
@@ -358,7 +358,7 @@ def _quantise_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe)
     )
 
 
-def quantise_rows(table: ir.Value) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_rows(table: ir.Value) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return the int8 rows of a table, ``(N, K)``, and their scales ``(N, 1)``."""
     is_multiplied = any(use.node.op_type == "Transpose" for use in table.uses())  # by a tied decoder
     return round_rows(_array(table)) if is_multiplied else _symmetric(_array(table), axis=1)
@@ -392,7 +392,7 @@ def _gather(table: _Rows, ids: ir.Value | None) -> list[ir.Node]:
 
 
 def is_large(value: ir.Value | None) -> bool:
-    """Whether a value is a matrix that is quantised where its product or table is."""
+    """Whether a value is a matrix that is quantized where its product or table is."""
     if value is None or value.const_value is None or str(value.name).startswith(KEPT):
         return False
     constant = value.const_value
@@ -453,11 +453,3 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
-
-
-def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put nodes, of which the last has one output, in the place of one that has one."""
-    graph.insert_before(old, new)
-    new[-1].outputs[0].name = old.outputs[0].name
-    ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
-    graph.remove(old, safe=True)

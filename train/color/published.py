@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from train.colour.laboratory import Arm
+from train.color.laboratory import Arm
 from train.demo.pictures import DemoObject
 from train.demo.plugin import Split, content_words
 from train.tables import Grid
-from xadapter_export.evaluation.colour import PUBLISHED, evaluate_colour
+from xadapter_export.evaluation.color import PUBLISHED, evaluate_color
 from xadapter_export.evaluation.objects import ObjectSet, read_colors, select_objects
 from xadapter_export.evaluation.opening import open_scorer
 from xadapter_export.evaluation.prompts import read_prompts
@@ -68,7 +68,7 @@ def score_published(
                 readings.append(Reading(f"{name}, shuffled pictures", scorer, experts, is_shuffled=True))
     columns: dict[str, list[str]] = {}
     for protocol in _PROTOCOLS:
-        evaluation = evaluate_colour(readings, data, read_prompts(protocol), prompts_name=protocol).evaluation
+        evaluation = evaluate_color(readings, data, read_prompts(protocol), prompts_name=protocol).evaluation
         for row in evaluation.rows:
             accuracy, spread = row.values["accuracy"], row.values.get("accuracy_sd")
             cell = f"{100 * (accuracy or 0):.1f}" + (f" ± {100 * spread:.1f}" if spread else "")
@@ -79,7 +79,7 @@ def score_published(
         published.append((f"published, all {len(everything.objects)} objects: {name}", *cells))
     grid = Grid(
         f"{title}: {len(data.objects)} of {len(everything.objects)} objects, accuracy over "
-        f"{len(data.colors)} colours, %, mean ± sd over prompts",
+        f"{len(data.colors)} colors, %, mean ± sd over prompts",
         ("", *_PROTOCOLS.values()),
         (*((name, *cells) for name, cells in columns.items()), *published),
     )

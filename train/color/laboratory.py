@@ -1,6 +1,6 @@
-"""Trains and measures plug-ins for colour: one split of the objects, one arm at a time.
+"""Trains and measures plug-ins for color: one split of the objects, one arm at a time.
 
-B questions, P masks, V vocabulary, K pictures, N bank rows, C colours (11).
+B questions, P masks, V vocabulary, K pictures, N bank rows, C colors (11).
 """
 
 import json
@@ -47,48 +47,37 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """Colour accuracy and language check by row."""
+    """Color accuracy and language check by row."""
 
     accuracy: dict[str, float]
     language: dict[str, Language]
 
 
+@dataclass(frozen=True)
 class Laboratory:
     """What all splits and arms share.
 
-    Args:
+    Attributes:
         plm: Frozen PLM with an MLM head.
         parts: ``plm``, ``clip`` and ``bank`` as a training config names them.
         objects: Named objects.
-        targets: ``(objects, 11) float64``. Colour shares to learn.
-        training: Sentences without colours, for the language.
+        targets: ``(objects, 11) float64``. Color shares to learn.
+        sentences: Sentences without colors, for the language.
         kept: Sentences that were kept from everything, for the language check.
         settings: Section ``[training]`` of the recipe.
         work: Folder of runs and caches.
         console: Where progress goes.
     """
 
-    def __init__(
-        self,
-        plm: FrozenPlm,
-        parts: dict[str, str],
-        objects: Sequence[DemoObject],
-        targets: NDArray[np.float64],
-        training: Sequence[str],
-        kept: Sequence[str],
-        settings: dict[str, Any],
-        work: Path,
-        console: Console,
-    ) -> None:
-        self.plm = plm
-        self.parts = parts
-        self.objects = objects
-        self.targets = targets
-        self.sentences = training
-        self.kept = kept
-        self.settings = settings
-        self.work = work
-        self.console = console
+    plm: FrozenPlm
+    parts: dict[str, str]
+    objects: Sequence[DemoObject]
+    targets: NDArray[np.float64]
+    sentences: Sequence[str]
+    kept: Sequence[str]
+    settings: dict[str, Any]
+    work: Path
+    console: Console
 
     def train(self, arm: Arm, split: Split, seed: int, folder: Path) -> XAdapterModel:
         """Train one arm on one split; the checkpoint is left in ``folder``."""
@@ -103,7 +92,7 @@ class Laboratory:
         return train(config, plm=self.plm, on_step=say).model
 
     def measure(self, model: XAdapterModel, arm: Arm, split: Split, seed: int) -> ArmResult:
-        """Ask for the colours of the held-out objects in unseen sentences, and check the language."""
+        """Ask for the colors of the held-out objects in unseen sentences, and check the language."""
         accuracy: dict[str, float] = {}
         language: dict[str, Language] = {}
         texts, colors = self.questions(split.held_out)
@@ -126,7 +115,7 @@ class Laboratory:
         return ArmResult(accuracy, language)
 
     def questions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
-        """Unseen sentences about objects by CoDa's names, and ``(B,) int64`` colours."""
+        """Unseen sentences about objects by CoDa's names, and ``(B,) int64`` colors."""
         asked = [
             (fill(template, str(self.objects[row].coda_name), c=MASK), row)
             for row in rows
@@ -156,7 +145,7 @@ class Laboratory:
         return texts, torch.tensor(answers)
 
     def majority(self, split: Split, clear_peak: float) -> float:
-        """Accuracy of always saying the colour that most training objects of a clear colour have."""
+        """Accuracy of always saying the color that most training objects of a clear color have."""
         seen = [
             self.objects[row].color
             for row in split.training
@@ -185,7 +174,7 @@ class Laboratory:
         )
 
     def _write_texts(self, split: Split, seed: int) -> dict[str, Path]:
-        """Colour questions of training objects, facts without held-out objects, and looks at names."""
+        """Color questions of training objects, facts without held-out objects, and looks at names."""
         folder = self.work / "texts" / f"{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         colors = [

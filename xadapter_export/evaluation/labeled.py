@@ -1,4 +1,4 @@
-"""Labelled texts: GLUE by name from a local copy or the hub, or any CSV, TSV, JSONL or parquet file."""
+"""Labeled texts: GLUE by name from a local copy or the hub, or any CSV, TSV, JSONL or parquet file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ _ALIASES = {"validation": ("validation", "dev", "valid"), "train": ("train",), "
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Texts with their labels.
 
     Attributes:
@@ -110,7 +110,7 @@ def glue_task(name: str) -> GlueTask:
     return GLUE_TASKS[name]
 
 
-def read_labelled(
+def read_labeled(
     data: str | Path | None,
     *,
     task: str | None = None,
@@ -120,8 +120,8 @@ def read_labelled(
     label_column: str | None = None,
     labels: Sequence[str] | None = None,
     regression: bool = False,
-) -> Labelled:
-    """Read labelled texts.
+) -> Labeled:
+    """Read labeled texts.
 
     Args:
         data: A file; a folder with a file for each split; or None for GLUE from the hub.
@@ -160,17 +160,13 @@ def read_labelled(
     for number, row in enumerate(rows, 1):
         if missing := [name for name in (text, pair, label) if name is not None and name not in row]:
             raise InputTextError("a row lacks a column", where=f"{where}, row {number}", expected=missing[0])
-    texts = tuple(_text(row[text], where, number, text) for number, row in enumerate(rows, 1))
-    pairs = (
-        None
-        if pair is None
-        else tuple(_text(row[pair], where, number, pair) for number, row in enumerate(rows, 1))
-    )
+    texts = _texts(rows, text, where)
+    pairs = None if pair is None else _texts(rows, pair, where)
     raw = [row[label] for row in rows]
     if regression or (known is not None and not known.labels):
-        return Labelled(texts, pairs, _values(raw, where), (label,), where)
+        return Labeled(texts, pairs, _values(raw, where), (label,), where)
     names = tuple(labels or (known.labels if known else ()) or _distinct(raw))
-    return Labelled(texts, pairs, _classes(raw, names, where), names, where)
+    return Labeled(texts, pairs, _classes(raw, names, where), names, where)
 
 
 def _find_file(data: Path, task: GlueTask | None, split: str) -> Path:
@@ -226,6 +222,10 @@ def _column(columns: list[str], asked: str | None, known: Sequence[str], where: 
         expected=" or ".join(wanted) or "its name",
         got=", ".join(columns[:12]),
     )
+
+
+def _texts(rows: Sequence[Mapping[str, object]], column: str, where: str) -> tuple[str, ...]:
+    return tuple(_text(row[column], where, number, column) for number, row in enumerate(rows, 1))
 
 
 def _text(value: object, where: str, number: int, column: str) -> str:

@@ -1,4 +1,4 @@
-"""Labelled texts: the layouts of every GLUE task, tables of one's own, and what is wrong with them."""
+"""Labeled texts: the layouts of every GLUE task, tables of one's own, and what is wrong with them."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from xadapter_export.errors import ConfigError, InputTextError
-from xadapter_export.evaluation.labelled import GLUE_TASKS, Labelled, glue_task, read_labelled
+from xadapter_export.evaluation.labeled import GLUE_TASKS, Labeled, glue_task, read_labeled
 
 ENTAILS = ("entailment", "not_entailment")
 # Task: name of the official dev file, its lines, texts, second texts, labels.
@@ -94,7 +94,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def facts(data: Labelled) -> tuple[Any, ...]:
+def facts(data: Labeled) -> tuple[Any, ...]:
     return data.texts, data.pairs, data.labels, data.label_names
 
 
@@ -106,7 +106,7 @@ def test_every_task_of_glue_is_tried() -> None:
 def test_the_official_layout_of_each_task(task: str, tmp_path: Path) -> None:
     name, lines, texts, pairs, labels = OFFICIAL[task]
     write(tmp_path / name, lines)
-    data = read_labelled(tmp_path, task=task, split="test" if "test" in name else "validation")
+    data = read_labeled(tmp_path, task=task, split="test" if "test" in name else "validation")
     assert (data.texts, data.pairs, data.labels) == (texts, pairs, labels)
     assert data.label_names == (glue_task(task).labels or ("score",))
     assert data.is_regression == (task == "stsb")
@@ -118,8 +118,8 @@ def test_mnli_has_two_dev_sets(tmp_path: Path) -> None:
     _, lines, *_ = OFFICIAL["mnli"]
     write(tmp_path / "dev_matched.tsv", lines)
     write(tmp_path / "dev_mismatched.tsv", lines.replace("It is dry.", "The sun shines."))
-    matched = read_labelled(tmp_path, task="mnli", split="validation")
-    mismatched = read_labelled(tmp_path, task="mnli", split="validation_mismatched")
+    matched = read_labeled(tmp_path, task="mnli", split="validation")
+    mismatched = read_labeled(tmp_path, task="mnli", split="validation_mismatched")
     assert matched.pairs == ("It is wet.", "It is dry.")
     assert mismatched.pairs == ("It is wet.", "The sun shines.")
 
@@ -130,7 +130,7 @@ def test_the_columns_of_the_hub_are_known_too(tmp_path: Path) -> None:
         {"premise": "It rains.", "hypothesis": "It is dry.", "label": 2, "idx": 1},
     ]
     write(tmp_path / "validation_matched.jsonl", "\n".join(map(json.dumps, rows)))
-    assert facts(read_labelled(tmp_path, task="mnli")) == (
+    assert facts(read_labeled(tmp_path, task="mnli")) == (
         ("It rains.", "It rains."),
         ("It is wet.", "It is dry."),
         (0, 2),
@@ -144,8 +144,8 @@ def test_the_dev_set_has_several_names(stem: str, suffix: str, tmp_path: Path) -
     comma = "," if suffix == ".csv" else "\t"
     write(tmp_path / f"{stem}{suffix}", f"sentence{comma}label\ngood{comma}1\nbad{comma}0\n")
     write(tmp_path / "train.tsv", "sentence\tlabel\nfine\t1\npoor\t0\nbad\t0\n")
-    assert read_labelled(tmp_path, task="sst2").texts == ("good", "bad")
-    assert read_labelled(tmp_path, task="sst2", split="train").labels == (1, 0, 0)
+    assert read_labeled(tmp_path, task="sst2").texts == ("good", "bad")
+    assert read_labeled(tmp_path, task="sst2", split="train").labels == (1, 0, 0)
 
 
 def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
     classes = datasets.ClassLabel(names=["positive", "negative"])  # in another order than GLUE's
     table.cast_column("label", classes).to_parquet(str(files[-1]))
     for path in files:
-        found = read_labelled(path, task="sst2")
+        found = read_labeled(path, task="sst2")
         assert facts(found) == (('a, "b"', "c", "d"), None, (1, 0, 1), ("negative", "positive")), path.name
 
 
@@ -180,20 +180,20 @@ def test_labels_by_name_and_by_number_are_the_same(tmp_path: Path) -> None:
         tmp_path / "names.tsv", "sentence1\tsentence2\tlabel\na\tb\tnot_entailment\nc\td\tentailment\n"
     )
     by_number = write(tmp_path / "numbers.tsv", "sentence1\tsentence2\tlabel\na\tb\t1\nc\td\t0\n")
-    assert facts(read_labelled(by_name, task="rte")) == facts(read_labelled(by_number, task="rte"))
-    assert read_labelled(by_name, task="rte").label_names == ENTAILS
+    assert facts(read_labeled(by_name, task="rte")) == facts(read_labeled(by_number, task="rte"))
+    assert read_labeled(by_name, task="rte").label_names == ENTAILS
 
 
 def test_tables_without_a_header(tmp_path: Path) -> None:
     single = write(tmp_path / "single.tsv", "good\t1\nbad\t0\n")
-    assert read_labelled(single, task="sst2").texts == ("good", "bad")
-    assert facts(read_labelled(single)) == (("good", "bad"), None, (1, 0), ("0", "1"))
+    assert read_labeled(single, task="sst2").texts == ("good", "bad")
+    assert facts(read_labeled(single)) == (("good", "bad"), None, (1, 0), ("0", "1"))
     pairs = write(tmp_path / "pairs.tsv", "a\tb\tentailment\nc\td\tnot_entailment\n")
-    assert facts(read_labelled(pairs, task="rte")) == (("a", "c"), ("b", "d"), (0, 1), ENTAILS)
-    third = read_labelled(pairs, pair_column="1")
+    assert facts(read_labeled(pairs, task="rte")) == (("a", "c"), ("b", "d"), (0, 1), ENTAILS)
+    third = read_labeled(pairs, pair_column="1")
     assert facts(third) == (("a", "c"), ("b", "d"), (0, 1), ENTAILS)
     shifted = write(tmp_path / "shifted.csv", "7,no,good\n8,yes,bad\n")
-    found = read_labelled(shifted, text_column="2", label_column="1")
+    found = read_labeled(shifted, text_column="2", label_column="1")
     assert facts(found) == (("good", "bad"), None, (0, 1), ("no", "yes"))
 
 
@@ -201,16 +201,16 @@ def test_tables_of_ones_own(tmp_path: Path) -> None:
     path = write(
         tmp_path / "own.csv", "claim,source,verdict\nsky is blue,book,10\ngrass is red,web,9\nfog,web,9\n"
     )
-    found = read_labelled(path, text_column="claim", pair_column="source", label_column="verdict")
+    found = read_labeled(path, text_column="claim", pair_column="source", label_column="verdict")
     assert facts(found) == (
         ("sky is blue", "grass is red", "fog"),
         ("book", "web", "web"),
         (1, 0, 0),
         ("9", "10"),  # as numbers, not as letters
     )
-    named = read_labelled(path, text_column="claim", label_column="verdict", labels=["10", "9", "8"])
+    named = read_labeled(path, text_column="claim", label_column="verdict", labels=["10", "9", "8"])
     assert (named.labels, named.label_names) == ((0, 1, 1), ("10", "9", "8"))
-    values = read_labelled(path, text_column="claim", label_column="verdict", regression=True)
+    values = read_labeled(path, text_column="claim", label_column="verdict", regression=True)
     assert (values.labels, values.label_names, values.is_regression) == ((10.0, 9.0, 9.0), ("verdict",), True)
 
 
@@ -234,7 +234,7 @@ def test_tables_of_ones_own(tmp_path: Path) -> None:
 )
 def test_rows_that_cannot_be_read(lines: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputTextError, match=message):
-        read_labelled(write(tmp_path / "rows.tsv", lines), **options)
+        read_labeled(write(tmp_path / "rows.tsv", lines), **options)
 
 
 @pytest.mark.parametrize(
@@ -253,16 +253,16 @@ def test_rows_that_cannot_be_read(lines: str, options: dict[str, Any], message: 
 def test_columns_that_are_not_there(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.tsv", "sentence\tlabel\na\t0\nb\t1\n")
     with pytest.raises(ConfigError, match=message):
-        read_labelled(path, **options)
+        read_labeled(path, **options)
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no data was given; give a file, a folder, or a GLUE task"):
-        read_labelled(None)
+        read_labeled(None)
     with pytest.raises(ConfigError, match=r"no such data: .*validation\.tsv, dev\.tsv"):
-        read_labelled(tmp_path, task="sst2")
+        read_labeled(tmp_path, task="sst2")
     with pytest.raises(ConfigError, match=r"msr_paraphrase_train\.tsv, train\.tsv"):
-        read_labelled(tmp_path / "nowhere", task="mrpc", split="train")
+        read_labeled(tmp_path / "nowhere", task="mrpc", split="train")
 
 
 @pytest.mark.parametrize(
@@ -277,13 +277,13 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 def test_files_that_are_not_what_they_say(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputTextError, match=name.replace(".", r"\.")):
-        read_labelled(tmp_path / name)
+        read_labeled(tmp_path / name)
 
 
 def test_rows_without_a_column_are_told_by_their_number(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": "b"}\n')
     with pytest.raises(InputTextError, match=r"rows\.jsonl, row 2"):
-        read_labelled(path)
+        read_labeled(path)
 
 
 def test_a_label_whose_name_is_a_number_is_not_counted(tmp_path: Path) -> None:
@@ -291,8 +291,8 @@ def test_a_label_whose_name_is_a_number_is_not_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "stars.tsv", "".join(f"text {n}\t{n}\n" for n in range(5)))
     stars = tuple("12345")
     with pytest.raises(InputTextError) as caught:
-        read_labelled(path, labels=stars)
+        read_labeled(path, labels=stars)
     assert (caught.value.where, caught.value.got) == (f"{path}, row 1", "0")
     assert caught.value.expected == "one of 1, 2, 3, 4, 5"
     path = write(tmp_path / "stars.tsv", "".join(f"text {n}\t{n}\n" for n in stars))
-    assert read_labelled(path, labels=stars).labels == (0, 1, 2, 3, 4)
+    assert read_labeled(path, labels=stars).labels == (0, 1, 2, 3, 4)

@@ -1,6 +1,6 @@
-"""Which colour does an object have? Accuracy as Memory Colors and ColorTerms are scored.
+"""Which color does an object have? Accuracy as Memory Colors and ColorTerms are scored.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class ColorEvaluation:
     answers: tuple[ColorAnswers, ...]
 
 
-def evaluate_colour(
+def evaluate_color(
     readings: Sequence[Reading],
     data: ObjectSet,
     prompts: Sequence[str],
@@ -62,22 +62,70 @@ def evaluate_colour(
     published: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> ColorEvaluation:
-    """Score how often the right colour is the most probable one.
+    """Score how often the right color is the most probable one.
 
     Args:
         readings: The rows.
         data: The objects.
         prompts: P prompts.
         prompts_name: What to call them in the report.
-        candidates: Colours that may be answered; those that occur in the data's file if None. An empty word
+        candidates: Colors that may be answered; those that occur in the data's file if None. An empty word
             is ignored.
         ends_with_stop: Whether a full stop follows a mask that goes after the last word.
         published: Whether to add the published figures for the same benchmark.
         on_progress: Told after each batch.
 
     Raises:
-        ConfigError: If an object's colour is not among the candidates, or one is not one token of the PLM.
+        ConfigError: If an object's color is not among the candidates, or one is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
+    """
+    colors = _read_candidates(data, candidates)
+    [(majority, num_majority)] = Counter(thing.color for thing in data.objects).most_common(1)
+    guesses = {"chance": 1 / len(colors), f"majority ({majority})": num_majority / len(data.objects)}
+    rows = [Row(name, {"accuracy": share}, is_baseline=True) for name, share in guesses.items()]
+    answers = []
+    for reading in readings:
+        answered = answer_colors(
+            reading, data.objects, prompts, colors, ends_with_stop=ends_with_stop, on_progress=on_progress
+        )
+        answers.append(answered)
+        per_prompt = answered.is_right.mean(1)  # (P,)
+        values = {"accuracy": float(per_prompt.mean()), "accuracy_sd": spread(per_prompt)}
+        rows.append(Row(reading.name, values, reading.experts, details=answered.details(prompts)))
+    settings: dict[str, str | int | float | bool | None] = {
+        "prompts": prompts_name or None,
+        "candidates": ", ".join(colors),
+        "full stop after a mask that was put last": ends_with_stop,
+        "accuracy": "mean over prompts and objects; sd over prompts with n - 1",
+    }
+    if published:
+        rows += _published(data)
+        settings["published"] = "on all objects of the benchmark, each with its own prompts"
+    evaluation = Evaluation(
+        kind="color",
+        model=readings[0].scorer.name,
+        data=Path(data.where).name,
+        counts={"objects": len(data.objects), "prompts": len(prompts), "colors": len(colors)},
+        settings=settings,
+        metrics=METRICS,
+        rows=tuple(rows),
+    )
+    return ColorEvaluation(evaluation, tuple(answers))
+
+
+def _published(data: ObjectSet) -> list[Row]:
+    """Return the published figures for a benchmark, if it is a known one."""
+    return [
+        Row(f"published: {name}", {"accuracy": accuracy}, is_baseline=True)
+        for name, accuracy in PUBLISHED.get(data.benchmark, {}).items()
+    ]
+
+
+def _read_candidates(data: ObjectSet, candidates: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the colors that may be answered.
+
+    Raises:
+        ConfigError: If an object's color is not among them.
     """
     words = data.colors if candidates is None else [word.strip() for word in candidates]
     colors = tuple(word for word in words if word)
@@ -90,53 +138,7 @@ def evaluate_colour(
                 got=thing.color,
                 hint="add it to --candidates",
             )
-    counts = Counter(thing.color for thing in data.objects)
-    majority, num_majority = counts.most_common(1)[0]
-    rows = [
-        Row("chance", {"accuracy": 1 / len(colors)}, is_baseline=True),
-        Row(f"majority ({majority})", {"accuracy": num_majority / len(data.objects)}, is_baseline=True),
-    ]
-    answers = []
-    for reading in readings:
-        answered = answer_colors(
-            reading,
-            data.objects,
-            prompts,
-            colors,
-            ends_with_stop=ends_with_stop,
-            on_progress=on_progress,
-        )
-        answers.append(answered)
-        per_prompt = answered.is_right.mean(1)  # (P,)
-        details = {
-            "accuracy_per_prompt": dict(zip(prompts, per_prompt.tolist(), strict=True)),
-            "answers": answered.by_object(),
-        }
-        values = {"accuracy": float(per_prompt.mean()), "accuracy_sd": spread(per_prompt)}
-        rows.append(Row(reading.name, values, reading.experts, details=details))
-    if published:
-        rows += [
-            Row(f"published: {name}", {"accuracy": accuracy}, is_baseline=True)
-            for name, accuracy in PUBLISHED.get(data.benchmark, {}).items()
-        ]
-    settings: dict[str, str | int | float | bool | None] = {
-        "prompts": prompts_name or None,
-        "candidates": ", ".join(colors),
-        "full stop after a mask that was put last": ends_with_stop,
-        "accuracy": "mean over prompts and objects; sd over prompts with n - 1",
-    }
-    if published:
-        settings["published"] = "on all objects of the benchmark, each with its own prompts"
-    evaluation = Evaluation(
-        kind="colour",
-        model=readings[0].scorer.name,
-        data=Path(data.where).name,
-        counts={"objects": len(data.objects), "prompts": len(prompts), "colours": len(colors)},
-        settings=settings,
-        metrics=METRICS,
-        rows=tuple(rows),
-    )
-    return ColorEvaluation(evaluation, tuple(answers))
+    return colors
 
 
 def spread(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:

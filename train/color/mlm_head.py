@@ -45,7 +45,7 @@ def train_head(
 ) -> None:
     """Write a ``save_pretrained`` folder of the same encoder with a head that fills masks.
 
-    Three parts of the text are facts, one is colour sentences whose colours have nothing to do with the
+    Three parts of the text are facts, one is color sentences whose colors have nothing to do with the
     objects in them. The decoder is the frozen embedding table; the transform before it and its bias learn.
     """
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Every exact optimisation: the answers with it are those without it, and what it saved is what is said."""
+"""Every exact optimization: the answers with it are those without it, and what it saved is what is said."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,23 +22,23 @@ from tests.tiny_checkpoint import (
     make_clip,
     make_model,
     make_plm,
-    randomise_plugin,
+    randomize_plugin,
 )
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
-from xadapter_export.cli.export import STEPS as CLI_STEPS
+from xadapter_export.bundle.manifest import ExpertSet, Optimization, Task
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.makers.onnx_graphs import CpuMaker, Source
 from xadapter_export.exporters.passes.fuse import CPU_PASSES
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.exporters.portable.savings import count_savings
+from xadapter_export.exporters.request import STEPS, Step
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.compare import TOLERANCES
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS
 
@@ -206,10 +206,6 @@ def test_a_static_bank_that_the_sentence_asks_is_folded_too(tmp_path: Path) -> N
         torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
 
 
-def test_the_command_line_names_every_step() -> None:
-    assert CLI_STEPS == STEPS
-
-
 # ------------------------------------------------------------------------------------------ counts
 
 
@@ -251,7 +247,7 @@ def test_multiply_adds_of_clip_by_hand(bert: XAdapterModel) -> None:
 def test_multiply_adds_of_a_padded_clip_by_hand(tmp_path: Path) -> None:
     config = XAdapterConfig(experts="t", layers=(1,), adapter_width=16, num_heads=2)
     plm = load_plm(make_plm("bert", tmp_path / "plm"), "fill-mask")
-    model = randomise_plugin(XAdapterModel(config, plm, make_clip(context_length=77, layers=1), None))
+    model = randomize_plugin(XAdapterModel(config, plm, make_clip(context_length=77, layers=1), None))
     before, after = saved(model, "t")["clip_at_true_length"]
     more = 77 - S
     tower = more * (4 * W * W + 2 * W * 4 * W) + 2 * (77**2 - S**2) * W
@@ -274,14 +270,14 @@ def test_a_graph_without_a_step_gives_the_same_answers(
     full = XAdapterSession.load(bert_bundle.folder, variant="onnx-fp32")
     for step in STEPS[:-1]:
         result = export(bert, tmp_path / step, "v", targets=BOTH, without=[step])
-        assert step not in {s.name for v in result.manifest.variants for s in v.optimisations}
+        assert step not in {s.name for v in result.manifest.variants for s in v.optimizations}
         assert result.parity.passed
         feed = {spec.name: inputs[spec.name] for spec in result.manifest.expert_sets["v"].inputs}
         for variant in ("onnx-fp32", "cpu-fp32"):
             got = XAdapterSession.load(result.folder, variant=variant).run(feed)
             for name, ref in full.run(feed, experts="v").items():
                 assert_within_fp32_rule(got[name], ref)
-    named = {s.name for s in bert_bundle.manifest.variant("v").optimisations}
+    named = {s.name for s in bert_bundle.manifest.variant("v").optimizations}
     assert named == {*STEPS[:-1], "head_at_positions"}
 
 
@@ -294,7 +290,7 @@ def test_a_static_graph_with_the_bank_unfolded_gives_the_same_answers(tmp_path: 
         result = export(model, tmp_path / f"bundle{number}", "v", targets=BOTH, without=steps)
         feed = {spec.name: inputs[spec.name] for spec in result.manifest.expert_sets["v"].inputs}
         for variant in result.manifest.variants:
-            names = [step.name for step in variant.optimisations]
+            names = [step.name for step in variant.optimizations]
             assert ("folded_bank" in names) == (not steps)
             answers.append(XAdapterSession.load(result.folder, variant=variant.name).run(feed)["logits"])
     assert len(answers) == 4
@@ -358,7 +354,7 @@ def test_the_cpu_graph_has_as_many_fused_operators_as_the_model_has_parts(
         assert found["BiasGelu"] == 3 + 1 + 2 * uses_clip  # layers, head, blocks
         assert found["Split"] == 3 + 2 * uses_clip
         assert not {"Softmax", "Erf", "Sigmoid", "Gelu"} & set(found)
-        done = result.manifest.variant(experts, "cpu-fp32").optimisations
+        done = result.manifest.variant(experts, "cpu-fp32").optimizations
         passes = [step for step in done if step.name in CPU_PASSES]
         assert [step.name for step in passes] == [name for name in CPU_PASSES if name != "fused_quick_gelu"]
         assert all(step.unit == "nodes" and step.lossless for step in passes)
@@ -372,7 +368,7 @@ def test_a_clip_of_openai_with_layer_scale_is_fused(tmp_path: Path) -> None:
     config = XAdapterConfig(experts="vt", layers=(1,), adapter_width=16, num_heads=2)
     clip = make_clip(quick_gelu=True, ls_init_value=0.1)
     plm = load_plm(make_plm("bert", tmp_path / "plm"), "fill-mask")
-    model = randomise_plugin(XAdapterModel(config, plm, clip, make_bank()))
+    model = randomize_plugin(XAdapterModel(config, plm, clip, make_bank()))
     result = export(model, tmp_path / "bundle", "v", targets=BOTH)
     assert result.parity.passed
     found = ops(ir.load(result.folder / result.manifest.variant("v", "cpu-fp32").file))
@@ -385,7 +381,7 @@ def test_a_clip_of_openai_with_layer_scale_is_fused(tmp_path: Path) -> None:
 def test_from_opset_20_gelu_is_an_operator_and_the_one_with_tanh_stays(tmp_path: Path) -> None:
     config = XAdapterConfig(experts="t", layers=(1,), adapter_width=16, num_heads=2)
     plm = load_plm(make_plm("bert", tmp_path / "plm"), "fill-mask")
-    model = randomise_plugin(XAdapterModel(config, plm, make_clip(gelu_approximate="tanh"), None))
+    model = randomize_plugin(XAdapterModel(config, plm, make_clip(gelu_approximate="tanh"), None))
     result = export(model, tmp_path / "bundle", "t", opset=20, targets=BOTH)
     assert result.parity.passed
     found = ops(ir.load(result.folder / result.manifest.variant("t", "cpu-fp32").file))
@@ -445,8 +441,8 @@ def break_one(model: ir.Model, name: str) -> None:
 
 def test_what_a_pass_saved_is_in_the_manifest(bert_bundle: ExportResult) -> None:
     manifest = bert_bundle.manifest
-    steps = manifest.variant("t", "cpu-fp32").optimisations
-    assert [type(step) for step in steps] == [Optimisation] * len(steps)
+    steps = manifest.variant("t", "cpu-fp32").optimizations
+    assert [type(step) for step in steps] == [Optimization] * len(steps)
     nodes = [step for step in steps if step.unit == "nodes"]
     portable = portable_graph(bert_bundle, "t")
     assert nodes[0].before == len(portable.graph)
@@ -454,5 +450,5 @@ def test_what_a_pass_saved_is_in_the_manifest(bert_bundle: ExportResult) -> None
         assert one.after == two.before
     for step in nodes:
         assert step.after < step.before
-    session = create_session(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
+    session = open_onnx(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
     assert {value.name for value in session.get_outputs()} == {"logits"}
