@@ -288,7 +288,7 @@ def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_
 
 
 def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path) -> None:
-    text = call("inspect", several).stdout
+    text = call("inspect", several, "--verbose").stdout
     answers = {
         line.split("\u2502")[0].strip(): line.split("\u2502")[1].strip()
         for line in text.splitlines()
@@ -300,10 +300,15 @@ def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path)
     assert "passed, 20 comparisons, max abs 1.0e-07" in text
     assert "same top answer in 99.7% of 320" in text
     assert text.count("nodes 20 to 15, 25.0% less") == 4
+    short = call("inspect", several).stdout
+    assert max(map(len, short.splitlines())) <= 100
+    assert "passed, 20 comparisons, max abs 1.0e-07" in short
+    assert "same top answer in 99.7% of 320" in short
+    assert "nodes" not in short
 
 
 def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
-    result = call("inspect", tiny)
+    result = call("inspect", tiny, "--verbose")
     assert result.exit_code == 0, result.output
     for fact in (
         "fill-mask",
@@ -332,8 +337,11 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     prove = "xad-parity . --engine tensorrt-rtx"
     made |= {"files": files, "size_bytes": 3 << 20, "seconds": 1.0, "facts": {}, "refused": refused}
     rewrite_manifest(broken, deployments=[{**made, "prove_with": prove}])
-    shown = call("inspect", broken).stdout
-    assert re.search(rf"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
+    shown = call("inspect", broken, "--verbose").stdout
+    assert re.search(rf"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ 3\.1 │ {files[0]} │ {prove}", shown)
+    assert re.search(
+        r"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ 3\.1 *$", call("inspect", broken).stdout, re.MULTILINE
+    )
     assert re.search(rf"tensorrt-rtx-fp32 │ {refused[0]}", shown)
     card = model_card(read_bundle(broken).manifest, "b", {"a CPU": "onnx-fp32"})
     assert "| a CPU | onnx-fp32 |" in card
