@@ -165,7 +165,8 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
 def _load_onnxruntime(place: Place) -> Run:
     import onnxruntime as ort
 
-    from xadapter_export.sessions.onnx_session import create_session
+    from xadapter_export.sessions.onnx_session import open_onnx
+    from xadapter_export.sessions.session import Opening
 
     assert place.folder is not None
     options = ort.SessionOptions()
@@ -174,7 +175,8 @@ def _load_onnxruntime(place: Place) -> Run:
     if place.provider == CPU_PROVIDER:
         session = ort.InferenceSession(place.folder / MODEL, options, providers=[CPU_PROVIDER])
     else:  # as a bundle is opened: a provider that does not start is an error
-        session = create_session(place.folder / MODEL, providers=[place.provider], num_threads=place.threads)
+        how = Opening(providers=[place.provider], num_threads=place.threads)
+        session = open_onnx(place.folder / MODEL, how)
     names = [value.name for value in session.get_inputs()]
 
     def run(feed: Feed) -> Answer:

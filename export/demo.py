@@ -16,11 +16,11 @@ from rich.table import Table
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.command import make_console
+from xadapter_export.evaluation.objects import ELEVEN
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.model.builtin import builtin_folder
 
 _TITLES: dict[ExpertSet, str] = {"none": "text only", "v": "V-expert", "t": "T-expert", "vt": "both"}
-_COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 
 
 @click.command()
@@ -67,7 +67,7 @@ class Asked:
         self.said: dict[ExpertSet, list[str]] = {
             experts: [
                 answers[0].token
-                for answers in session.fill_mask(texts, top_k=1, candidates=_COLORS, experts=experts)
+                for answers in session.fill_mask(texts, top_k=1, candidates=ELEVEN, experts=experts)
             ]
             for experts in EXPERT_SETS
         }
@@ -113,7 +113,7 @@ class Asked:
         return (
             f"Right on {len(self.objects)} objects, {len(self.questions)} unseen sentences: "
             + ", ".join(f"{_TITLES[experts]} {share:.1%}" for experts, share in shares.items())
-            + f" (chance {1 / len(_COLORS):.1%}). Caveats: docs/results.md"
+            + f" (chance {1 / len(ELEVEN):.1%}). Caveats: docs/results.md"
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoint import TEXTS, make_bank, make_model, randomize_plugin, write_parts
@@ -84,6 +85,12 @@ def test_a_checkpoint_holds_only_what_was_trained(saved: Path) -> None:
     record = json.loads((saved / "xadapter.json").read_text())
     assert record["training"] == {"steps": 3}
     assert record["config"]["layers"] == [1, 2]
+    card = ModelCard.load(saved / "README.md")
+    assert [card.data.get(key) for key in ("library_name", "pipeline_tag")] == [
+        "xadapter-export",
+        "fill-mask",
+    ]
+    assert "- steps: 3" in card.text
 
 
 def test_half_precision_is_stored_only_where_it_loses_nothing(model: XAdapterModel, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from xadapter_export.evaluation.metrics import (
     jensen_shannon_divergence,
     task_metrics,
 )
-from xadapter_export.evaluation.mlm import read_texts
 from xadapter_export.evaluation.objects import (
     ColoredObject,
     read_colors,
@@ -35,6 +34,7 @@ from xadapter_export.evaluation.prompts import CODA, NORLUND, VALM, ask, read_pr
 from xadapter_export.evaluation.readings import derangement, main_reading, plan_readings
 from xadapter_export.evaluation.results import Metric, percentage
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.evaluation.tables import read_sentences
 
 BANANA = ColoredObject("banana", "a", "bananas", "yellow", {"yellow": 1.0})
 
@@ -152,7 +152,7 @@ def test_memory_colors_color_terms_and_coda_are_known_by_their_columns(tmp_path:
         ("object,color\nash\n", "a row and the header have different numbers of cells: .*row 1"),
         ("object,color\nash,\n", "a cell is empty: .*row 1, color"),
         ('{"item": "ash"\n', "not JSON lines"),
-        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*row 2"),
+        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*line 2"),
         ('{"item": 3, "label": "grey"}\n', "a cell is empty: .*row 1, item"),
     ],
 )
@@ -183,10 +183,10 @@ def test_distributions_that_cannot_be_read(text: str, message: str, tmp_path: Pa
 
 
 def test_data_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "missing.jsonl")
     (tmp_path / "latin.csv").write_bytes(b"object,color\ngr\xfcn,grey\n")
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "latin.csv")
 
 
@@ -313,13 +313,10 @@ def test_numbers_are_written_as_a_table_shows_them() -> None:
 def test_texts_are_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\n\n two \nthree\n")
-    assert read_texts(path) == ["one", "two", "three"]
-    assert read_texts(path, limit=2) == ["one", "two"]
-    with pytest.raises(ConfigError, match="at least 1"):
-        read_texts(path, limit=0)
+    assert read_sentences(path) == ["one", "two", "three"]
     path.write_text("\n")
     with pytest.raises(InputTextError, match="the file has no text"):
-        read_texts(path)
+        read_sentences(path)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.compare import TOLERANCES
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS
 
@@ -450,5 +450,5 @@ def test_what_a_pass_saved_is_in_the_manifest(bert_bundle: ExportResult) -> None
         assert one.after == two.before
     for step in nodes:
         assert step.after < step.before
-    session = create_session(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
+    session = open_onnx(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
     assert {value.name for value in session.get_outputs()} == {"logits"}

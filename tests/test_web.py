@@ -264,11 +264,17 @@ def test_answer_among_words_and_what_cannot_be_answered(page: "Page", python: XA
     wanted = python.fill_mask(text, experts="v", candidates=["red", "green", "blue"])
     assert [word for word, _ in shown(page)[0]] == [answer.token for answer in wanted]
     page.fill("#words", "red, qqqq")
-    page.wait_for_selector("#hint:has-text('not one word of the language model')")
+    page.wait_for_selector("#hint:has-text('not one word of the language model: \"qqqq\"')")
+    assert page.get_attribute("#words", "aria-invalid") == "true"
+    assert page.get_attribute("#text", "aria-invalid") == "false"
+    assert shown(page) == []
     page.fill("#words", "")
     page.fill("#text", "no blank")
     page.wait_for_selector("#hint:has-text('[MASK]')")
     assert page.get_attribute("#text", "aria-invalid") == "true"
+    assert shown(page) == []
+    assert page.locator("#pictures li").count() == 0
+    assert page.locator(".experts output").all_text_contents() == [""] * 4
     page.click("#insert")
     page.wait_for_selector("#text[aria-invalid=false]")
     assert page.input_value("#text").count("[MASK]") == 1
@@ -305,7 +311,7 @@ def test_keyboard_and_screen_reader(page: "Page") -> None:
     assert page.get_by_role("status").filter(has_text="percent").count() == 1
     assert page.get_by_role("group", name="What the language model may use").count() == 1
     assert page.get_by_role("region", name="Pictures it looked at").get_by_role("listitem").count() == 4
-    assert page.locator("button:visible, input:visible, select:visible").evaluate_all(
+    assert page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
         "all => all.every((one) => one.textContent || one.labels.length)"
     )
 

@@ -10,7 +10,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import click
@@ -32,7 +32,7 @@ from train.demo.plugin import (
 )
 from train.demo.stages import Stages
 from train.minilm import minilm_folder
-from train.tables import Grid, print_grid, write_results
+from train.tables import Grid, print_grid, spread, write_results
 from xadapter_export.bank.compact import compact_bank
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.plm import FrozenPlm, NoMlmHeadError, load_plm
@@ -348,7 +348,7 @@ def color_grid(found: list[ArmResult], sizes: list[int], plm: str) -> Grid:
             (
                 name,
                 *(f"{100 * entry.accuracy[name]:.1f}" for entry in found),
-                _spread([100 * entry.accuracy[name] for entry in found], 1),
+                spread([100 * entry.accuracy[name] for entry in found], 1),
             )
             for name in _ROWS
         ),
@@ -363,10 +363,10 @@ def language_grid(found: list[ArmResult], plm: str) -> Grid:
         ratio = mean(entry.language[name].loss / entry.language[_FROZEN].loss for entry in found)
         return (
             name,
-            _spread([check.loss for check in checks], 3),
+            spread([check.loss for check in checks], 3),
             f"{100 * (ratio - 1):+.1f} %",
-            _spread([100 * check.top1 for check in checks], 1),
-            _spread([100 * check.color_rate for check in checks], 2),
+            spread([100 * check.top1 for check in checks], 1),
+            spread([100 * check.color_rate for check in checks], 2),
         )
 
     return Grid(
@@ -393,11 +393,6 @@ def ablation_grid(
             for name, values, results in rows
         ),
     )
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 if __name__ == "__main__":

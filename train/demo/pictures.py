@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.demo.stages import Stages
+from xadapter_export.evaluation.objects import ELEVEN
 
-COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+COLORS = ELEVEN
 _COLOR_WORDS = frozenset(
     (
         *COLORS,

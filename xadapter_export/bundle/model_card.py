@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
+from xadapter_export.bundle.card_data import bundle_card_data
 from xadapter_export.bundle.manifest import Agreement, Manifest
 from xadapter_export.targets import CUDA_PROVIDER, ONNXRUNTIME, TARGETS
 from xadapter_export.tasks import TASKS
 
 
 def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str:
-    """Writes the bundle's README: what it is, how to run it, what was proven.
+    """Writes the bundle's README: what it is, how to run it, what was proven, what the Hub reads of it.
 
     Args:
         manifest: The bundle's.
@@ -26,7 +27,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.",
         "",
     ]
-    return "\n".join(lines)
+    return bundle_card_data("\n".join(lines), name, manifest)
 
 
 def _summary(manifest: Manifest) -> list[str]:

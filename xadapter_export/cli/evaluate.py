@@ -1,6 +1,5 @@
 """``xad eval``: evaluate a checkpoint or bundle against its baselines."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -19,6 +18,7 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import ConfigError, OutputExistsError, import_extra
 from xadapter_export.experts import EXPERT_SETS, NONE
 from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
@@ -366,10 +366,11 @@ def mlm(data: Path, limit: int | None, **shared: Any) -> None:
 
     Masks every token in turn and reports pseudo-perplexity, loss and top-1 accuracy.
     """
-    from xadapter_export.evaluation.mlm import evaluate_mlm, read_texts
+    from xadapter_export.evaluation.mlm import evaluate_mlm
+    from xadapter_export.evaluation.tables import read_sentences
 
     options = Shared(**shared)
-    texts = read_texts(data, limit=limit)
+    texts = read_sentences(data)[:limit]
     with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
         readings = _open(options, FILL_MASK.name, on_progress)
         found = evaluate_mlm(readings, texts, data_name=data.name, on_progress=on_progress)
@@ -536,31 +537,17 @@ def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[OnProgress]":
     """Show the row at work on stderr: a bar on a terminal, a line for each row elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with show_progress(quiet=quiet) as (say, count):
+        row = ""
 
-    console = make_console(stderr=True)
-    start = time.monotonic()
-    if quiet:
-        yield lambda *_: None
-    elif console.is_terminal:
-        columns = TextColumn("{task.description}", markup=False), BarColumn()
-        with Progress(
-            *columns, MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        ) as bar:
-            task = bar.add_task("loading", total=None)
-            yield lambda name, done, total: bar.update(
-                task, description=name, completed=done, total=total or None
-            )
-    else:
-        last = ""
+        def show(name: str, done: int, total: int) -> None:
+            nonlocal row
+            if name != row:
+                say(name)
+            row = name
+            count(done, total)
 
-        def say(name: str, _done: int, _total: int) -> None:
-            nonlocal last
-            if name != last:
-                _say(f"{time.monotonic() - start:6.1f} s  {name}")
-            last = name
-
-        yield say
+        yield show
 
 
 def _say(line: str) -> None:

@@ -1,9 +1,7 @@
 """``xad export``: turn a checkpoint into a bundle."""
 
-import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -18,6 +16,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_json,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import UnsupportedError, import_extra
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.exporters.request import (
@@ -32,7 +31,7 @@ from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Variant
-    from xadapter_export.exporters.pipeline import ExportResult, OnStage
+    from xadapter_export.exporters.pipeline import ExportResult
 
 
 def _check_opset(_ctx: click.Context, _param: click.Parameter, opset: int) -> int:
@@ -266,7 +265,7 @@ def export(
     from xadapter_export.exporters.makers.axis_profile import parse_profile
 
     options["profile"] = parse_profile(ranges)
-    with _progress(quiet=quiet) as on_stage:
+    with show_progress(quiet=quiet) as (on_stage, _):
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")
         result: ExportResult = module.export(checkpoint, output, experts, on_stage=on_stage, **options)
@@ -319,21 +318,3 @@ def _proof(variant: "Variant") -> str:
         return f"parity passed, {proof.num_cells} comparisons, max difference {proof.max_abs:.1e}"
     assert agreement is not None  # a variant has the one or the other
     return describe_agreement(agreement)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> "Iterator[OnStage]":
-    """Shows the stage at work on stderr: a spinner on a terminal, a line for each stage elsewhere."""
-    console = make_console(stderr=True)
-    start = time.monotonic()
-
-    def say(stage: str, detail: str) -> str:
-        return f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}"
-
-    if quiet:
-        yield lambda *_: None
-    elif console.is_terminal:
-        with console.status("starting") as status:
-            yield lambda stage, detail: status.update(say(stage, detail))
-    else:
-        yield lambda stage, detail: click.echo(say(stage, detail), err=True)

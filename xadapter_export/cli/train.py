@@ -1,9 +1,7 @@
 """``xad train``: train a plug-in."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -17,6 +15,7 @@ from xadapter_export.cli.command import (
     print_evaluation,
     print_json,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import import_extra
 from xadapter_export.training.config import all_flags, has_arms, read_config
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from xadapter_export.evaluation.results import Evaluation
-    from xadapter_export.training.run import OnStage, OnStep, TrainResult
+    from xadapter_export.training.ablation import Ablation
+    from xadapter_export.training.run import TrainResult
 
 
 def _flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -78,33 +78,28 @@ def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None
     """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     is_first = os.environ.get("RANK", "0") == "0"
-    with _progress(quiet=quiet or not is_first) as (on_stage, on_step):
-        if config is not None and has_arms(config):
-            on_stage("load", "PyTorch")
-            module = import_extra("xadapter_export.training.ablation", "train")
-            ablation = module.read_ablation(config, given)
-            table = module.run_ablation(ablation, on_stage=on_stage, on_step=on_step)
-            if is_first:
-                _report_ablation(table, ablation.output, as_json=as_json)
-            return
-        settings = read_config(config, given)
+    settings = None if config is not None and has_arms(config) else read_config(config, given)
+    line = "train  step {done} of {total}{note}"
+    with show_progress(quiet=quiet or not is_first, line=line) as (on_stage, on_step):
         on_stage("load", "PyTorch")
-        module = import_extra("xadapter_export.training.run", "train")
-        result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
+        if settings is None:
+            module = import_extra("xadapter_export.training.ablation", "train")
+            ablation: Ablation = module.read_ablation(config, given)
+            table: Evaluation = module.run_ablation(ablation, on_stage=on_stage, on_step=on_step)
+        else:
+            module = import_extra("xadapter_export.training.run", "train")
+            result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
     if not is_first:
         return
-    if as_json:
+    if settings is None and as_json:
+        print_json(table.to_json())
+    elif settings is None:
+        print_evaluation(table)
+        make_console().print(f"results: {ablation.output}")
+    elif as_json:
         print_json({"checkpoint": str(result.folder), "record": result.record})
     else:
         _report(result)
-
-
-def _report_ablation(table: "Evaluation", folder: Path, *, as_json: bool) -> None:
-    if as_json:
-        print_json(table.to_json())
-        return
-    print_evaluation(table)
-    make_console().print(f"results: {folder}")
 
 
 def _report(result: "TrainResult") -> None:
@@ -123,39 +118,6 @@ def _report(result: "TrainResult") -> None:
     )
     console.print(f"checkpoint: {result.folder}; cached features: {result.cache}")
     console.print(f"next: xad-export {result.folder}")
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> "Iterator[tuple[OnStage, OnStep]]":
-    """Stages and steps on stderr: a bar on a terminal, a line for each tenth elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = make_console(stderr=True)
-    start = time.monotonic()
-
-    def say(stage: str, detail: str) -> None:
-        console.print(f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}", soft_wrap=True)
-
-    if quiet:
-        yield lambda *_: None, lambda *_: None
-    elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, TextColumn("{task.fields[note]}"), console=console, transient=True
-        ) as progress:
-            task = progress.add_task("steps", total=None, note="", visible=False)
-
-            def advance(step: int, steps: int, note: str) -> None:
-                progress.update(task, completed=step, total=steps, note=note, visible=True)
-
-            yield say, advance
-    else:
-
-        def tell(step: int, steps: int, note: str) -> None:
-            if step * 10 // steps > (step - 1) * 10 // steps:
-                say("train", f"step {step} of {steps}{note and f', {note}'}")
-
-        yield say, tell
 
 
 if __name__ == "__main__":

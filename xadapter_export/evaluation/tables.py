@@ -24,6 +24,18 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]  # other separators may stand inside a line
 
 
+def read_sentences(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, without space around them.
+
+    Raises:
+        InputTextError: If the file cannot be read as UTF-8 or has no text.
+    """
+    texts = [line.strip() for line in read_lines(path)]
+    if not texts:
+        raise InputTextError("the file has no text", where=path, hint="write one sentence per line")
+    return texts
+
+
 def read_table(
     path: Path, *, header_names: Collection[str] = (), headerless: Sequence[str] = ()
 ) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Tolerance
-from xadapter_export.parity.prove import SCORES, Expected, compare_case, read_reference, reference_feeds
+from xadapter_export.parity.prove import Expected, compare_case
+from xadapter_export.parity.reference import SCORES, read_reference, reference_feeds
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession

@@ -1,6 +1,5 @@
 """Prove a bundle: run every graph on the inputs in ``reference.npz``, compare with PyTorch's outputs there.
 
-Keys of ``reference.npz``: ``{case}/in/{input}``, ``{case}/{set}/out/{output}``, ``{case}/{set}/tap/{l}.{e}``.
 Every output and tap that the manifest names must have a reference in every case, and there must be as many
 cases as when the bundle was made, so that nothing passes by not being looked at.
 
@@ -13,7 +12,6 @@ is of; see ``parity.proven_bank``. Whether the new one is in the graph is checke
 """
 
 import importlib
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,21 +22,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
+from xadapter_export.bundle.graph_file import extra_outputs
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
-from xadapter_export.errors import BundleError, ConfigError, ParityError
+from xadapter_export.errors import ConfigError, ParityError
 from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.recorded import Check, opened_record
-from xadapter_export.parity.reference import take_columns
+from xadapter_export.parity.reference import (
+    SCORES,
+    look_up,
+    read_reference,
+    reference_feeds,
+    take_columns,
+)
 from xadapter_export.parity.report import ParityReport
-from xadapter_export.parity.taps import extra_outputs
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, TARGETS
-
-SCORES = "retrieved_scores"
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -258,19 +260,6 @@ def _prove_values(
     return cells, session.get_providers()
 
 
-def reference_feeds(reference: Mapping[str, Array], spec: ExpertSetSpec) -> dict[str, dict[str, Array]]:
-    """Return the inputs of an expert set, by name, in every case of the reference.
-
-    Raises:
-        ParityError: If one lacks.
-    """
-    cases = sorted({key.split("/")[0] for key in reference if "/in/" in key})
-    return {
-        case: {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
-        for case in cases
-    }
-
-
 def compare_case(
     session: OnnxSession, variant: Variant, case: str, feed: Mapping[str, Array], expected: Expected
 ) -> list[Cell]:
@@ -288,7 +277,7 @@ def compare_case(
     """
     cells: list[Cell] = []
     reference, keys, bank = expected.reference, expected.keys, expected.bank
-    refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
+    refs = {name: look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
     try:
         got = dict(zip(keys, session.run(list(keys), feed), strict=True))
     except Exception as error:  # the engines' own errors have no common base below Exception
@@ -305,28 +294,3 @@ def compare_case(
         else:
             cells.append(compare(got[name], refs[name], expected.tolerances[name], place))
     return cells
-
-
-def read_reference(bundle: Bundle) -> dict[str, Array]:
-    """Read ``reference.npz``, by key.
-
-    Raises:
-        BundleError: If it is missing, or not a plain npz file.
-    """
-    path = bundle.file(REFERENCE_NAME)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError("the reference cannot be read", where=path, got=error) from error
-
-
-def _look_up(reference: Mapping[str, Array], key: str) -> Array:
-    try:
-        return reference[key]
-    except KeyError as error:
-        raise ParityError(
-            "the reference lacks an array",
-            where=key,
-            hint=f"export the bundle again: {REFERENCE_NAME} is incomplete",
-        ) from error

@@ -304,31 +304,6 @@ def _closeness(ours: Float32Array, theirs: Float32Array, task: TaskSpec) -> tupl
     return cosine, None if task.head is None else float((ours.argmax(1) == theirs.argmax(1)).mean())
 
 
-def measure(
-    reference: Runner,
-    candidate: Runner,
-    probe: Probe,
-    precision: Precision,
-    name: str,
-    *,
-    min_agreement: float | None = None,
-    max_points_lost: float | None = None,
-) -> Agreement:
-    """Ask both graphs and compare; see ``collect`` and ``compare``.
-
-    Raises:
-        ParityError: If there is nothing to compare, an answer is not finite, or the shapes differ.
-    """
-    return compare(
-        collect(reference, probe, "fp32"),
-        collect(candidate, probe, name),
-        probe,
-        precision,
-        min_agreement=min_agreement,
-        max_points_lost=max_points_lost,
-    )
-
-
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share that was measured on ``count`` answers.
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.passes.fuse import CONTRIB
+from xadapter_export.exporters.passes.fuse import CONTRIB, replace_node
 from xadapter_export.exporters.passes.rounding import (
     Curvatures,
     Range,
@@ -453,11 +453,3 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
-
-
-def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put nodes, of which the last has one output, in the place of one that has one."""
-    graph.insert_before(old, new)
-    new[-1].outputs[0].name = old.outputs[0].name
-    ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
-    graph.remove(old, safe=True)
