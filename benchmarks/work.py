@@ -82,7 +82,7 @@ class ModelShape:
         """Read the sizes off a model with top-k retrieval."""
         plm, clip, config = model.plm, model.clip, model.config
         fills = model.task.fills_words
-        decoder = _weights(plm.model.get_submodule(plm.family.decoder)) if fills else 0
+        decoder = _weights(plm.decoder) if fills else 0
         clip_shape = clip.config if clip is not None else None
         return cls(
             hidden=plm.hidden_size,

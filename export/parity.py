@@ -24,7 +24,8 @@ from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.post_norm import Bert, Roberta
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.table import parity_table
 
@@ -81,7 +82,7 @@ def _bert_base() -> XAdapterModel:
     tokenizer.no_truncation()
     torch.manual_seed(0)
     plm = BertForMaskedLM(BertConfig())
-    frozen = FrozenPlm(plm, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
+    frozen = Bert(plm, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
     return _with_random_plugin(frozen, random_clip(), layers=(8, 10))
 
 
@@ -89,7 +90,7 @@ def _roberta() -> XAdapterModel:
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     plm = RobertaForMaskedLM(config)
-    frozen = FrozenPlm(plm, byte_tokenizer(), {"pad": 1, "mask": 4}, "random RoBERTa-base")
+    frozen = Roberta(plm, byte_tokenizer(), {"pad": 1, "mask": 4}, "random RoBERTa-base")
     return _with_random_plugin(frozen, random_clip(seed=1), layers=(10, 11))
 
 
@@ -101,7 +102,7 @@ def _minilm() -> XAdapterModel:
     )
 
 
-def _with_random_plugin(plm: FrozenPlm, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
+def _with_random_plugin(plm: PlmFamily, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
     config = XAdapterConfig(experts="vt", layers=layers, adapter_width=64, num_heads=4)
     return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
 

@@ -55,8 +55,8 @@ def expert_set_spec(
         for name, dtype in (("retrieved", "int64"), ("retrieved_scores", "float32")) if retrieves else ():
             outputs[name] = TensorSpec.model_validate({"name": name, "dtype": dtype, "axes": ("batch", k)})
     counts: Counter[Component] = Counter()
-    for graph in graphs.values():
-        counts.update(component_parameters(graph))
+    for part, graph in graphs.items():
+        counts.update(component_parameters(graph, parts[part]))
     return ExpertSetSpec(
         inputs=tuple(inputs[name] for name in input_names),
         outputs=tuple(outputs.values()),

@@ -8,6 +8,7 @@ Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,9 @@ from xadapter_export.bundle.manifest import describe
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
+from xadapter_export.model.export_layers import PackedAttention
 from xadapter_export.model.identity import weights_sha256
+from xadapter_export.model.pooling import take_positions
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -325,6 +328,54 @@ class ClipTextTower(nn.Module):
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(end_states)  # type: ignore[no-any-return]  # nn.Module call
         return end_states if self.text_projection is None else end_states @ self.text_projection
+
+
+class ClipLayers(nn.Module):
+    """The blocks of a CLIP text tower.
+
+    Args:
+        clip: The tower.
+        packed: See ``PackedAttention``.
+        last_at_end: Whether of the last block only end-of-text is wanted.
+    """
+
+    def __init__(self, clip: ClipTextTower, *, packed: bool = True, last_at_end: bool = False) -> None:
+        super().__init__()
+        self.blocks = cast(nn.ModuleList, clip.transformer["resblocks"])
+        self.last_at_end = last_at_end
+        self.attentions = nn.ModuleList(
+            PackedAttention(
+                [getattr(block.attn, name) for name in ("query", "key", "value")],
+                block.attn.out_proj,
+                clip.config.heads,
+                packed=packed,
+            )
+            for block in cast(Iterable[Any], self.blocks)
+        )
+
+    def forward(self, x: Tensor, causal_mask: Tensor, token_mask: Tensor, end: Tensor) -> Tensor:
+        """Runs all blocks.
+
+        Args:
+            x: ``(B, T, W) float32``.
+            causal_mask: ``(T, T) float32`` added to the scores.
+            token_mask: ``(B, 1, 1, T) float32`` added to those of end-of-text, which sees all real tokens.
+            end: ``(B, 1) int64``, where end-of-text is.
+
+        Returns:
+            ``(B, T, W) float32``, or ``(B, 1, W)`` at end-of-text where only that is wanted.
+        """
+        blocks = cast(Iterable[Any], self.blocks)
+        for number, (block, attention) in enumerate(zip(blocks, self.attentions, strict=True)):
+            normed = block.ln_1(x)
+            if self.last_at_end and number == len(self.blocks) - 1:
+                x = take_positions(x, end)
+                added = attention(normed, token_mask, positions=end)
+            else:
+                added = attention(normed, causal_mask)
+            x = x + block.ls_1(added)
+            x = x + block.ls_2(block.mlp["c_proj"](block.mlp["gelu"](block.mlp["c_fc"](block.ln_2(x)))))
+        return x
 
 
 def load_clip(source: str | Path | nn.Module) -> ClipTextTower:

@@ -18,7 +18,9 @@ from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
+from xadapter_export.model.export_layers import additive_mask
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
@@ -59,7 +61,7 @@ class XAdapterOutput:
     """Outputs of a forward pass.
 
     Attributes:
-        last_hidden_state: ``(B, T, H) float32``.
+        last_hidden_state: ``(B, T, H) float32``, after the PLM's final norm where it has one.
         answers: What the task gives, float32, by the names of ``TaskSpec.outputs``.
         memory: What the experts attended to.
         contributions: ``(B, T, H) float32`` that each expert added before each layer, by (layer, expert).
@@ -90,7 +92,7 @@ class XAdapterModel(nn.Module):
     bank_features: Tensor
 
     def __init__(
-        self, config: XAdapterConfig, plm: FrozenPlm, clip: ClipTextTower | None, bank: FeatureBank | None
+        self, config: XAdapterConfig, plm: PlmFamily, clip: ClipTextTower | None, bank: FeatureBank | None
     ) -> None:
         super().__init__()
         self.config = config
@@ -250,7 +252,7 @@ class XAdapterModel(nn.Module):
 
     def frozen_parts(self) -> tuple[FrozenPart, FrozenPart | None, BankPart | None]:
         """Identities of PLM, CLIP text tower and bank, with the hashes of the weights in memory."""
-        plm = FrozenPart(source=self.plm.source, family=self.plm.family.name, sha256=self.plm.sha256)
+        plm = FrozenPart(source=self.plm.source, family=self.plm.name, sha256=self.plm.sha256)
         clip = bank = None
         if self.clip is not None:
             clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=self.clip.sha256)
@@ -323,9 +325,9 @@ class XAdapterModel(nn.Module):
         training.
         """
         hidden = self.plm.embed(input_ids, token_type_ids)
-        mask = additive_mask(attention_mask)
+        context = self.plm.prepare(hidden, attention_mask)
         for index in range(layer):
-            hidden = self.plm.layer(index, hidden, mask)
+            hidden = self.plm.layer(index, hidden, context)
         return hidden
 
     def forward(
@@ -365,6 +367,7 @@ class XAdapterModel(nn.Module):
 
         start = 0 if first_layer_input is None else self.config.layers[0]
         hidden = self.plm.embed(input_ids, token_type_ids) if first_layer_input is None else first_layer_input
+        context = self.plm.prepare(hidden, attention_mask)
         contributions: dict[tuple[int, Expert], Tensor] = {}
         for index in range(start, len(self.plm.layers)):
             if str(index) in self.adapters:
@@ -372,7 +375,8 @@ class XAdapterModel(nn.Module):
                 for expert in active:
                     contributions[index, expert] = adapters[expert](hidden, *memories[expert], mask)
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
-            hidden = self.plm.layer(index, hidden, mask)
+            hidden = self.plm.layer(index, hidden, context)
+        hidden = self.plm.finish(hidden)
 
         answers = self.answers(self.task, hidden, attention_mask, mask_positions)
         return XAdapterOutput(hidden, answers, memory, contributions)
@@ -384,7 +388,7 @@ class XAdapterModel(nn.Module):
 
         Args:
             task: The task.
-            hidden: ``(B, T, H) float32``. States after the last layer.
+            hidden: ``(B, T, H) float32``. What the PLM gives: ``XAdapterOutput.last_hidden_state``.
             attention_mask: ``(B, T) int64``.
             mask_positions: ``(B, P) int64``, where the task reads masks; None for all tokens.
         """

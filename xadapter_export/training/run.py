@@ -41,7 +41,8 @@ from xadapter_export.model.checkpoint import RECORD_NAME
 from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
 from xadapter_export.model.identity import public_name, weights_sha256
-from xadapter_export.model.plm import FrozenPlm, load_plm
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits
 from xadapter_export.tasks import TASKS
 from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
@@ -118,7 +119,7 @@ class _Phase:
 def train(
     config: TrainConfig,
     *,
-    plm: FrozenPlm | None = None,
+    plm: PlmFamily | None = None,
     frozen_sha256: Mapping[str, str] = MappingProxyType({}),
     on_stage: OnStage = lambda *_: None,
     on_step: OnStep = lambda *_: None,
@@ -220,7 +221,7 @@ def train(
 
 
 def _make_model(
-    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None, frozen_sha256: Mapping[str, str]
+    config: TrainConfig, rows: "_Rows", plm: PlmFamily | None, frozen_sha256: Mapping[str, str]
 ) -> tuple[XAdapterModel, ClipTextTower | None]:
     """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
     plm = plm or load_plm(config.plm, config.task)

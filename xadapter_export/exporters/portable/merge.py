@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
-from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
-from xadapter_export.model.clip_text import ClipTextTower
-from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.clip_text import ClipLayers, ClipTextTower
+from xadapter_export.model.export_layers import PackedAttention, PackedLayer, additive_mask, attend
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
@@ -96,7 +95,7 @@ class MergedModel(nn.Module):
         self.reads_positions = self.task.reads != "all"  # but masks, or the first token
         self.last_at_positions = self.reads_positions and "last_layer_at_positions" not in without
         self.plm_layers = nn.ModuleList(
-            PlmLayer(model.plm, i, packed=packed, at_positions=self.last_at_positions and i == last)
+            model.plm.export_layer(i, packed=packed, at_positions=self.last_at_positions and i == last)
             for i in range(last + 1)
         )
         self.adapters = nn.ModuleDict(
@@ -140,7 +139,7 @@ class MergedModel(nn.Module):
         return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])[V.name])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
-        decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
+        decoder = self.plm.decoder
         sliced = nn.Linear(decoder.in_features, len(candidate_ids), bias=decoder.bias is not None)
         rows = torch.tensor(list(candidate_ids))
         with torch.no_grad():
@@ -156,11 +155,20 @@ class MergedModel(nn.Module):
 
     @property
     def projection_counts(self) -> tuple[int, int]:
-        """How many self-attentions there are, and how many products give their queries, keys and values."""
-        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers] if self.answers else []
+        """How many packed attentions there are, and how many products give their queries, keys and values."""
+        attentions = [layer.attention for layer in self._layers if isinstance(layer, PackedLayer)]
         if self.clip_layers is not None:
             attentions += [cast(PackedAttention, attention) for attention in self.clip_layers.attentions]
         return len(attentions), sum(len(attention.projections) for attention in attentions)
+
+    @property
+    def has_other_layers(self) -> bool:
+        """Whether a layer is written in a way of its own, so that nobody knows what of it can be fused."""
+        return not all(isinstance(layer, PackedLayer) for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return [*self.plm_layers] if self.answers else []
 
     @property
     def input_names(self) -> list[str]:
@@ -235,6 +243,7 @@ class MergedModel(nn.Module):
             token_mask = token_mask if self.part == "whole" else additive_mask(token_mask)
             memory["text"] = asked["memory_t"], token_mask
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        context = self.plm.prepare(hidden, inputs["attention_mask"])
         positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
         contributions: list[Tensor] = []
         for index, layer in enumerate(self.plm_layers):
@@ -246,7 +255,8 @@ class MergedModel(nn.Module):
                 contributions += added
                 hidden = sum(added, start=hidden)
             at = positions if self.last_at_positions and index == len(self.plm_layers) - 1 else None
-            hidden = layer(hidden, mask, at)
+            hidden = layer(hidden, context, at)
+        hidden = self.plm.finish(hidden)
         if self.reads_positions and not self.last_at_positions:
             hidden = take_positions(hidden, positions)
         answers = self.task_head.answer(States(hidden, inputs["attention_mask"], self._mlm_logits, self.head))
@@ -298,7 +308,7 @@ class MergedModel(nn.Module):
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:
             return self.plm.mlm_logits(hidden)
-        return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+        return self.candidate_decoder(self.plm.mlm_transform(hidden))  # type: ignore[no-any-return]  # nn.Module call
 
 
 def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
