@@ -40,7 +40,7 @@ from benchmarks.machine import cpu
 from export.parity import random_bank
 from train.minilm import minilm_folder
 from xadapter_export.cli.command import make_console, print_json
-from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
@@ -102,7 +102,7 @@ def _load_plm(name: str) -> PlmFamily:
 def _make_model(plm: PlmFamily) -> XAdapterModel:
     """A fresh plug-in with a CLIP of one layer: its depth is paid once, before training."""
     torch.manual_seed(_SEED)
-    clip = ClipTextTower(ClipTextConfig(embed_dim=512, layers=1), clip_tokenizer(), "random CLIP")
+    clip = OpenClipTower(ClipTextConfig(embed_dim=512, layers=1), clip_tokenizer(), "random CLIP")
     with torch.no_grad():
         for parameter in clip.parameters():
             if parameter.ndim == 2:
@@ -119,7 +119,7 @@ def _make_model(plm: PlmFamily) -> XAdapterModel:
             "labels": ("no", "yes"),
         }
     )
-    return XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim))
+    return XAdapterModel(config, plm, clip, random_bank(clip.feature_dim))
 
 
 def _make_source(shape: _Shape, model: XAdapterModel, cache: Path, *, with_features: bool) -> Source:

@@ -21,7 +21,7 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import ParityError
 from xadapter_export.model.builtin import builtin_folder
-from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm_family import PlmFamily
@@ -53,11 +53,11 @@ def random_bank(dim: int, num_pictures: int = _NUM_PICTURES, seed: int = 0) -> F
     )
 
 
-def random_clip(width: int = 512, layers: int = 12, seed: int = 0) -> ClipTextTower:
+def random_clip(width: int = 512, layers: int = 12, seed: int = 0) -> OpenClipTower:
     """A text tower of the shape that ViT-B/16 and ViT-B/32 share, with random weights."""
     torch.manual_seed(seed)
     config = ClipTextConfig(embed_dim=512, width=width, heads=8, layers=layers)
-    tower = ClipTextTower(config, clip_tokenizer(), "random text tower")
+    tower = OpenClipTower(config, clip_tokenizer(), "random text tower")
     with torch.no_grad():
         for parameter in tower.parameters():
             if parameter.ndim == 2:
@@ -102,9 +102,9 @@ def _minilm() -> XAdapterModel:
     )
 
 
-def _with_random_plugin(plm: PlmFamily, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
+def _with_random_plugin(plm: PlmFamily, clip: OpenClipTower, layers: tuple[int, ...]) -> XAdapterModel:
     config = XAdapterConfig(experts="vt", layers=layers, adapter_width=64, num_heads=4)
-    return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
+    return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.feature_dim)))
 
 
 CASES: dict[str, Callable[[], XAdapterModel]] = {

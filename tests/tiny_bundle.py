@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -68,6 +68,15 @@ def plm_tokenizer() -> Tokenizer:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return tokenizer
+
+
+class TowerRules(NamedTuple):
+    """Facts of a text tower."""
+
+    context_length: int
+    end_token_id: int
+    pad_token_id: int = 0
+    exact_at_true_length: bool = True
 
 
 def clip_tokenizer() -> Tokenizer:
@@ -269,7 +278,7 @@ def write_bundle(
 
     Each set comes in each of ``variants``; those of a precision below fp32 hold weights rounded to 8 bits.
     """
-    from xadapter_export.runtime.text import TextEncoder
+    from xadapter_export.runtime.text import TextEncoder, TowerTokens
 
     (folder / "onnx").mkdir(parents=True)
     plm_tokenizer().save(str(folder / "tokenizer.json"))
@@ -278,13 +287,11 @@ def write_bundle(
     (folder / "bank.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     encoder = TextEncoder(
         plm_tokenizer(),
-        clip_tokenizer(),
+        TowerTokens(clip_tokenizer(), TowerRules(CONTEXT, 2)),
         max_seq=MAX_SEQ,
         mask_token="[MASK]",
         pad_token_id=0,
         has_token_type_ids=False,
-        clip_context_length=CONTEXT,
-        clip_end_token_id=2,
     )
     columns = None if candidates is None else [WORDS.index(word) for word in candidates]
     arrays: Arrays = {}
@@ -355,8 +362,9 @@ def write_bundle(
             "source": "tiny",
             "sha256": sha,
             "context_length": CONTEXT,
-            "start_token_id": 1,
             "end_token_id": 2,
+            "pad_token_id": 0,
+            "exact_at_true_length": True,
             "embed_dim": D,
             "text_width": D,
         },

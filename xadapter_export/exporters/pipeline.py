@@ -193,7 +193,7 @@ def export(
             source = type(model).__name__
         plan = make_plan(model, experts, task, candidates, max_seq, retrieval, split=split)
         check_split(model, plan)
-        context = model.clip.config.context_length if model.clip is not None else None
+        context = model.clip.context_length if model.clip is not None else None
         check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
         reads_masks = TASKS[plan.task].reads_masks
         cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=reads_masks)
@@ -392,7 +392,9 @@ class _Builder:
             bank = pack.bank_spec(self.model, self.specs)
             assert bank is not None  # a set searches it
             retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
-        return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
+        assert self.model.clip is not None  # a query graph runs it
+        query, answer = sessions["query"], sessions["answer"]
+        return SplitSession(query, answer, spec, self.model.clip, expert_set, retriever)
 
     def _check_remaining(self, wanted: Sequence[VariantName]) -> None:
         """Refuses a bundle that would have nothing that was asked for of an expert set."""
@@ -536,7 +538,7 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
     }
     if model.clip is not None:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
-        example["memory_t"] = torch.zeros(2, 5, model.clip.config.width)
+        example["memory_t"] = torch.zeros(2, 5, model.clip.width)
         example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
     if reads_bank(model.config.experts):
         example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])

@@ -150,7 +150,7 @@ class PlmFamily(nn.Module, ABC):
     @property
     def decoder(self) -> nn.Linear:
         """The linear decoder of the MLM head, E to V; candidates are some of its rows."""
-        return cast(nn.Linear, self.model.get_output_embeddings())
+        return cast(nn.Linear, self.model.get_output_embeddings())  # type: ignore[no-untyped-call]  # transformers
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """MLM head: ``(..., H) float32`` to ``(..., V) float32``."""

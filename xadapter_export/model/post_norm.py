@@ -73,7 +73,7 @@ class Bert(PlmFamily):
     """
 
     name = "bert"
-    model_types = ("bert",)
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
     layer_parts: ClassVar[LayerParts] = LayerParts()
 
     @property

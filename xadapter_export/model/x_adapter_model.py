@@ -16,15 +16,16 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
-from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
 from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
-from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.runtime.text import TextEncoder, TowerTokens
 from xadapter_export.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class XAdapterModel(nn.Module):
     bank_features: Tensor
 
     def __init__(
-        self, config: XAdapterConfig, plm: PlmFamily, clip: ClipTextTower | None, bank: FeatureBank | None
+        self, config: XAdapterConfig, plm: PlmFamily, clip: TextTower | None, bank: FeatureBank | None
     ) -> None:
         super().__init__()
         self.config = config
@@ -106,7 +107,7 @@ class XAdapterModel(nn.Module):
             widths["bank"] = bank.features.shape[1]
             self.register_buffer("bank_features", torch.from_numpy(bank.unit_rows()), persistent=False)
         if reads_text(config.experts) and clip is not None:
-            widths["text"] = clip.config.width
+            widths["text"] = clip.width
         self.adapters = nn.ModuleDict(
             {
                 str(layer): nn.ModuleDict(
@@ -131,13 +132,11 @@ class XAdapterModel(nn.Module):
         plm, clip = self.plm, self.clip
         return TextEncoder(
             plm.tokenizer,
-            clip.tokenizer if clip else None,
+            TowerTokens(clip.tokenizer, clip) if clip else None,
             max_seq=max_seq,
             mask_token=plm.tokenizer.id_to_token(plm.special["mask"]) if "mask" in plm.special else None,
             pad_token_id=plm.special["pad"],
             has_token_type_ids=plm.has_token_type_ids,
-            clip_context_length=clip.config.context_length if clip else None,
-            clip_end_token_id=clip.end_token_id if clip else None,
         )
 
     def _check(self) -> None:
@@ -175,8 +174,8 @@ class XAdapterModel(nn.Module):
 
         Args:
             plm: Folder in ``save_pretrained`` layout, hub id, or transformers model, which stays as it is.
-            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model, likewise; None
-                for a static bank without T-expert.
+            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model, likewise; a
+                tower of another kind as ``load_clip`` has it; None for a static bank without T-expert.
             config: Shape and task of the plug-in.
             bank: Bank or folder of one; needed by the V-expert.
 
@@ -255,7 +254,7 @@ class XAdapterModel(nn.Module):
         plm = FrozenPart(source=self.plm.source, family=self.plm.name, sha256=self.plm.sha256)
         clip = bank = None
         if self.clip is not None:
-            clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=self.clip.sha256)
+            clip = FrozenPart(source=self.clip.source, family=self.clip.name, sha256=self.clip.sha256)
         if self.bank is not None:
             bank = BankPart(
                 num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256
@@ -293,7 +292,7 @@ class XAdapterModel(nn.Module):
         """Runs the frozen CLIP: what the experts will attend to.
 
         Args:
-            clip_input_ids: ``(B, S) int64``, zero padded after end-of-text; not needed in static mode.
+            clip_input_ids: ``(B, S) int64``, padded as the tower has it; not needed in static mode.
             experts: Expert set; None for all that the plug-in holds.
             k: Pictures to retrieve, if not the configured number.
         """
@@ -303,7 +302,7 @@ class XAdapterModel(nn.Module):
         if reads_bank(active) and not topk:
             v = self.bank_features[None]
         if topk or reads_text(active):
-            clip = cast(ClipTextTower, self.clip)
+            clip = cast(TextTower, self.clip)
             if clip_input_ids is None:
                 raise ConfigError(f"experts {active} need CLIP; pass clip_input_ids")
             states = clip.token_states(clip_input_ids)  # (B, S, W)
@@ -398,16 +397,16 @@ class XAdapterModel(nn.Module):
         return {output.name: value for output, value in zip(task.outputs, values, strict=True)}
 
 
-def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
+def check_bank_fits(bank: FeatureBank, clip: TextTower) -> None:
     """Refuses a bank that was made with another CLIP than the one that searches it.
 
     Raises:
         ConfigError: If widths differ, or the bank knows its CLIP and it is another.
     """
-    if bank.features.shape[1] != clip.config.feature_dim:
+    if bank.features.shape[1] != clip.feature_dim:
         raise ConfigError(
             f"bank features have width {bank.features.shape[1]}, "
-            f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
+            f"CLIP {clip.source} has {clip.feature_dim}; build the bank with the same CLIP"
         )
     if bank.clip is not None and (found := clip.sha256) != bank.clip.sha256:
         raise ConfigError(

@@ -274,7 +274,8 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
         asked = session = create_session(file, appended=extra_outputs([query] if searches else []))
         if variant.query_file is not None:
             answer = create_session(new.file(variant.file))
-            session = SplitSession(asked, answer, spec, variant.query_file, retriever)
+            assert manifest.clip is not None  # a graph that asks runs it
+            session = SplitSession(asked, answer, spec, manifest.clip, variant.query_file, retriever)
         for case, feed in reference_feeds(reference, spec).items():
             right = all(np.isfinite(array).all() for array in session.run(outputs, feed))
             if bank.retrieval == "topk":
