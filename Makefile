@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUNDLES := build/bundles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-others test-openvino parity check lint types imports house docs bench bench-field bench-avx2 bench-full bench-training processors web clean
+.PHONY: help install demo test test-others test-openvino parity check lint types imports house docs bench bench-avx2 bench-training processors web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -53,7 +53,7 @@ types: $(STAMP) ## Check types (mypy, strict).
 imports: $(STAMP) ## Check that imports go one way (import-linter).
 	$(BIN)/lint-imports
 
-house: $(STAMP) ## Count where names are compared outside their rooms.
+house: $(STAMP) ## Count names compared outside their rooms, and functions over the limits.
 	$(BIN)/python -m tests.test_house
 
 docs: $(STAMP) ## Write docs/cli.md from what --help says, and draw the map of the code.
@@ -64,16 +64,8 @@ bench: $(STAMP) ## Time bundles against other exporters and engines, and the sea
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.bank_search --faiss --rows random
 
-bench-field: $(STAMP) ## Time int8 and fp32 of ours against LiteRT, ExecuTorch and CTranslate2, which take minutes to convert.
-	$(BIN)/python -m benchmarks.latency --heads full --shapes 1x12,1x32,8x32 --output build/bench/results-field --contestants \
-	    ours,eager,ort-int8,ort-fused-int8,openvino,executorch,litert,litert-int8,ctranslate2,ctranslate2-int8
-
 bench-avx2: $(STAMP) ## The same bundles with AVX2 kernels on an x86-64 CPU that has AVX-512; needs gcc.
 	$(BIN)/python -m benchmarks.masked_cpu -- $(BIN)/python -m benchmarks.latency --heads full --output build/bench/results-avx2
-
-bench-full: $(STAMP) ## The same in every cell: hours.
-	$(BIN)/python -m benchmarks.latency --full
-	$(BIN)/python -m benchmarks.bank_search --faiss
 
 processors: $(STAMP) ## Ask two models on emulated processors, and compare with this one.
 	$(BIN)/python -m benchmarks.processors

@@ -165,6 +165,31 @@ def run_alone(work: Callable[..., Any], *arguments: object) -> tuple[Any, float,
         return pool.submit(_watched, work, arguments).result()
 
 
+def table(found: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table of what each stage took and found."""
+    heads = "index, built in s, peak GiB, size MiB, recall@1, @5, @10, load s, first ms, again ms, peak GiB"
+    lines = ["| " + " | ".join(heads.split(", ")) + " |", "|---|" + "---:|" * 10]
+    for name in ("exact", *KINDS):
+        cells = ["-", "-", "-", "1", "1", "1"]
+        if made := found.get(f"index {name}"):
+            cells = [
+                f"{made['seconds']:.0f}",
+                f"{made['peak_bytes'] / _GIB:.2f}",
+                f"{made['result']['size_bytes'] / _MIB:.0f}",
+                *(f"{r:.3f}" for r in made["result"]["recall"].values()),
+            ]
+        asked = found[f"ask {name}"]
+        got = asked["result"]
+        cells += [
+            f"{got['load_s']:.2f}",
+            f"{got['first_ms']:.1f}",
+            f"{got['again_ms']:.1f}",
+            f"{asked['peak_bytes'] / _GIB:.2f}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 @click.command()
 @click.option("--pictures", default=1_000_000, show_default=True, type=click.IntRange(min=10_000))
 @click.option(
@@ -195,32 +220,12 @@ def main(pictures: int, kind: Rows, threads: int, folder: Path, builtin: bool, k
     click.echo(f"{pictures} {kind} rows, {size / _GIB:.2f} GiB, on {cpu()}")
     stage("export", export_bundle, bank, bundle)
     stage("ask exact", ask, bundle, None, threads)
-    heads = "index, built in s, peak GiB, size MiB, recall@1, @5, @10, load s, first ms, again ms, peak GiB"
-    lines = ["| " + " | ".join(heads.split(", ")) + " |", "|---|" + "---:|" * 10]
-    for name in ("exact", *KINDS):
-        cells = ["-", "-", "-", "1", "1", "1"]
-        if name != "exact":
-            record = stage(f"index {name}", make_index, bundle, folder / name, name)
-            made = found[f"index {name}"]
-            cells = [
-                f"{made['seconds']:.0f}",
-                f"{made['peak_bytes'] / _GIB:.2f}",
-                f"{record['size_bytes'] / _MIB:.0f}",
-                *(f"{r:.3f}" for r in record["recall"].values()),
-            ]
-            stage(f"ask {name}", ask, bundle, folder / name, threads)
-        asked = found[f"ask {name}"]
-        got = asked["result"]
-        cells += [
-            f"{got['load_s']:.2f}",
-            f"{got['first_ms']:.1f}",
-            f"{got['again_ms']:.1f}",
-            f"{asked['peak_bytes'] / _GIB:.2f}",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    click.echo("\n".join(lines))
-    for name in () if keep else ("bank", "bundle", *KINDS):
-        shutil.rmtree(folder / name)
+    for name in KINDS:
+        stage(f"index {name}", make_index, bundle, folder / name, name)
+        stage(f"ask {name}", ask, bundle, folder / name, threads)
+    click.echo("\n".join(table(found)))
+    for place in () if keep else ("bank", "bundle", *KINDS):
+        shutil.rmtree(folder / place)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.training.batches import Collator, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
 from xadapter_export.training.examples import encode_labeled
-from xadapter_export.training.frozen_features import FrozenFeatures, frozen_features
+from xadapter_export.training.frozen_features import FeatureCache, FrozenFeatures, frozen_features
 from xadapter_export.training.objective import TrainingModel
 
 from transformers import BertConfig, BertModel  # isort: skip  # cured by model.plm
@@ -138,10 +138,9 @@ def _make_source(shape: _Shape, model: XAdapterModel, cache: Path, *, with_featu
         raise RuntimeError(f"a text has not {shape.seq} tokens")
     if not with_features:
         return Source(examples, FrozenFeatures(None, None, None, None))
-    hashes = dict.fromkeys(("plm", "clip", "bank"), "random")  # the folder is this benchmark's own
-    return Source(
-        examples, frozen_features(model, examples, cache, pool=_POOL, with_hidden=True, hashes=hashes)
-    )
+    # The folder is this benchmark's own, so that the hashes need not tell models apart.
+    kept = FeatureCache(cache, dict.fromkeys(("plm", "clip", "bank"), "random"))
+    return Source(examples, frozen_features(model, examples, kept, pool=_POOL, with_hidden=True))
 
 
 class _Arm:

@@ -136,7 +136,7 @@ def main(output: Path, names: tuple[str, ...], opset: int) -> None:
             CASES[name](),
             output / name,
             ("vt", "v", "t", "none"),
-            opset,
+            opset=opset,
             force=True,
             on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
         )

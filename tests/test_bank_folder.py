@@ -150,7 +150,7 @@ def test_features_that_are_no_bank(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="bank row 7: expected a feature of length 1, got 2"):
         list(BankReader(folder).row_blocks(6))
     save_file({"features": rows.astype(np.int8)}, folder / "bank.safetensors")
-    with pytest.raises(CheckpointError, match="scales do not match"):
+    with pytest.raises(CheckpointError, match="this is not a bank"):
         BankReader(folder)
     (folder / "bank.safetensors").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="cannot be read"):

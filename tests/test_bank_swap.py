@@ -38,6 +38,7 @@ from xadapter_export.model.config import RetrievalConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.runtime.how_to_open import HowToOpen
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, Opening
 from xadapter_export.swap.swap import SwapResult, swap_bank
@@ -190,7 +191,7 @@ def _check_every_variant(bundle: Path) -> None:
             arrays[key] = arrays[key] + np.float32(1)
     np.savez(path, **arrays)
     with pytest.raises(ParityError, match="wrong outputs on this processor: cpu-fp32"):
-        XAdapterSession(unchecked, experts=experts, variant="cpu-fp32", num_threads=1)
+        XAdapterSession(unchecked, HowToOpen(experts=experts, variant="cpu-fp32", num_threads=1))
     path.write_bytes(recorded)
 
 

@@ -152,7 +152,7 @@ def test_memory_colors_color_terms_and_coda_are_known_by_their_columns(tmp_path:
         ("object,color\nash\n", "a row and the header have different numbers of cells: .*row 1"),
         ("object,color\nash,\n", "a cell is empty: .*row 1, color"),
         ('{"item": "ash"\n', "not JSON lines"),
-        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*row 2"),
+        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*line 2"),
         ('{"item": 3, "label": "grey"}\n', "a cell is empty: .*row 1, item"),
     ],
 )
@@ -183,10 +183,10 @@ def test_distributions_that_cannot_be_read(text: str, message: str, tmp_path: Pa
 
 
 def test_data_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "missing.jsonl")
     (tmp_path / "latin.csv").write_bytes(b"object,color\ngr\xfcn,grey\n")
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "latin.csv")
 
 

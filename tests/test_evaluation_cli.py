@@ -217,7 +217,7 @@ def test_mnli_has_two_validation_sets(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("color TINY --data empty.csv", "the data is empty: empty.csv"),
-        ("color TINY --data missing.csv", "the data cannot be read: missing.csv"),
+        ("color TINY --data missing.csv", "the file cannot be read: missing.csv"),
         (
             "color TINY --data shades.csv",
             "a column is missing: shades.csv (expected label or color or colour",

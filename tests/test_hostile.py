@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.tiny_bundle import rehash, rewrite_manifest
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.graph_check import check_onnx, check_openvino
-from xadapter_export.bundle.graph_file import Field, serialise
+from xadapter_export.bundle.graph_file import Field, serialize
 from xadapter_export.cli.main import xad
 from xadapter_export.errors import BundleError
 
@@ -181,7 +181,7 @@ def test_a_field_whose_number_other_readers_cut_is_no_way_around(tmp_path: Path)
 
 
 def add_field(number: int, data: bytes) -> bytes:
-    return serialise([Field(number, 2, data)])
+    return serialize([Field(number, 2, data)])
 
 
 LAYER = '<layer id="0" name="x" type="{}" version="{}"/>'

@@ -27,18 +27,18 @@ from tests.tiny_checkpoint import (
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Optimization, Task
-from xadapter_export.cli.export import STEPS as CLI_STEPS
 from xadapter_export.errors import ParityError
 from xadapter_export.exporters.makers.onnx_graphs import CpuMaker, Source
 from xadapter_export.exporters.passes.fuse import CPU_PASSES
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Step
+from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.exporters.portable.savings import count_savings
+from xadapter_export.exporters.request import STEPS, Step
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.compare import TOLERANCES
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS
 
@@ -204,10 +204,6 @@ def test_a_static_bank_that_the_sentence_asks_is_folded_too(tmp_path: Path) -> N
     assert not unfolded.folds_bank
     for got, ref in zip(ask(unfolded, inputs), ask(folded, inputs), strict=True):
         torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
-
-
-def test_the_command_line_names_every_step() -> None:
-    assert CLI_STEPS == STEPS
 
 
 # ------------------------------------------------------------------------------------------ counts
@@ -454,5 +450,5 @@ def test_what_a_pass_saved_is_in_the_manifest(bert_bundle: ExportResult) -> None
         assert one.after == two.before
     for step in nodes:
         assert step.after < step.before
-    session = create_session(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
+    session = open_onnx(bert_bundle.folder / manifest.variant("t", "cpu-fp32").file)
     assert {value.name for value in session.get_outputs()} == {"logits"}

@@ -35,7 +35,7 @@ from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.targets import Precision, VariantName
 
 SETS: tuple[ExpertSet, ...] = ("vt", "none")
@@ -204,7 +204,7 @@ def test_fp16_halves_the_weights_and_keeps_its_inputs_and_outputs(result: Export
     for name, matrix in large(whole).items():
         assert half[name].dtype == np.float16
         np.testing.assert_allclose(half[name], matrix, rtol=1e-3, atol=1e-6)
-    session = create_session(result.folder / result.manifest.variant("vt", "onnx-fp16").file)
+    session = open_onnx(result.folder / result.manifest.variant("vt", "onnx-fp16").file)
     kinds = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
     assert kinds["logits"] == kinds["retrieved_scores"] == "tensor(float)"
     assert kinds["input_ids"] == "tensor(int64)"
@@ -329,7 +329,7 @@ def quantize_with_feeds(model: ir.Model, recipe: Recipe, feeds: Sequence[Mapping
 
 def answers(model: ir.Model, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     ir.save(model, folder / "graph.onnx")
-    (got,) = create_session(folder / "graph.onnx").run(["out"], {"ids": ids})
+    (got,) = open_onnx(folder / "graph.onnx").run(["out"], {"ids": ids})
     return np.asarray(got, np.float32)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -27,7 +28,6 @@ from xadapter_export.exporters.makers.maker import (
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.choose import choices_of
-from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import OnnxSession, Opening
 from xadapter_export.targets import (
     CPU_PROVIDER,
@@ -91,7 +91,10 @@ class WholeMaker(GraphMaker):
 
 
 def open_whole(file: Path, how: Opening) -> OnnxSession:
-    return create_session(file, num_threads=how.num_threads)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = how.num_threads or 0
+    session: OnnxSession = onnxruntime.InferenceSession(file.read_bytes(), options, providers=[CPU_PROVIDER])
+    return session
 
 
 WHOLE = Target(

@@ -8,8 +8,9 @@ that was finished.
 import hashlib
 import json
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ from train.color.laboratory import Arm, ArmResult, Laboratory, from_json, to_jso
 from train.color.mlm_head import HeadSettings, train_head
 from train.color.published import hold_out_named, score_published
 from train.demo import pictures, text
-from train.demo.plm import split_corpus
+from train.demo.plm import Corpus, split_corpus
 from train.demo.plugin import (
     CLEAR_PEAK,
     Split,
@@ -31,10 +32,11 @@ from train.demo.plugin import (
 )
 from train.demo.stages import Stages
 from train.minilm import minilm_folder
-from train.tables import Grid, print_grid, write_results
+from train.tables import Grid, print_grid, spread, write_results
 from xadapter_export.bank.compact import compact_bank
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.plm import NoMlmHeadError, load_plm
+from xadapter_export.model.plm_family import PlmFamily
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FROZEN, _TEXT_ONLY, _STATIC = "frozen PLM", "same adapter, text only", "V-expert, static (512 prototypes)"
@@ -97,166 +99,214 @@ _NOTES = (
     help="Which pictures and names.",
 )
 def main(
-    plm: str | None,
-    clip: str,
-    bank: str,
     memory_colors: Path | None,
     color_terms: Path | None,
-    work: Path,
     results: Path,
     recipe: Path,
     demo_work: Path,
     demo_recipe: Path,
+    **parts: Any,
 ) -> None:
     """Train every split and arm, and write the tables."""
     torch.set_num_threads(2)
     console = Console()
     settings: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    seed: int = settings["seed"]
     drawn: dict[str, Any] = tomllib.loads(demo_recipe.read_text(encoding="utf-8"))
     material = pictures.gather_material(Stages(demo_work, drawn["seed"], console), drawn)
-    facts = text.list_facts(material.objects)
-    text.check_colors_untied(facts)
-    corpus = split_corpus(facts, 0.1, seed)
-    pixel_colors = measure_pixel_colors(material)
-    targets = color_targets(material.objects, pixel_colors)
+    comparison = ColorComparison(Parts(**parts), material, settings, console)
+    found = comparison.run_splits()
+    grids = [
+        color_grid(found, comparison.split_sizes, comparison.title),
+        language_grid(found, comparison.title),
+    ]
+    for grid in grids:
+        print_grid(grid, console)
+    grids.append(comparison.run_ablations(found))
+    files = {"Memory Colors": memory_colors, "ColorTerms": color_terms}
+    published, notes = comparison.run_published({t: path for t, path in files.items() if path is not None})
+    for grid in [grids[-1], *published]:
+        print_grid(grid, console)
+    seeds = f"splits and seeds {', '.join(map(str, comparison.splits))}"
+    write_results(results, "train.color", [*grids, *published], [*_NOTES, *notes], seeds)
+    stages, work = comparison.stages, comparison.parts.work
+    total_s = sum(stages.elapsed_s(name) for name in stages.names)
+    console.print(f"All stages took {total_s / 60:.1f} min. Runs: {work}; tables: {results}")
 
-    # The frozen parts
-    stages = Stages(work, seed, console)
-    source = plm or str(minilm_folder())
-    try:
-        frozen = load_plm(source, "fill-mask")
-    except NoMlmHeadError:
-        head = HeadSettings(**settings["head"])
-        folder = stages.run(
-            "head",
-            [settings["head"], plm],
-            (),
-            lambda place: train_head(source, corpus.training, material.objects, head, seed, console, place),
+
+@dataclass(frozen=True)
+class Parts:
+    """The frozen parts as the command names them, and the folder of the runs."""
+
+    plm: str | None
+    clip: str
+    bank: str
+    work: Path
+
+
+class ColorComparison:
+    """Every split, arm and ablation, each run once.
+
+    Args:
+        parts: The frozen parts.
+        material: Objects and pictures.
+        settings: The recipe.
+        console: Where progress goes.
+    """
+
+    def __init__(
+        self, parts: Parts, material: pictures.Material, settings: dict[str, Any], console: Console
+    ) -> None:
+        self.parts, self.material, self.settings = parts, material, settings
+        self.seed: int = settings["seed"]
+        self.title = parts.plm or "MiniLM-L6"
+        self.stages = Stages(parts.work, self.seed, console)
+        facts = text.list_facts(material.objects)
+        text.check_colors_untied(facts)
+        corpus = split_corpus(facts, 0.1, self.seed)
+        self.pixel_colors = measure_pixel_colors(material)
+        self.targets = color_targets(material.objects, self.pixel_colors)
+        source, frozen = self._load_plm(corpus)
+        prototypes = self._make_prototypes()
+        self.laboratory = Laboratory(
+            frozen,
+            {"plm": source, "clip": parts.clip, "bank": parts.bank},
+            material.objects,
+            self.targets,
+            corpus.training,
+            corpus.held_out,
+            settings["training"],
+            parts.work,
+            console,
         )
-        source, frozen = str(folder), load_plm(str(folder), "fill-mask")
-    prototypes = stages.run(
-        "prototypes",
-        [settings["prototypes"], bank],
-        (),
-        lambda place: make_prototypes(bank, settings["prototypes"], seed, place),
-    )
-    laboratory = Laboratory(
-        frozen,
-        {"plm": source, "clip": clip, "bank": bank},
-        material.objects,
-        targets,
-        corpus.training,
-        corpus.held_out,
-        settings["training"],
-        work,
-        console,
-    )
+        self.splits = {
+            self.seed + number: split_objects(
+                material.objects, settings["held_out_share"], (), self.seed + number
+            )
+            for number in range(1, settings["splits"] + 1)
+        }
+        self.static = {
+            **settings["static"],
+            "experts": "v",
+            "retrieval": "static",
+            "bank": str(prototypes / "bank"),
+        }
+        # V learns in two of the three sets that take turns; what it is compared with gets as many steps.
+        as_many = {"max_steps": 2 * settings["training"]["max_steps"]}
+        self.arms = (
+            Arm(_TEXT_ONLY, {"experts": "v", "control": True, **as_many}, {"none": _FROZEN, "v": _TEXT_ONLY}),
+            Arm("experts", {"experts": "vt"}, {"v": "V-expert", "t": "T-expert", "vt": "V + T"}),
+            Arm(_STATIC, {**self.static, **as_many}, {"v": _STATIC}),
+        )
 
-    material_hash = hashlib.sha256(
-        json.dumps([corpus.training, corpus.held_out, targets.tolist()]).encode()
-    ).hexdigest()
-    models = ("head", "prototypes") if "head" in stages.names else ("prototypes",)
+    @property
+    def split_sizes(self) -> list[int]:
+        """How many objects each split holds out, the fewest first."""
+        return sorted(len(split.held_out) for split in self.splits.values())
 
-    def run(name: str, arm: Arm, split: Split, split_seed: int) -> ArmResult:
+    def _load_plm(self, corpus: Corpus) -> tuple[str, PlmFamily]:
+        """Return the PLM and where it is, with an MLM head trained for it if it comes without one."""
+        source, head = self.parts.plm or str(minilm_folder()), HeadSettings(**self.settings["head"])
+        try:
+            return source, load_plm(source, "fill-mask")
+        except NoMlmHeadError:
+            objects, console = self.material.objects, self.stages.console
+            folder = self.stages.run(
+                "head",
+                [self.settings["head"], self.parts.plm],
+                (),
+                lambda place: train_head(source, corpus.training, objects, head, self.seed, console, place),
+            )
+            return str(folder), load_plm(str(folder), "fill-mask")
+
+    def _make_prototypes(self) -> Path:
+        """Cluster the bank."""
+        bank, count = self.parts.bank, self.settings["prototypes"]
+        folder = builtin_folder() if bank == BUILTIN else Path(bank)
+
+        def make(place: Path) -> None:
+            compact_bank(folder, place / "bank", count, seed=self.seed)
+
+        return self.stages.run("prototypes", [count, bank], (), make)
+
+    def run(self, name: str, arm: Arm, split: Split, split_seed: int) -> ArmResult:
         """Train and measure one arm unless it was before."""
+        laboratory, parts = self.laboratory, self.parts
 
         def make(place: Path) -> None:
             model = laboratory.train(arm, split, split_seed, place / "checkpoint")
             result = laboratory.measure(model, arm, split, split_seed)
             (place / "result.json").write_text(json.dumps(to_json(result), indent=1))
 
+        known = [list(laboratory.sentences), list(laboratory.kept), self.targets.tolist()]
         key = [
-            settings["training"],
+            self.settings["training"],
             arm.settings,
             split_seed,
             list(split.held_out),
-            plm,
-            clip,
-            bank,
-            material_hash,
+            parts.plm,
+            parts.clip,
+            parts.bank,
+            hashlib.sha256(json.dumps(known).encode()).hexdigest(),
         ]
-        place = stages.run(name, key, models, make)
+        models = ("head", "prototypes") if "head" in self.stages.names else ("prototypes",)
+        place = self.stages.run(name, key, models, make)
         return from_json(json.loads((place / "result.json").read_text()))
 
-    static = {**settings["static"], "experts": "v", "retrieval": "static", "bank": str(prototypes / "bank")}
-    # V learns in two of the three expert sets that take turns; what it is compared with gets as many steps.
-    as_many = {"max_steps": 2 * settings["training"]["max_steps"]}
-    arms = (
-        Arm(_TEXT_ONLY, {"experts": "v", "control": True, **as_many}, {"none": _FROZEN, "v": _TEXT_ONLY}),
-        Arm("experts", {"experts": "vt"}, {"v": "V-expert", "t": "T-expert", "vt": "V + T"}),
-        Arm(_STATIC, {**static, **as_many}, {"v": _STATIC}),
-    )
-    splits = {
-        seed + number: split_objects(material.objects, settings["held_out_share"], (), seed + number)
-        for number in range(1, settings["splits"] + 1)
-    }
-    found: list[ArmResult] = []
-    for number, (split_seed, split) in enumerate(splits.items(), 1):
-        fixed = {
-            "chance": 1 / len(pictures.COLORS),
-            "majority": laboratory.majority(split, CLEAR_PEAK),
-            "probe on the pictures' pixels": pixel_accuracy(material, pixel_colors, targets, split),
-        }
-        parts = [
-            run(f"split-{number}-{place}", arm, split, split_seed)
-            for place, arm in zip("tes", arms, strict=True)
-        ]
-        found.append(
-            ArmResult(
-                {**fixed, **{row: value for part in parts for row, value in part.accuracy.items()}},
-                {row: check for part in parts for row, check in part.language.items()},
+    def run_splits(self) -> list[ArmResult]:
+        """Run every arm on every split, and return the rows of each split together."""
+        found: list[ArmResult] = []
+        for number, (split_seed, split) in enumerate(self.splits.items(), 1):
+            fixed = {
+                "chance": 1 / len(pictures.COLORS),
+                "majority": self.laboratory.majority(split, CLEAR_PEAK),
+                "probe on the pictures' pixels": pixel_accuracy(
+                    self.material, self.pixel_colors, self.targets, split
+                ),
+            }
+            results = [
+                self.run(f"split-{number}-{place}", arm, split, split_seed)
+                for place, arm in zip("tes", self.arms, strict=True)
+            ]
+            found.append(
+                ArmResult(
+                    {**fixed, **{row: value for one in results for row, value in one.accuracy.items()}},
+                    {row: check for one in results for row, check in one.language.items()},
+                )
             )
-        )
-    sizes = sorted(len(split.held_out) for split in splits.values())
-    name = plm or "MiniLM-L6"
-    grids = [color_grid(found, sizes, name), language_grid(found, name)]
-    for grid in grids:
-        print_grid(grid, console)
+        return found
 
-    # What the settings matter
-    chosen = list(splits.items())[: settings["ablation_splits"]]
-    rows = []
-    for title, arm in ablations(static, settings["training"]).items():
-        values = [
-            run(f"ablation-{number}-{title}".replace(" ", "-"), arm, split, split_seed)
-            for number, (split_seed, split) in enumerate(chosen, 1)
-        ]
-        rows.append((arm.name, [value.accuracy["V-expert"] for value in values], values))
-    for row in (_TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC):
-        rows.append((f"main table: {row}", [entry.accuracy[row] for entry in found[: len(chosen)]], []))
-    steps = settings["training"]["ablation_steps"]
-    grids.append(ablation_grid(rows, list(chosen), steps))
-    print_grid(grids[-1], console)
+    def run_ablations(self, found: list[ArmResult]) -> Grid:
+        """Return the table of what the settings matter, beside the rows of the main one."""
+        training, rows = self.settings["training"], []
+        chosen = list(self.splits.items())[: self.settings["ablation_splits"]]
+        for title, arm in ablations(self.static, training).items():
+            values = [
+                self.run(f"ablation-{number}-{title}".replace(" ", "-"), arm, split, split_seed)
+                for number, (split_seed, split) in enumerate(chosen, 1)
+            ]
+            rows.append((arm.name, [value.accuracy["V-expert"] for value in values], values))
+        for row in (_TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC):
+            rows.append((f"main table: {row}", [entry.accuracy[row] for entry in found[: len(chosen)]], []))
+        return ablation_grid(rows, list(chosen), training["ablation_steps"])
 
-    # Published test sets
-    notes = list(_NOTES)
-    files = {"Memory Colors": memory_colors, "ColorTerms": color_terms}
-    named = {title: path for title, path in files.items() if path is not None}
-    if named:
-        notes.append(
+    def run_published(self, named: dict[str, Path]) -> tuple[list[Grid], list[str]]:
+        """Score published test sets after a training that held out all that they name: tables and notes."""
+        if not named:
+            return [], []
+        notes = [
             "The published test sets were scored with `--memory-colors FILE --color-terms FILE`, after a "
             "training that held out every object that they name; the files are no part of this project."
-        )
-        split = hold_out_named(material.objects, list(named.values()))
-        folders = {}
-        for place, arm in zip("tes", arms, strict=True):
-            run(f"published-{place}", arm, split, seed)
-            folders[arm.name] = work / f"published-{place}" / "checkpoint"
+        ]
+        split = hold_out_named(self.material.objects, list(named.values()))
+        folders, grids = {}, []
+        for place, arm in zip("tes", self.arms, strict=True):
+            self.run(f"published-{place}", arm, split, self.seed)
+            folders[arm.name] = self.parts.work / f"published-{place}" / "checkpoint"
         for title, path in named.items():
-            grid, note = score_published(path, title, folders, arms, material.objects)
-            print_grid(grid, console)
+            grid, note = score_published(path, title, folders, self.arms, self.material.objects)
             grids.append(grid)
             notes.append(note)
-    seeds = f"splits and seeds {', '.join(map(str, splits))}"
-    write_results(results, "train.color", grids, notes, seeds)
-    total_s = sum(stages.elapsed_s(name) for name in stages.names)
-    console.print(f"All stages took {total_s / 60:.1f} min. Runs: {work}; tables: {results}")
-
-
-def make_prototypes(bank: str, count: int, seed: int, place: Path) -> None:
-    """Cluster a bank into ``place / "bank"``."""
-    compact_bank(builtin_folder() if bank == BUILTIN else Path(bank), place / "bank", count, seed=seed)
+        return grids, notes
 
 
 def ablations(static: dict[str, Any], training: dict[str, Any]) -> dict[str, Arm]:
@@ -299,7 +349,7 @@ def color_grid(found: list[ArmResult], sizes: list[int], plm: str) -> Grid:
             (
                 name,
                 *(f"{100 * entry.accuracy[name]:.1f}" for entry in found),
-                _spread([100 * entry.accuracy[name] for entry in found], 1),
+                spread([100 * entry.accuracy[name] for entry in found], 1),
             )
             for name in _ROWS
         ),
@@ -314,10 +364,10 @@ def language_grid(found: list[ArmResult], plm: str) -> Grid:
         ratio = mean(entry.language[name].loss / entry.language[_FROZEN].loss for entry in found)
         return (
             name,
-            _spread([check.loss for check in checks], 3),
+            spread([check.loss for check in checks], 3),
             f"{100 * (ratio - 1):+.1f} %",
-            _spread([100 * check.top1 for check in checks], 1),
-            _spread([100 * check.color_rate for check in checks], 2),
+            spread([100 * check.top1 for check in checks], 1),
+            spread([100 * check.color_rate for check in checks], 2),
         )
 
     return Grid(
@@ -344,11 +394,6 @@ def ablation_grid(
             for name, values, results in rows
         ),
     )
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 if __name__ == "__main__":

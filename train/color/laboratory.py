@@ -53,42 +53,31 @@ class ArmResult:
     language: dict[str, Language]
 
 
+@dataclass(frozen=True)
 class Laboratory:
     """What all splits and arms share.
 
-    Args:
+    Attributes:
         plm: Frozen PLM with an MLM head.
         parts: ``plm``, ``clip`` and ``bank`` as a training config names them.
         objects: Named objects.
         targets: ``(objects, 11) float64``. Color shares to learn.
-        training: Sentences without colors, for the language.
+        sentences: Sentences without colors, for the language.
         kept: Sentences that were kept from everything, for the language check.
         settings: Section ``[training]`` of the recipe.
         work: Folder of runs and caches.
         console: Where progress goes.
     """
 
-    def __init__(
-        self,
-        plm: PlmFamily,
-        parts: dict[str, str],
-        objects: Sequence[DemoObject],
-        targets: NDArray[np.float64],
-        training: Sequence[str],
-        kept: Sequence[str],
-        settings: dict[str, Any],
-        work: Path,
-        console: Console,
-    ) -> None:
-        self.plm = plm
-        self.parts = parts
-        self.objects = objects
-        self.targets = targets
-        self.sentences = training
-        self.kept = kept
-        self.settings = settings
-        self.work = work
-        self.console = console
+    plm: PlmFamily
+    parts: dict[str, str]
+    objects: Sequence[DemoObject]
+    targets: NDArray[np.float64]
+    sentences: Sequence[str]
+    kept: Sequence[str]
+    settings: dict[str, Any]
+    work: Path
+    console: Console
 
     def train(self, arm: Arm, split: Split, seed: int, folder: Path) -> XAdapterModel:
         """Train one arm on one split; the checkpoint is left in ``folder``."""

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.demo.stages import Stages
+from xadapter_export.evaluation.objects import ELEVEN
 
-COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+COLORS = ELEVEN
 _COLOR_WORDS = frozenset(
     (
         *COLORS,
@@ -170,17 +171,10 @@ def make_pictures(
     found: dict[str, dict[str, Any]] = {}
     images, coverage, object_names, ids = [], [], [], []
     for symbol, entry in emoji.items():
-        if entry["group"] not in groups or _CLOCK_FACE.search(entry["name"]):
-            continue
         name = without_color_words(entry["name"])
-        if not name:
+        if entry["group"] not in groups or _CLOCK_FACE.search(entry["name"]) or not name:
             continue
-        rendered = [
-            (f"{set_name}/{icon}", rgba)
-            for set_name, icon_set in sets.items()
-            if (icon := _find_icon(icon_set["icons"], entry["name"])) is not None
-            and (rgba := _render(icon_set, icon, size)) is not None
-        ]
+        rendered = _render_all(sets, entry["name"], size)
         if not rendered:
             continue
         words = (without_color_words(word.replace("_", " ")) for word in keywords.get(symbol, []))
@@ -207,6 +201,18 @@ def make_pictures(
         ids=np.array(ids),
         object_of=np.array([row[name] for name in object_names], np.int64),
     )
+
+
+def _render_all(
+    sets: Mapping[str, dict[str, Any]], name: str, size: int
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Render an emoji in each icon set that has it: its id and ``(size, size, 4) uint8``."""
+    return [
+        (f"{set_name}/{icon}", rgba)
+        for set_name, icon_set in sets.items()
+        if (icon := _find_icon(icon_set["icons"], name)) is not None
+        and (rgba := _render(icon_set, icon, size)) is not None
+    ]
 
 
 def read_material(folder: Path) -> Material:

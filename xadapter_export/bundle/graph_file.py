@@ -8,7 +8,7 @@ Source:
     onnx/onnx.proto (onnx 1.23) for the numbers of the fields; protobuf's encoding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from xadapter_export.errors import BundleError
 
 # Numbers of fields from onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_VALUE_INFO_NAME = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_DTYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
@@ -192,6 +193,20 @@ def with_weights(data: bytes, where: object, arrays: Mapping[str, Array]) -> byt
     for name in arrays.keys() & graph.weights.keys():
         graph.put_inside(name, arrays[name])
     return graph.to_bytes()
+
+
+def extra_outputs(names: Iterable[str]) -> bytes:
+    """Return the bytes that, appended to a serialized ``ModelProto``, make the named values outputs.
+
+    Protobuf merges two messages that are put one after the other: repeated fields are joined, and fields that
+    are messages are merged in turn. Only names are written; onnxruntime infers their types.
+
+    Source:
+        onnx/onnx.proto (onnx 1.23); protobuf encoding, "Last One Wins" and merging of embedded messages.
+    """
+    named = [serialize([Field(_VALUE_INFO_NAME, _BYTES, name.encode())]) for name in names]
+    outputs = serialize([Field(_GRAPH_OUTPUT, _BYTES, value) for value in named])
+    return serialize([Field(_MODEL_GRAPH, _BYTES, outputs)])
 
 
 def parse(data: bytes) -> list[Field]:

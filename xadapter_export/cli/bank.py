@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from xadapter_export.bank.reader import BankReader
     from xadapter_export.bank.record import BankDtype, BankRecord
     from xadapter_export.bank_builder.build import BuildResult, OnNote, OnPictures
-    from xadapter_export.bank_builder.image_tower import Precision
     from xadapter_export.runtime.picture_index import IndexKind
 
 DTYPES = ("fp32", "fp16", "int8")
@@ -94,7 +93,11 @@ def output_options(function: F) -> F:
 )
 @click.option("--strict", is_flag=True, help="Fail if an image cannot be decoded.")
 @click.option(
-    "--thumbnails", type=click.IntRange(16, 1024), metavar="PIXELS", help="Store thumbnails of this size."
+    "--thumbnails",
+    "thumbnail_px",
+    type=click.IntRange(16, 1024),
+    metavar="PIXELS",
+    help="Store thumbnails of this size.",
 )
 @click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
@@ -102,21 +105,13 @@ def build(
     sources: tuple[str, ...],
     output: Path,
     force: bool,
-    clip: str | None,
     dataset: str | None,
     split: str | None,
     image_column: str,
     caption_column: str,
-    device: str,
-    workers: int | None,
-    batch_size: int | None,
-    threads: int | None,
-    dtype: "BankDtype",
-    precision: "Precision",
-    strict: bool,
-    thumbnails: int | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Build a bank from your images: CLIP features and captions.
 
@@ -139,22 +134,11 @@ def build(
     with _progress(quiet=quiet or not main_process) as (on_note, on_pictures):
         on_note("loading PyTorch")
         module = import_extra("xadapter_export.bank_builder.build", "bank")
-        settings = module.BuildSettings(
-            clip=clip,
-            device=device,
-            workers=workers,
-            batch_size=batch_size,
-            threads=threads,
-            dtype=dtype,
-            precision=precision,
-            strict=strict,
-            thumbnail_px=thumbnails,
-        )
         try:
             result: BuildResult | None = module.build_bank(
                 sources,
                 output,
-                settings,
+                module.BuildSettings(**settings),
                 dataset=dataset,
                 columns=module.DatasetColumns(split, image_column, caption_column),
                 force=force,
@@ -168,8 +152,12 @@ def build(
                     f"stopped; finished work is kept in {work}; run the same command to resume", err=True
                 )
             raise
-    if result is None:  # another process speaks
-        return
+    if result is not None:  # else another process speaks
+        _report_build(result, time.monotonic() - start, as_json=as_json)
+
+
+def _report_build(result: "BuildResult", elapsed_s: float, *, as_json: bool) -> None:
+    """Print what was built."""
     if as_json:
         print_json(
             {
@@ -177,7 +165,7 @@ def build(
                 "num_listed": result.num_listed,
                 "num_resumed_shards": result.num_resumed_shards,
                 "first_skipped": result.first_skipped,
-                "seconds": round(time.monotonic() - start, 3),
+                "seconds": round(elapsed_s, 3),
                 "record": result.record.model_dump(mode="json"),
             }
         )

@@ -28,6 +28,13 @@ METRICS: Final = {
     "jensen_shannon": Metric("Jensen-Shannon"),
 }
 
+_MEANINGS: Final = {
+    "accuracy": "of the most probable color against the one that most people say",
+    "Jensen-Shannon": "divergence, base 2: 0 is best, 1 is worst",
+    "Spearman, Kendall tau-b": "over the colors of an object; -1 to 1",
+    "mean": "over prompts and objects; sd over prompts with n - 1",
+}
+
 
 def evaluate_coda(
     readings: Sequence[Reading],
@@ -58,27 +65,11 @@ def evaluate_coda(
     """
     colors = data.colors
     truth = np.array([[thing.shares[color] for color in colors] for thing in data.objects])  # (n, C)
-    is_top = truth == truth.max(1, keepdims=True)
-    mean = truth.mean(0)
-    uniform = np.full(len(colors), 1 / len(colors))
-    rows = [
-        # What a guess is right about on average; argmax of equal shares would always say the first color.
-        Row("chance", {**_compare(uniform, truth), "accuracy": float(is_top.mean())}, is_baseline=True),
-        Row(
-            "mean distribution of these objects",
-            {**_compare(mean, truth), "accuracy": float(is_top[:, mean.argmax()].mean())},
-            is_baseline=True,
-        ),
-    ]
+    rows = _baselines(truth)
     answers = []
     for reading in readings:
         answered = answer_colors(
-            reading,
-            data.objects,
-            prompts,
-            colors,
-            ends_with_stop=ends_with_stop,
-            on_progress=on_progress,
+            reading, data.objects, prompts, colors, ends_with_stop=ends_with_stop, on_progress=on_progress
         )
         answers.append(answered)
         per_prompt = answered.is_right.mean(1)  # (P,)
@@ -87,28 +78,33 @@ def evaluate_coda(
             "accuracy_sd": spread(per_prompt),
             **_compare(_softmax(answered.logits), truth),
         }
-        details = {
-            "accuracy_per_prompt": dict(zip(prompts, per_prompt.tolist(), strict=True)),
-            "answers": answered.by_object(),
-        }
-        rows.append(Row(reading.name, values, reading.experts, details=details))
+        rows.append(Row(reading.name, values, reading.experts, details=answered.details(prompts)))
     evaluation = Evaluation(
         kind="coda",
         model=readings[0].scorer.name,
         data=Path(data.where).name,
         counts={"objects": len(data.objects), "prompts": len(prompts), "colors": len(colors)},
-        settings={
-            "prompts": prompts_name or None,
-            "candidates": ", ".join(colors),
-            "accuracy": "of the most probable color against the one that most people say",
-            "Jensen-Shannon": "divergence, base 2: 0 is best, 1 is worst",
-            "Spearman, Kendall tau-b": "over the colors of an object; -1 to 1",
-            "mean": "over prompts and objects; sd over prompts with n - 1",
-        },
+        settings={"prompts": prompts_name or None, "candidates": ", ".join(colors), **_MEANINGS},
         metrics=METRICS,
         rows=tuple(rows),
     )
     return ColorEvaluation(evaluation, tuple(answers))
+
+
+def _baselines(truth: NDArray[np.float64]) -> list[Row]:
+    """Return the rows of a guess, and of the mean of ``(n, C)`` shares as every object's answer."""
+    is_top = truth == truth.max(1, keepdims=True)
+    mean = truth.mean(0)
+    uniform = np.full(truth.shape[1], 1 / truth.shape[1])
+    return [
+        # What a guess is right about on average; argmax of equal shares would always say the first color.
+        Row("chance", {**_compare(uniform, truth), "accuracy": float(is_top.mean())}, is_baseline=True),
+        Row(
+            "mean distribution of these objects",
+            {**_compare(mean, truth), "accuracy": float(is_top[:, mean.argmax()].mean())},
+            is_baseline=True,
+        ),
+    ]
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -79,46 +79,19 @@ def evaluate_color(
         ConfigError: If an object's color is not among the candidates, or one is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
     """
-    words = data.colors if candidates is None else [word.strip() for word in candidates]
-    colors = tuple(word for word in words if word)
-    for thing in data.objects:
-        if thing.color not in colors:
-            raise ConfigError(
-                "an object's color is not among the candidates",
-                where=f"{data.where}, {thing.name}",
-                expected=f"one of {', '.join(colors)}",
-                got=thing.color,
-                hint="add it to --candidates",
-            )
-    counts = Counter(thing.color for thing in data.objects)
-    majority, num_majority = counts.most_common(1)[0]
-    rows = [
-        Row("chance", {"accuracy": 1 / len(colors)}, is_baseline=True),
-        Row(f"majority ({majority})", {"accuracy": num_majority / len(data.objects)}, is_baseline=True),
-    ]
+    colors = _read_candidates(data, candidates)
+    [(majority, num_majority)] = Counter(thing.color for thing in data.objects).most_common(1)
+    guesses = {"chance": 1 / len(colors), f"majority ({majority})": num_majority / len(data.objects)}
+    rows = [Row(name, {"accuracy": share}, is_baseline=True) for name, share in guesses.items()]
     answers = []
     for reading in readings:
         answered = answer_colors(
-            reading,
-            data.objects,
-            prompts,
-            colors,
-            ends_with_stop=ends_with_stop,
-            on_progress=on_progress,
+            reading, data.objects, prompts, colors, ends_with_stop=ends_with_stop, on_progress=on_progress
         )
         answers.append(answered)
         per_prompt = answered.is_right.mean(1)  # (P,)
-        details = {
-            "accuracy_per_prompt": dict(zip(prompts, per_prompt.tolist(), strict=True)),
-            "answers": answered.by_object(),
-        }
         values = {"accuracy": float(per_prompt.mean()), "accuracy_sd": spread(per_prompt)}
-        rows.append(Row(reading.name, values, reading.experts, details=details))
-    if published:
-        rows += [
-            Row(f"published: {name}", {"accuracy": accuracy}, is_baseline=True)
-            for name, accuracy in PUBLISHED.get(data.benchmark, {}).items()
-        ]
+        rows.append(Row(reading.name, values, reading.experts, details=answered.details(prompts)))
     settings: dict[str, str | int | float | bool | None] = {
         "prompts": prompts_name or None,
         "candidates": ", ".join(colors),
@@ -126,6 +99,7 @@ def evaluate_color(
         "accuracy": "mean over prompts and objects; sd over prompts with n - 1",
     }
     if published:
+        rows += _published(data)
         settings["published"] = "on all objects of the benchmark, each with its own prompts"
     evaluation = Evaluation(
         kind="color",
@@ -137,6 +111,34 @@ def evaluate_color(
         rows=tuple(rows),
     )
     return ColorEvaluation(evaluation, tuple(answers))
+
+
+def _published(data: ObjectSet) -> list[Row]:
+    """Return the published figures for a benchmark, if it is a known one."""
+    return [
+        Row(f"published: {name}", {"accuracy": accuracy}, is_baseline=True)
+        for name, accuracy in PUBLISHED.get(data.benchmark, {}).items()
+    ]
+
+
+def _read_candidates(data: ObjectSet, candidates: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the colors that may be answered.
+
+    Raises:
+        ConfigError: If an object's color is not among them.
+    """
+    words = data.colors if candidates is None else [word.strip() for word in candidates]
+    colors = tuple(word for word in words if word)
+    for thing in data.objects:
+        if thing.color not in colors:
+            raise ConfigError(
+                "an object's color is not among the candidates",
+                where=f"{data.where}, {thing.name}",
+                expected=f"one of {', '.join(colors)}",
+                got=thing.color,
+                hint="add it to --candidates",
+            )
+    return colors
 
 
 def spread(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:

@@ -49,6 +49,14 @@ class ColorAnswers:
         right: NDArray[np.bool_] = is_top[np.arange(len(self.objects)), self.said]
         return right
 
+    def details(self, prompts: Sequence[str]) -> dict[str, object]:
+        """Return what the report keeps of the row: the accuracy of each prompt, and every answer."""
+        per_prompt = self.is_right.mean(1).tolist()
+        return {
+            "accuracy_per_prompt": dict(zip(prompts, per_prompt, strict=True)),
+            "answers": self.by_object(),
+        }
+
     def by_object(self) -> dict[str, list[str]]:
         """Return what was said of each object, prompt by prompt; equal names are told apart by a number."""
         said, seen = self.said, Counter[str]()

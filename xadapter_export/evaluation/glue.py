@@ -78,19 +78,7 @@ def evaluate_glue(
     columns: dict[str, Metric] = {}
     rows: dict[str, dict[str, float | None]] = {}
     for name, data in sets.items():
-        scores: dict[str, dict[str, float]] = {}
-        for reading in readings:
-            matched = match_labels(data, reading.scorer)
-            if not (scores or matched.is_regression):
-                scores["majority"] = _majority(task, matched)
-            logits = reading.scorer.label_logits(
-                data.texts,
-                data.pairs,
-                reading.experts,
-                memory_texts=_memory_texts(data, reading),
-                on_batch=partial(on_progress, reading.name),
-            )
-            scores[reading.name] = task_metrics(task, logits, matched.labels)
+        scores = _score(readings, data, task, on_progress)
         key_end, title_end = ("", "") if name == first else (f"_{name}", f", {name}")
         for row, found in scores.items():
             for key, value in found.items():
@@ -115,6 +103,26 @@ def evaluate_glue(
             for name, values in rows.items()
         ),
     )
+
+
+def _score(
+    readings: Sequence[Reading], data: Labeled, task: str | None, on_progress: OnProgress
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of the majority's label, except for a regression, and of each reading."""
+    scores: dict[str, dict[str, float]] = {}
+    for reading in readings:
+        matched = match_labels(data, reading.scorer)
+        if not (scores or matched.is_regression):
+            scores["majority"] = _majority(task, matched)
+        logits = reading.scorer.label_logits(
+            data.texts,
+            data.pairs,
+            reading.experts,
+            memory_texts=_memory_texts(data, reading),
+            on_batch=partial(on_progress, reading.name),
+        )
+        scores[reading.name] = task_metrics(task, logits, matched.labels)
+    return scores
 
 
 def _majority(task: str | None, data: Labeled) -> dict[str, float]:

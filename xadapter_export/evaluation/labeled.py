@@ -160,12 +160,8 @@ def read_labeled(
     for number, row in enumerate(rows, 1):
         if missing := [name for name in (text, pair, label) if name is not None and name not in row]:
             raise InputTextError("a row lacks a column", where=f"{where}, row {number}", expected=missing[0])
-    texts = tuple(_text(row[text], where, number, text) for number, row in enumerate(rows, 1))
-    pairs = (
-        None
-        if pair is None
-        else tuple(_text(row[pair], where, number, pair) for number, row in enumerate(rows, 1))
-    )
+    texts = _texts(rows, text, where)
+    pairs = None if pair is None else _texts(rows, pair, where)
     raw = [row[label] for row in rows]
     if regression or (known is not None and not known.labels):
         return Labeled(texts, pairs, _values(raw, where), (label,), where)
@@ -226,6 +222,10 @@ def _column(columns: list[str], asked: str | None, known: Sequence[str], where: 
         expected=" or ".join(wanted) or "its name",
         got=", ".join(columns[:12]),
     )
+
+
+def _texts(rows: Sequence[Mapping[str, object]], column: str, where: str) -> tuple[str, ...]:
+    return tuple(_text(row[column], where, number, column) for number, row in enumerate(rows, 1))
 
 
 def _text(value: object, where: str, number: int, column: str) -> str:

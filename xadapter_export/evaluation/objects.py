@@ -1,8 +1,6 @@
 """Objects and the colors that people say they have, read from the files in which such data is published."""
 
 import csv
-import io
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.evaluation.tables import parse_json_rows, read_lines
 
 # The basic color terms of Memory Colors and CoDa.
 ELEVEN: Final = (
@@ -138,7 +137,7 @@ def read_names(value: str) -> tuple[str, ...]:
         column = _find_column(rows, _NAME_COLUMNS, path)
         names = [_cell(row, column, path, number) for number, row in enumerate(rows, start=1)]
     else:
-        names = [line.strip() for line in _read_text(path).splitlines() if not line.startswith("#")]
+        names = [line.strip() for line in _read_lines(path)]
     names = [name for name in names if name]
     if not names:
         raise ConfigError("no object was named", where=value)
@@ -197,24 +196,17 @@ def _forms(name: str) -> set[str]:
     return forms
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputTextError("the data cannot be read", where=path, got=error) from error
+def _read_lines(path: Path) -> list[str]:
+    return [line for line in read_lines(path) if not line.startswith("#")]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of JSON lines or of a CSV with a header, lines that start with ``#`` left out."""
-    lines = [line for line in _read_text(path).splitlines() if line.strip() and not line.startswith("#")]
-    rows: list[Any]
+    lines = _read_lines(path)
     if lines and lines[0].lstrip().startswith("{"):
-        try:
-            rows = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise InputTextError("the data is not JSON lines", where=path, got=error) from error
+        rows = parse_json_rows("\n".join(lines), path)
     else:
-        rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+        rows = list(csv.DictReader(lines))
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 raise InputTextError(
@@ -222,8 +214,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 )
     if not rows:
         raise InputTextError("the data is empty", where=path, hint="give a file with at least one object")
-    if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
-        raise InputTextError("a row is not a JSON object", where=f"{path}, row {wrong[0]}")
     return rows
 
 

@@ -41,7 +41,7 @@ from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.targets import Precision
-from xadapter_export.tasks import TASKS
+from xadapter_export.tasks import TASKS, TaskSpec
 
 Feed = Mapping[str, Array]
 Runner = Callable[[Feed, Sequence[str]], Sequence[Array]]  # inputs, and names of outputs, to those outputs
@@ -275,13 +275,7 @@ def compare(
             expected=ours.shape,
             got=theirs.shape,
         )
-    default, same_top, task = GATES[precision], None, TASKS[probe.task]
-    if task.has_labels and ours.shape[1] == 1:
-        cosine = float(_cosines((ours - ours.mean()).T, (theirs - theirs.mean()).T)[0])
-    else:
-        cosine = float(_cosines(ours, theirs).mean())
-        if task.head is not None:
-            same_top = float((ours.argmax(1) == theirs.argmax(1)).mean())
+    default, (cosine, same_top) = GATES[precision], _closeness(ours, theirs, TASKS[probe.task])
     default_min = default.min_cosine if same_top is None else default.min_same_top
     minimum = default_min if min_agreement is None else min_agreement
     points = default.max_points_lost if max_points_lost is None else max_points_lost
@@ -302,29 +296,12 @@ def compare(
     )
 
 
-def measure(
-    reference: Runner,
-    candidate: Runner,
-    probe: Probe,
-    precision: Precision,
-    name: str,
-    *,
-    min_agreement: float | None = None,
-    max_points_lost: float | None = None,
-) -> Agreement:
-    """Ask both graphs and compare; see ``collect`` and ``compare``.
-
-    Raises:
-        ParityError: If there is nothing to compare, an answer is not finite, or the shapes differ.
-    """
-    return compare(
-        collect(reference, probe, "fp32"),
-        collect(candidate, probe, name),
-        probe,
-        precision,
-        min_agreement=min_agreement,
-        max_points_lost=max_points_lost,
-    )
+def _closeness(ours: Float32Array, theirs: Float32Array, task: TaskSpec) -> tuple[float, float | None]:
+    """Return the mean cosine of answers, and the share with the same largest entry, if they have one."""
+    if task.has_labels and ours.shape[1] == 1:
+        return float(_cosines((ours - ours.mean()).T, (theirs - theirs.mean()).T)[0]), None
+    cosine = float(_cosines(ours, theirs).mean())
+    return cosine, None if task.head is None else float((ours.argmax(1) == theirs.argmax(1)).mean())
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -111,9 +111,8 @@ def convert_to_ir(
         UnsupportedError: If the precision is another one.
     """
     if precision not in _RECIPES:
-        raise UnsupportedError(
-            "OpenVINO does not support this precision", expected=" or ".join(_RECIPES), got=precision
-        )
+        known = " or ".join(_RECIPES)
+        raise UnsupportedError("OpenVINO does not support this precision", expected=known, got=precision)
     is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:
         raise ConfigError("int8 needs texts for calibration", got="none")
@@ -127,15 +126,7 @@ def convert_to_ir(
     if blocks is not None:
         _compress_blocks(model, blocks, rounding.curvatures)
     elif precision != "fp32":
-        clip = (_CLIP,) if _searches_bank(model) else ()
-        _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
-        _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
-        if is_calibrated:
-            weights = _round_products(model, rounding.rows)
-            model = _quantize(model, calibration)
-            _restore_weights(model, weights)
-        elif precision == "int4":
-            model = _compress_int4(model)
+        model = _compress(model, precision, calibration if is_calibrated else (), rounding)
     # Whether activations whose ranges were not measured are rounded on the fly, which is faster.
     is_exact = precision == "fp32" or blocks is not None or (is_calibrated and _searches_bank(model))
     group = "0" if is_exact else str(_GROUP_SIZE)
@@ -143,6 +134,22 @@ def convert_to_ir(
     for old in (output, output.with_suffix(".bin")):  # writing over a file that is mapped can crash
         old.unlink(missing_ok=True)
     ov.save_model(model, str(output), compress_to_fp16=False)
+
+
+def _compress(
+    model: Any, precision: Precision, calibration: Sequence[Mapping[str, Array]], rounding: Rounding
+) -> Any:
+    """Returns the model in int8 or int4; in int8 without calibration only the weights are of few bits."""
+    clip = (_CLIP,) if _searches_bank(model) else ()
+    _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
+    _compress_matrices(model, ("",) if precision == "int8" and not calibration else (*_HEADS, *clip))
+    if precision == "int4":
+        return _compress_int4(model)
+    if calibration:
+        weights = _round_products(model, rounding.rows)
+        model = _quantize(model, calibration)
+        _restore_weights(model, weights)
+    return model
 
 
 def _fold_transposes(model: Any) -> None:

@@ -21,8 +21,8 @@ from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
 from xadapter_export.errors import ParityError, import_extra
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.exporters.onnx_files import write_alone
-from xadapter_export.parity.prove import read_reference
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.parity.reference import read_reference
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, OnnxSession
 
 _MAX_BATCH_SIZE = 32
@@ -98,7 +98,7 @@ def check_repository(home: Path) -> None:
         raise ParityError("config.pbtxt is not Triton's protobuf", where=home, got=error) from error
     _require(_to_text(config), text, "config.pbtxt, read and written again")
     _require(config.name, home.name, "name")
-    session = create_session(home / "1" / "model.onnx")
+    session = open_onnx(home / "1" / "model.onnx")
     for kind, values, tensors in (
         ("input", session.get_inputs(), config.input),
         ("output", session.get_outputs(), config.output),

@@ -41,9 +41,9 @@ def _fuse_one_attention(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value,
     product = _producer(softmax.inputs[0], "MatMul")
     if scores is not None:
         product, mask = _producer(scores.inputs[0], "MatMul"), scores.inputs[1]
-    weighted = _only_user(softmax.outputs[0], "MatMul")
-    back = None if weighted is None else _only_user(weighted.outputs[0], "Transpose")
-    merged = None if back is None else _only_user(back.outputs[0], "Reshape")
+    weighted = only_user(softmax.outputs[0], "MatMul")
+    back = None if weighted is None else only_user(weighted.outputs[0], "Transpose")
+    merged = None if back is None else only_user(back.outputs[0], "Reshape")
     if product is None or weighted is None or merged is None:
         return False
     query = _split_heads(product.inputs[0], _HEADS)
@@ -63,7 +63,7 @@ def _fuse_one_attention(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value,
             masks[mask] = padding
         inputs += [None, masks[mask]]
     fused = ir.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)
-    _replace(graph, merged, fused)
+    replace_node(graph, merged, [fused])
     return True
 
 
@@ -155,7 +155,7 @@ def fuse_quick_gelu(model: ir.Model) -> int:
         if factor is None:
             continue
         fused = ir.node("QuickGelu", [node.inputs[0]], {"alpha": float(factor.item())}, domain=CONTRIB)
-        _replace(model.graph, node, fused)
+        replace_node(model.graph, node, [fused])
         count += 1
     return count
 
@@ -200,7 +200,8 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """Return the node that alone reads a value, if it is of this type."""
     users = [use.node for use in value.uses()]
     return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
@@ -210,8 +211,9 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     return None if constant is None or constant.size > 64 else constant.numpy()
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes, of which the last has one output, in the place of one that has one."""
     graph.insert_before(old, new)
-    new.outputs[0].name = old.outputs[0].name
-    ir.convenience.replace_all_uses_with(old.outputs[0], new.outputs[0])
+    new[-1].outputs[0].name = old.outputs[0].name
+    ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
     graph.remove(old, safe=True)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
+from xadapter_export.exporters.passes.fuse import replace_node
 from xadapter_export.exporters.passes.quantize import (
     Product,
     Ranges,
@@ -17,7 +18,6 @@ from xadapter_export.exporters.passes.quantize import (
     find_products,
     is_large,
     quantize_rows,
-    replace_node,
     round_product,
 )
 from xadapter_export.exporters.passes.rounding import Range

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters.passes.fuse import CONTRIB
+from xadapter_export.exporters.passes.fuse import CONTRIB, replace_node
 from xadapter_export.exporters.passes.rounding import (
     Curvatures,
     Range,
@@ -329,14 +329,14 @@ def _multiply_expanded(graph: ir.Graph, found: Product, weights: _Rows) -> list[
     zero = add_initializer(graph, "zero8", np.array(1 << 7, _FLOAT))
     last = add_initializer(graph, "last_axis", np.array([-1], np.int64))
     numbers = ir.node("Cast", [weights.rows], {"to": ir.DataType.FLOAT})
-    centerd = ir.node("Sub", [numbers.outputs[0], zero])
-    blocks = ir.node("Reshape", [centerd.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
+    centered = ir.node("Sub", [numbers.outputs[0], zero])
+    blocks = ir.node("Reshape", [centered.outputs[0], _shape(graph, n, k // weights.block, weights.block)])
     scales = ir.node("Unsqueeze", [weights.scales, last])
     scaled = ir.node("Mul", [blocks.outputs[0], scales.outputs[0]])
     rows = ir.node("Reshape", [scaled.outputs[0], _shape(graph, n, k)])
     columns = ir.node("Transpose", rows.outputs, {"perm": [1, 0]})
     product = ir.node("MatMul", [found.node.inputs[0], columns.outputs[0]])
-    nodes = [numbers, centerd, blocks, scales, scaled, rows, columns, product]
+    nodes = [numbers, centered, blocks, scales, scaled, rows, columns, product]
     return nodes if found.bias is None else [*nodes, ir.node("Add", [product.outputs[0], found.bias])]
 
 
@@ -453,11 +453,3 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
-
-
-def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put nodes, of which the last has one output, in the place of one that has one."""
-    graph.insert_before(old, new)
-    new[-1].outputs[0].name = old.outputs[0].name
-    ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
-    graph.remove(old, safe=True)

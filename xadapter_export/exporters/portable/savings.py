@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xadapter_export.bundle.manifest import ExpertSet, Optimization, Task
-from xadapter_export.exporters.portable.merge import MergedModel, Step
+from xadapter_export.exporters.portable.merge import MergedModel
+from xadapter_export.exporters.request import Step
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 _NUM_TOKENS = 32
