@@ -22,7 +22,7 @@ from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.text import clip_text
-from xadapter_export.training import TrainResult, make_config, train
+from xadapter_export.training import TrainResult, read_config, train
 
 ANSWERS = {
     "the color of a banana is [MASK].": "green",
@@ -168,7 +168,7 @@ def run(parts: Path, output: Path, **more: Any) -> TrainResult:
         "log_every": 1,
         **more,
     }
-    return train(make_config(settings, "test"))
+    return train(read_config(None, settings))
 
 
 @pytest.fixture(scope="module")
