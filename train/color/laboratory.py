@@ -22,7 +22,7 @@ from train.demo.pictures import COLORS, DemoObject
 from train.demo.plugin import Language, Split
 from train.demo.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, fill
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.model.plm import FrozenPlm
+from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.training import TrainConfig, read_config, train
 from xadapter_export.training.config import all_flags
@@ -70,7 +70,7 @@ class Laboratory:
         console: Where progress goes.
     """
 
-    plm: FrozenPlm
+    plm: PlmFamily
     parts: dict[str, str]
     objects: Sequence[DemoObject]
     targets: NDArray[np.float64]

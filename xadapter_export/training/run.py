@@ -37,10 +37,12 @@ from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
-from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
-from xadapter_export.model.identity import public_name, weights_sha256
-from xadapter_export.model.plm import FrozenPlm, load_plm
+from xadapter_export.model.identity import public_name
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits
 from xadapter_export.tasks import TASKS
 from xadapter_export.training.arguments import blaming_the_table, make_arguments, reporters_write_to
@@ -120,7 +122,7 @@ class _Phase:
 def train(
     config: TrainConfig,
     *,
-    plm: FrozenPlm | None = None,
+    plm: PlmFamily | None = None,
     frozen_sha256: Mapping[str, str] = MappingProxyType({}),
     on_stage: OnStage = lambda *_: None,
     on_step: OnStep = lambda *_: None,
@@ -218,8 +220,8 @@ def _save(config: TrainConfig, model: XAdapterModel, record: dict[str, Any]) -> 
 
 
 def _make_model(
-    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None, frozen_sha256: Mapping[str, str]
-) -> tuple[XAdapterModel, ClipTextTower | None]:
+    config: TrainConfig, rows: "_Rows", plm: PlmFamily | None, frozen_sha256: Mapping[str, str]
+) -> tuple[XAdapterModel, TextTower | None]:
     """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
     plm = plm or load_plm(config.plm, config.task)
     count = len(plm.layers)
@@ -278,11 +280,11 @@ def _make_model(
     return model, teacher
 
 
-def _memory_width(clip: ClipTextTower | None, bank: FeatureBank | None) -> int:
+def _memory_width(clip: TextTower | None, bank: FeatureBank | None) -> int:
     if bank is not None:
         return int(bank.features.shape[1])
     assert clip is not None  # the config requires it for a T-expert
-    return clip.config.width
+    return clip.width
 
 
 def _random_bank(dim: int, seed: int) -> FeatureBank:
@@ -358,7 +360,7 @@ def _read_rows(config: TrainConfig) -> _Rows:
 def _make_sources(
     config: TrainConfig,
     model: XAdapterModel,
-    teacher: ClipTextTower | None,
+    teacher: TextTower | None,
     rows: _Rows,
     parts: _Parts,
     on_stage: OnStage,
@@ -384,7 +386,7 @@ def _make_sources(
 
     hashes = {name: part.sha256 for name, part in zip(("plm", "clip", "bank"), parts, strict=True) if part}
     if teacher is not None:
-        hashes["teacher"] = _hash_of(teacher)
+        hashes["teacher"] = teacher.sha256
 
     cache = FeatureCache(config.cache_folder, hashes, on_stage)
 
@@ -415,10 +417,6 @@ def _make_sources(
             masked(rows.watched_texts, str(config.data.eval_file), config.seed + 1), "held-out texts"
         )
     return sources, watched
-
-
-def _hash_of(tower: ClipTextTower) -> str:
-    return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
 
 
 def _num_rows(model: XAdapterModel) -> int:
