@@ -121,7 +121,7 @@ class FeatureBank:
         folder = Path(folder)
         self.save_features(folder / FEATURES_NAME)
         self.save_rows(folder / BANK_NAME)
-        write_bank_record(folder, self.record)
+        write_bank_record(folder, self.record.model_copy(update={"sha256": self.sha256}))
 
     def save_features(self, path: Path) -> None:
         """Writes ``bank.safetensors`` block by block."""
@@ -144,6 +144,7 @@ class FeatureBank:
 
         Raises:
             CheckpointError: If a file is missing or broken.
+            HashMismatchError: If rows or captions are not those that were written.
             ShapeError: If features and captions do not match, or a feature is not of length 1.
         """
         folder = Path(folder)
@@ -153,7 +154,7 @@ class FeatureBank:
             pictures = read_pictures(folder / BANK_NAME, num_pictures=reader.num_pictures)
         except BundleError as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
-        return cls(
+        bank = cls(
             stored.features,
             pictures,
             stored.scales,
@@ -161,6 +162,8 @@ class FeatureBank:
             reader.kind,
             reader.num_skipped,
         )
+        reader.check_sha256(bank.sha256)
+        return bank
 
     def _blocks(self) -> Iterator[tuple[int, Float32]]:
         """Give first row and ``(rows, D) float32`` of one piece after the other."""

@@ -21,6 +21,7 @@ from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bank_builder.sources import Source, SourceRow
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture
+from xadapter_export.bundle.small_files import LARGEST_TEXT, read_object
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ConfigError, OutputExistsError, OutputWriteError
 
@@ -223,7 +224,7 @@ def _remove_work(folder: Path, *, keep: Path) -> None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_object(path, "the plan of the build", ConfigError, largest=LARGEST_TEXT)
         if plan["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {plan['format_version']}")
     except (OSError, ValueError, KeyError, TypeError) as error:

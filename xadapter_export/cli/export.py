@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from xadapter_export.bundle.folder import MANIFEST_NAME
 from xadapter_export.bundle.opsets import check_opset
+from xadapter_export.bundle.staging import check_replaceable, resolved
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     as_typed,
     example,
@@ -131,7 +134,7 @@ def _default_targets() -> str:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Folder for the bundle. [default: bundle-<experts>]",
 )
 @click.option(
@@ -292,6 +295,7 @@ def export(
     from xadapter_export.exporters.makers.axis_profile import parse_profile
 
     lengths = parse_profile(profile)
+    check_replaceable(resolved(output), MANIFEST_NAME, force=force)
     with _progress(quiet=quiet) as on_stage:
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")

@@ -7,7 +7,6 @@ what follows end-of-text cannot change what stands before it.
 Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +19,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from xadapter_export.bundle.manifest import describe
-from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.bundle.small_files import describe, read_object
+from xadapter_export.errors import CheckpointError, UnsupportedError, panics_as
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
 from xadapter_export.model.identity import weights_sha256
@@ -357,7 +356,7 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
             "Save the weights as safetensors"
         )
     try:
-        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        settings = read_object(config_path, "the configuration of CLIP", CheckpointError)
         model_cfg = settings.get("model_cfg", settings)  # open_clip's own model files have no wrapper
         weights = load_file(weights_path)
     except (ValueError, AttributeError, SafetensorError) as error:
@@ -403,7 +402,8 @@ def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> To
             f"expected a {path.name}"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with panics_as(CheckpointError, f"CLIP {source}: {path.name} cannot be read"):
+            tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception
         raise CheckpointError(f"CLIP {source}: {path.name} cannot be read ({error})") from error
     if tokenizer.get_vocab_size() > config.vocab_size:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.errors import ConfigError, InputTextError, panics_as
 
 Int64Array = NDArray[np.int64]
 
@@ -111,7 +111,8 @@ class TextEncoder:
             if clip_context_length is None or clip_end_token_id is None:
                 raise ConfigError("a CLIP tokenizer needs clip_context_length and clip_end_token_id")
             clip_tokenizer = without_limits(clip_tokenizer)
-            empty = clip_tokenizer.encode("").ids
+            with panics_as(ConfigError, "the CLIP tokenizer gives up on an empty text"):
+                empty = clip_tokenizer.encode("").ids
             if len(empty) != 2 or empty[-1] != clip_end_token_id or clip_context_length < 2:
                 raise ConfigError(
                     "the CLIP tokenizer does not put a start and an end token around the text",
@@ -167,7 +168,7 @@ class TextEncoder:
 
         Raises:
             InputTextError: If a text is empty, is not a string, has no mask where one is required, or has
-                masks too far apart to be read together.
+                masks too far apart to be read together; or the tokenizer gives up on it.
 
         Source:
             Without a mask beyond the limit, the ids are those of tokenizers 0.23 with its ``longest_first``
@@ -180,6 +181,12 @@ class TextEncoder:
                 "the numbers of texts and second texts differ", expected=len(firsts), got=len(seconds)
             )
 
+        with panics_as(InputTextError, "the tokenizer gives up on a text", where=_quoted(firsts[0])):
+            return self._tokenize(firsts, seconds, require_mask=require_mask)
+
+    def _tokenize(
+        self, firsts: list[str], seconds: list[str] | None, *, require_mask: bool
+    ) -> list[TokenizedText]:
         sources = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
         encodings = self.tokenizer.encode_batch(sources)
         cut = [self._cut(encoding, text) for encoding, text in zip(encodings, firsts, strict=True)]
