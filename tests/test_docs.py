@@ -114,7 +114,7 @@ def test_the_training_guide_shows_a_config_that_is_valid() -> None:
 def test_the_readme_quotes_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    minilm = results[results.index("<!-- train.colour begin -->") :]
+    minilm = results[results.index("<!-- train.color begin -->") :]
     quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", readme)
     assert len(quoted) == 2
     assert [number for number in quoted if number not in minilm] == []

@@ -40,7 +40,7 @@ def test_a_zero_is_still_a_fact() -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_every_leaf_specialises_a_builtin_and_keeps_its_message(leaf: type[XAdapterError]) -> None:
+def test_every_leaf_specializes_a_builtin_and_keeps_its_message(leaf: type[XAdapterError]) -> None:
     builtins = [base for base in leaf.__mro__ if base.__module__ == "builtins"]
     assert builtins[0] is not Exception
     error = pickle.loads(pickle.dumps(leaf("what", where="here")))

@@ -23,12 +23,13 @@ from tests.tiny_bundle import rehash, rewrite_manifest
 from xadapter_export import XAdapterSession
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.bank_builder.work_folder import WorkFolder
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_check import check_onnx, check_openvino
-from xadapter_export.bundle.graph_file import Field, serialise
+from xadapter_export.bundle.graph_file import Field, serialize
 from xadapter_export.cli.bank import _write_page
 from xadapter_export.cli.main import xad
-from xadapter_export.errors import BundleError, CheckpointError, InputTextError, OutputWriteError
+from xadapter_export.errors import BundleError, CheckpointError, ConfigError, InputTextError, OutputWriteError
 from xadapter_export.evaluation.thumbnails import load_thumbnails
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.runtime.answers import RetrievedPicture
@@ -196,7 +197,7 @@ def test_a_field_whose_number_other_readers_cut_is_no_way_around(tmp_path: Path)
 
 
 def add_field(number: int, data: bytes) -> bytes:
-    return serialise([Field(number, 2, data)])
+    return serialize([Field(number, 2, data)])
 
 
 LAYER = '<layer id="0" name="x" type="{}" version="{}"/>'
@@ -422,7 +423,7 @@ xad()
     [
         ("export", "-o", "taken"),
         ("bank", "build", "pictures", "-o", "taken"),
-        ("train", "--plm", "x", "--train-files", "x", "-o", "taken"),
+        ("train", "--plm", "x", "--clip", "x", "--bank", "x", "--train-files", "x", "-o", "taken"),
     ],
 )
 def test_a_place_that_is_taken_is_refused_before_torch_is_imported(
@@ -434,3 +435,12 @@ def test_a_place_that_is_taken_is_refused_before_torch_is_imported(
     assert result.returncode == 1
     assert result.stderr.startswith("Error: the output path already exists: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_shard_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path, num_rows=1, shard_rows=1, offsets=(0,))
+    work.shard_folder(0).mkdir(parents=True)
+    for data in (b"", b"\xff" * 100):
+        (work.shard_folder(0) / "features.safetensors").write_bytes(data)
+        with pytest.raises(ConfigError, match=r"a shard is damaged: .*run the same command again"):
+            work.read_shard(0)

@@ -1,7 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.how_to_open import HowToOpen, SessionOptions
 from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.tasks.spec import best
 
@@ -307,6 +308,13 @@ def test_batch_size_and_providers_are_checked_when_loading(tiny: Path) -> None:
         XAdapterSession.load(tiny, batch_size=0)
     with pytest.raises(ProviderError, match="CUDAExecutionProvider is not in this onnxruntime"):
         XAdapterSession.load(tiny, providers=["CUDAExecutionProvider"])
+
+
+def test_what_load_takes_by_keyword_is_what_how_to_open_says(tiny: Path) -> None:
+    typed = get_type_hints(SessionOptions)
+    assert typed == {field.name: get_type_hints(HowToOpen)[field.name] for field in fields(HowToOpen)}
+    with pytest.raises(TypeError, match="num_thread'"):
+        XAdapterSession.load(tiny, num_thread=1)  # type: ignore[call-arg]  # a type checker sees it too
 
 
 def test_a_tokenizer_that_is_broken_or_of_another_model(broken: Path) -> None:

@@ -1,6 +1,6 @@
 """Every error this package raises on purpose, and the one way to import a module of an extra.
 
-Each leaf also inherits the builtin that it specialises, so ``except ValueError`` still works for a caller who
+Each leaf also inherits the builtin that it specializes, so ``except ValueError`` still works for a caller who
 does not know this package, and ``except XAdapterError`` catches everything that was foreseen. A message is
 one line that says what, where, expected, got, and what to do; each part is also an attribute.
 """

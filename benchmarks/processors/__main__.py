@@ -63,7 +63,7 @@ def make_bundle(case: str, cache: Path = CACHE) -> Path:
             MODELS[case](),
             folder,
             EXPERT_SETS,
-            17,
+            opset=17,
             precisions=("fp32", "int8", "int4"),
             targets=("onnx", "cpu", "openvino") if case == "builtin" else ("onnx", "cpu"),
             min_agreement=0.0,

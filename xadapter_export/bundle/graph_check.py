@@ -50,7 +50,7 @@ def check_onnx(file: Path, weight_files: Collection[str] | None) -> None:
             where the file was made here, and any will do.
 
     Raises:
-        BundleError: If it is not a serialised model; has an operator that nests graphs, is of another library
+        BundleError: If it is not a serialized model; has an operator that nests graphs, is of another library
             or is not known to be harmless; defines functions; or has weights in a file that is not listed.
     """
     _require_suffix(file, ".onnx")

@@ -1,6 +1,6 @@
 """Reads and changes the weights that an ``.onnx`` file declares, without the onnx package.
 
-A serialised model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
+A serialized model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
 to the weights is taken apart here; all else stays the bytes that it was, in its order, so that a change that
 is undone gives the same file again.
 
@@ -8,7 +8,7 @@ Source:
     onnx/onnx.proto (onnx 1.23) for the numbers of the fields; protobuf's encoding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from xadapter_export.errors import BundleError
 
 # Numbers of fields from onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_VALUE_INFO_NAME = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_DTYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
@@ -76,14 +77,14 @@ class Node:
 
 
 class GraphFile:
-    """A serialised ``ModelProto`` whose weights can be replaced.
+    """A serialized ``ModelProto`` whose weights can be replaced.
 
     Args:
         data: The file.
         where: Its path, for errors.
 
     Raises:
-        BundleError: If it is not a serialised model with one graph.
+        BundleError: If it is not a serialized model with one graph.
     """
 
     def __init__(self, data: bytes, where: object) -> None:
@@ -154,7 +155,7 @@ class GraphFile:
                 entry = {part.number: part.data for part in parse(field.data)}
                 value = changed.get(entry[_ENTRY_KEY], entry[_ENTRY_VALUE])
                 parts = [Field(_ENTRY_KEY, _BYTES, entry[_ENTRY_KEY]), Field(_ENTRY_VALUE, _BYTES, value)]
-                field = Field(field.number, _BYTES, serialise(parts))
+                field = Field(field.number, _BYTES, serialize(parts))
             if field.number != _TENSOR_DIMS:
                 fields.append(field)
         self._store(name, [*_dims(shape), *fields])
@@ -170,28 +171,42 @@ class GraphFile:
             for j, part in enumerate(node):
                 if part.number == _NODE_ATTRIBUTE:
                     node[j] = Field(part.number, _BYTES, _with_int(part.data, attribute, value))
-            self._graph[i] = Field(field.number, _BYTES, serialise(node))
+            self._graph[i] = Field(field.number, _BYTES, serialize(node))
 
     def to_bytes(self) -> bytes:
         """Return the file as it is now."""
         model = list(self._model)
-        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialise(self._graph))
-        return serialise(model)
+        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialize(self._graph))
+        return serialize(model)
 
     def _fields(self, name: str) -> list[Field]:
         return parse(self._graph[self._places[name]].data)
 
     def _store(self, name: str, fields: list[Field]) -> None:
-        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialise(fields))
+        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialize(fields))
         self.weights[name] = _read_weight(fields)
 
 
 def with_weights(data: bytes, where: object, arrays: Mapping[str, Array]) -> bytes:
-    """Return a serialised model with those of its weights replaced that are named; the new ones are in it."""
+    """Return a serialized model with those of its weights replaced that are named; the new ones are in it."""
     graph = GraphFile(data, where)
     for name in arrays.keys() & graph.weights.keys():
         graph.put_inside(name, arrays[name])
     return graph.to_bytes()
+
+
+def extra_outputs(names: Iterable[str]) -> bytes:
+    """Return the bytes that, appended to a serialized ``ModelProto``, make the named values outputs.
+
+    Protobuf merges two messages that are put one after the other: repeated fields are joined, and fields that
+    are messages are merged in turn. Only names are written; onnxruntime infers their types.
+
+    Source:
+        onnx/onnx.proto (onnx 1.23); protobuf encoding, "Last One Wins" and merging of embedded messages.
+    """
+    named = [serialize([Field(_VALUE_INFO_NAME, _BYTES, name.encode())]) for name in names]
+    outputs = serialize([Field(_GRAPH_OUTPUT, _BYTES, value) for value in named])
+    return serialize([Field(_MODEL_GRAPH, _BYTES, outputs)])
 
 
 def parse(data: bytes) -> list[Field]:
@@ -240,7 +255,7 @@ def _split(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         at += size
 
 
-def serialise(fields: list[Field]) -> bytes:
+def serialize(fields: list[Field]) -> bytes:
     """Return the message of some fields; the reverse of ``parse``."""
     parts = []
     for field in fields:
@@ -306,7 +321,7 @@ def _with_int(attribute: bytes, name: str, value: int) -> bytes:
     fields = parse(attribute)
     if Field(_ATTRIBUTE_NAME, _BYTES, name.encode()) not in fields:
         return attribute
-    return serialise([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
+    return serialize([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
 
 
 def _dims(shape: tuple[int, ...]) -> list[Field]:

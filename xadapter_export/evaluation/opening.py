@@ -27,7 +27,7 @@ def open_scorer(
 
     Args:
         source: The model.
-        variant: Which graph of a bundle answers; see ``XAdapterSession.load``.
+        variant: Which graph of a bundle answers; see ``HowToOpen``.
         providers: onnxruntime execution providers of a bundle; the CPU if None.
         num_threads: Threads inside one operator of a bundle; onnxruntime's choice if None.
         batch_size: How many texts go through the model together.

@@ -359,7 +359,7 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
         settings = read_object(config_path, "the configuration of CLIP", CheckpointError)
         model_cfg = settings.get("model_cfg", settings)  # open_clip's own model files have no wrapper
         weights = load_file(weights_path)
-    except (ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, MemoryError, SafetensorError) as error:
         raise CheckpointError(
             f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})"
         ) from error

@@ -1,26 +1,26 @@
 """The graphs of one session: which answers for each expert set, opened once and checked on this processor."""
 
+import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
-from xadapter_export.bundle.folder import Bundle, verifying
+from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Deployment, ExpertSet
 from xadapter_export.errors import ConfigError, ParityError, XAdapterError
 from xadapter_export.parity.recorded import Check, files_of_record, opened_record
 from xadapter_export.runtime.choose import Choice, choose, rank
 from xadapter_export.runtime.fastest import BUDGET_S, OPENING_S, key_of, recall, remember, time_in_turn
-from xadapter_export.runtime.load_check import CHECK_WHEN, CheckWhen, check_graph
+from xadapter_export.runtime.how_to_open import HowToOpen
+from xadapter_export.runtime.load_check import check_graph
 from xadapter_export.runtime.split import SplitPairs
 from xadapter_export.sessions.open import open_variant
-from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.sessions.session import Array, OnnxSession, Opening
 from xadapter_export.sessions.shared import open_shared, open_shared_engine
 from xadapter_export.sessions.split_session import SplitSession
 from xadapter_export.targets import CPU_PROVIDER, PRECISIONS
@@ -28,54 +28,32 @@ from xadapter_export.targets import CPU_PROVIDER, PRECISIONS
 FASTEST: Final = "fastest"
 
 
-@dataclass(frozen=True)
-class HowToOpen:
-    """How graphs are opened; see ``XAdapterSession.load`` for each."""
-
-    providers: Sequence[Provider] | None
-    num_threads: int | None
-    share_weights: bool
-    cache_dir: Path | None
-    verify: bool
-    check: CheckWhen
-
-    def __post_init__(self) -> None:
-        if self.check not in CHECK_WHEN:
-            raise ConfigError("unknown value for check", expected=", ".join(CHECK_WHEN), got=self.check)
-
-    def verifying(self, bundle: Bundle, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Compare the hashes of files while the body opens them, where that was asked for."""
-        return verifying(bundle, names) if self.verify else nullcontext()
-
-
 class Graphs:
     """The graphs of one session, for several threads.
 
     Args:
         bundle: The bundle.
-        asked: What was asked for: ``auto``, ``fastest``, a name or a precision.
         first: The expert set that is opened at once; the others get the same variant, where they have it.
-        how: How graphs are opened.
+        how: How graphs are opened, and which variant answers.
         pairs: Opens those that are split.
 
     Raises:
         As ``XAdapterSession.load``.
     """
 
-    def __init__(
-        self, bundle: Bundle, asked: str, first: ExpertSet, how: HowToOpen, pairs: SplitPairs
-    ) -> None:
-        self._bundle, self._asked, self._how, self._pairs = bundle, asked, how, pairs
+    def __init__(self, bundle: Bundle, first: ExpertSet, how: HowToOpen, pairs: SplitPairs) -> None:
+        self._bundle, self._asked, self._how, self._pairs = bundle, how.variant, how, pairs
         self._providers = [p if isinstance(p, str) else p[0] for p in how.providers or [CPU_PROVIDER]]
         self._refused: dict[ExpertSet, set[str]] = {}
         self._choices: dict[ExpertSet, Choice] = {}
         self._sessions: dict[ExpertSet, OnnxSession] = {}
         self._checks: list[Check] = []
         self._lock = threading.Lock()
-        if asked == FASTEST:
+        self._process = os.getpid()
+        if how.variant == FASTEST:
             self._choose_fastest(first)
         else:
-            self._choices[first] = self._choose(first, asked)
+            self._choices[first] = self._choose(first, how.variant)
         self.session(first)  # what can go wrong goes wrong now, not at the first question
         self._preferred = self._choices[first].name
 
@@ -102,8 +80,14 @@ class Graphs:
 
         Raises:
             ParityError: If the variant that was named, or every one that suits, gives wrong answers here.
+            ConfigError: If the process was forked from the one that opened it, which has its threads.
             As ``XAdapterSession.load``.
         """
+        if os.getpid() != self._process:
+            raise ConfigError(
+                "the session was loaded before this process was forked, and its threads stayed behind",
+                hint="load the bundle in each process",
+            )
         with self._lock:
             while experts not in self._sessions:
                 choice = self.choice(experts)
@@ -138,7 +122,7 @@ class Graphs:
         how, variant = self._how, choice.variant
         if choice.engine is not None:
             return open_shared_engine(self._bundle, choice.engine, verify=how.verify)
-        opening = Opening(how.providers, how.num_threads, cache_dir=how.cache_dir)
+        opening = Opening(how.providers, how.num_threads, cache_dir=how.cache_folder)
         open_it = open_shared if how.share_weights else open_variant
         open_graph = partial(open_it, self._bundle, how=opening)
         compared = files_of_record(self._bundle) if how.check != "never" else ()
@@ -192,10 +176,11 @@ class Graphs:
             ConfigError: If ``cache_dir`` cannot be written.
         """
         how, variants = self._how, self._bundle.manifest.variants_of(experts)
+        cache = how.cache_folder
         ranked = rank(variants, providers=self._providers, machine=read_machine())
         by_name = {choice.name: choice for choice in ranked or [self._choose(experts, "auto")]}
         key = key_of(self._bundle, experts, how.providers, how.num_threads)
-        timings = None if how.cache_dir is None else recall(how.cache_dir, key, by_name)
+        timings = None if cache is None else recall(cache, key, by_name)
         if timings is not None:
             self._choices[experts] = replace(by_name[timings.fastest], reason=f"measured before: {timings}")
             return
@@ -207,8 +192,8 @@ class Graphs:
             feed = record.feed(self._bundle.manifest.expert_sets[experts], record.typical_case)
         runs = {name: partial(_run_alone, session, feed) for name, session in opened.items()}
         timings = time_in_turn(runs, start + BUDGET_S)
-        if how.cache_dir is not None:
-            remember(how.cache_dir, key, timings)
+        if cache is not None:
+            remember(cache, key, timings)
         unopened = set(by_name) - set(opened) - self._refused.get(experts, set())
         left = f"; not timed: {', '.join(sorted(unopened))}" if unopened else ""
         self._choices[experts] = replace(by_name[timings.fastest], reason=f"measured: {timings}{left}")

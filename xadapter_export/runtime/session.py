@@ -6,9 +6,9 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,11 @@ from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed, check_outputs
-from xadapter_export.runtime.graphs import Graphs, HowToOpen
-from xadapter_export.runtime.load_check import CheckWhen
-from xadapter_export.runtime.split import CACHE_SIZE, SplitPairs
+from xadapter_export.runtime.graphs import Graphs
+from xadapter_export.runtime.how_to_open import HowToOpen, SessionOptions
+from xadapter_export.runtime.split import SplitPairs
 from xadapter_export.runtime.text import Int64Array, TextEncoder, check_texts
-from xadapter_export.sessions.retrieval import PictureIndex
-from xadapter_export.sessions.session import Array, Provider
+from xadapter_export.sessions.session import Array
 from xadapter_export.sessions.tensorrt_session import largest_batch
 from xadapter_export.targets import CPU_PROVIDER, TARGETS
 from xadapter_export.tasks import FEATURE_EXTRACTION, FILL_MASK, TASKS, TEXT_CLASSIFICATION, TaskSpec
@@ -61,105 +60,26 @@ class XAdapterSession:
     another one switched on, which shares everything that is loaded; every method also takes ``experts=``.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        experts: ExpertSet | None = None,
-        variant: str = "auto",
-        providers: Sequence[Provider] | None = None,
-        num_threads: int | None = None,
-        batch_size: int = 32,
-        share_weights: bool = True,
-        index: PictureIndex | Path | str | None = None,
-        cache_size: int = CACHE_SIZE,
-        cache_dir: Path | str | None = None,
-        verify: bool = False,
-        check: CheckWhen = "once",
-    ) -> None:
-        limits = (
-            ("batch_size", batch_size, 1),
-            ("cache_size", cache_size, 0),
-            ("num_threads", num_threads, 1),
-        )
-        for name, value, least in limits:
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}", got=value)
+    def __init__(self, bundle: Bundle, how: HowToOpen) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
-        how = HowToOpen(
-            providers=providers,
-            num_threads=num_threads,
-            share_weights=share_weights,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            verify=verify,
-            check=check,
-        )
-        self.experts = experts or manifest.default_expert_set
+        self.experts = how.experts or manifest.default_expert_set
         with how.verifying(bundle, companions(manifest)):  # each graph when it is opened; what is not, never
             self._encoder, self._clip_encoder = load_encoders(bundle)
             self.pictures = self._read_pictures()
         self._tokenizer = self._encoder.tokenizer
-        self._batch_size = batch_size
-        pairs = SplitPairs(bundle, index, cache_size, verify=verify)
-        self._graphs = Graphs(bundle, variant, self.experts, how, pairs)
+        self._batch_size = how.batch_size
+        pairs = SplitPairs(bundle, how.index, how.cache_size, verify=how.verify)
+        self._graphs = Graphs(bundle, self.experts, how, pairs)
 
     @classmethod
-    def load(
-        cls,
-        bundle: Path | str,
-        *,
-        experts: ExpertSet | None = None,
-        variant: str = "auto",
-        providers: Sequence[Provider] | None = None,
-        num_threads: int | None = None,
-        batch_size: int = 32,
-        share_weights: bool = True,
-        index: PictureIndex | Path | str | None = None,
-        cache_size: int = CACHE_SIZE,
-        cache_dir: Path | str | None = None,
-        verify: bool = True,
-        allow_fallback: bool = False,
-        check: CheckWhen = "once",
-    ) -> Self:
+    def load(cls, bundle: Path | str, **options: Unpack[SessionOptions]) -> Self:
         """Load a bundle.
 
         Args:
             bundle: Its folder.
-            experts: The expert set that answers; the bundle's default if None.
-            variant: Which of the set's graphs answers: ``auto``, by rule the fastest on this kind of CPU
-                (``runtime.choose``); ``fastest``, which opens what ``auto`` could take, times it on one text
-                and keeps the result in ``cache_dir``, in about 2 s; a whole name, ``onnx-fp32``,
-                ``cpu-int8``, ``openvino-int8``; a precision, ``fp32`` or ``int8``, the fastest here that has
-                it; or engines, ``tensorrt-rtx-fp16``, for the GPU of this machine. Another expert set of
-                the session gets the same, or where it lacks it what ``auto`` gives.
-            providers: onnxruntime execution providers in order of preference; the CPU if None. One that does
-                not start is an error, never a silent fallback.
-            num_threads: Threads inside one operator; the engine's choice if None: onnxruntime's is one for
-                each core.
-            batch_size: How many texts of a list go through the graph together at most. Texts of about the
-                same length do, and the answers come back in the order of the list.
-            share_weights: Whether sessions of this process that ask for the same graph, providers and number
-                of threads share one loaded copy, its weights and its threads, which takes the memory of one.
-                False gives this session a copy and threads of its own.
-            index: Where the bank is searched outside the graph (``--retrieval external``): what
-                ``xad-bank index`` wrote, an index of faiss, or any object with ``search(queries, k)``; see
-                ``PictureIndex``. None for an exact search of the bundle's own bank, which reads all of it.
-            cache_size: Of how many texts a bundle whose graphs are split (``--split``, ``--retrieval
-                external``) keeps what CLIP said and what was retrieved, so that a text that comes again runs
-                the answer graph alone; 0 for none. A text takes some ten KiB, a long one with the T-expert
-                a few hundred.
-            cache_dir: A folder, which nobody else may write to, where OpenVINO keeps the graphs that it
-                compiled, a few MB each: the next load takes a third of the time; and where what
-                ``variant="fastest"`` measured is kept. None for nothing written.
-            verify: Whether to compare every file that is used with its hash first.
-            allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
-                an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
-                gives.
-            check: When a graph that is opened is asked one case that the bundle carries: ``once`` in this
-                process for the same files, ``always``, or ``never``. One that gives something else on this
-                processor is refused with a warning, and the next best answers; see ``checks``. Engines are
-                not asked.
+            options: How: ``experts="v"``, ``variant="cpu-int8"``, ``num_threads=2``; ``HowToOpen`` lists
+                them all, with their defaults.
 
         Raises:
             BundleError: If the bundle is not whole, or does not hold the expert set or the variant.
@@ -169,30 +89,20 @@ class XAdapterSession:
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
             MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
-            ConfigError: If ``num_threads`` or ``batch_size`` is below 1, ``cache_size`` is below 0 or
-                ``cache_dir`` cannot be written; the variant cannot go with the providers: fp16 runs on no
-                CPU; or there is an index and nothing to use it, or it is not one of the bundle's bank.
+            ConfigError: As ``HowToOpen``; if ``cache_dir`` cannot be written; the variant cannot go with the
+                providers: fp16 runs on no CPU; or there is an index and nothing to use it, or it is not one
+                of the bundle's bank.
         """
-        make = partial(
-            cls,
-            read_bundle(bundle, verify=False),
-            experts=experts,
-            num_threads=num_threads,
-            batch_size=batch_size,
-            share_weights=share_weights,
-            index=index,
-            cache_size=cache_size,
-            cache_dir=cache_dir,
-            verify=verify,
-            check=check,
-        )
+        how = HowToOpen(**options)
+        found = read_bundle(bundle, verify=False)
         try:
-            return make(variant=variant, providers=providers)
+            return cls(found, how)
         except (ProviderError, MissingExtraError) as error:
-            is_for_gpu = not runs_on_cpu(variant)
-            if not allow_fallback or (isinstance(error, MissingExtraError) and not is_for_gpu):
+            is_for_gpu = not runs_on_cpu(how.variant)
+            if not how.allow_fallback or (isinstance(error, MissingExtraError) and not is_for_gpu):
                 raise
-            session = make(variant="auto" if is_for_gpu else variant, providers=[CPU_PROVIDER])
+            variant = "auto" if is_for_gpu else how.variant
+            session = cls(found, replace(how, variant=variant, providers=[CPU_PROVIDER]))
             what = f", with {session.answered_by}" if is_for_gpu else ""
             warnings.warn(f"{error}; using the CPU instead{what}", UserWarning, stacklevel=2)
             return session

@@ -21,8 +21,8 @@ class SplitPairs:
 
     Args:
         bundle: The bundle.
-        index: See ``XAdapterSession.load``.
-        cache_size: See ``XAdapterSession.load``.
+        index: See ``HowToOpen``.
+        cache_size: See ``HowToOpen``.
         verify: Whether to compare the features of the bank and the files of an index with their hashes.
 
     Raises:

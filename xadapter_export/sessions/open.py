@@ -3,22 +3,19 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.graph_check import beside
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.sessions.retrieval import Retriever, open_retriever
-from xadapter_export.sessions.session import OnnxSession, Opening
+from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening
 from xadapter_export.sessions.split_session import open_split
 from xadapter_export.targets import TARGETS, load_named
 
-_AS_IT_IS: Final = Opening()
-
 
 def open_variant(
-    bundle: Bundle, variant: Variant, how: Opening = _AS_IT_IS, *, retriever: Retriever | None = None
+    bundle: Bundle, variant: Variant, how: Opening = AS_IT_IS, *, retriever: Retriever | None = None
 ) -> OnnxSession:
     """Open a variant of a bundle; of two graphs, both, as one.
 
@@ -32,8 +29,8 @@ def open_variant(
     Raises:
         UnsupportedError: As ``open_graph``.
         MissingExtraError: If what runs the target is not installed.
-        ProviderError: As ``create_session``.
-        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
+        ProviderError: As ``open_onnx``.
+        ConfigError: If ``cache_dir`` cannot be written.
         BundleError: If a file is missing, the graph could do harm (``bundle.graph_check``), or its library
             cannot load it.
     """
@@ -54,7 +51,7 @@ def open_variant(
     return open_graph(variant.target, bundle.file(variant.file), how)
 
 
-def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession:
+def open_graph(target: str, file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Open one graph with the opener of its target.
 
     Args:
