@@ -21,12 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny_bundle import rehash, rewrite_manifest
 from xadapter_export import XAdapterSession
+from xadapter_export.bank.contact_sheet import Hit, render_sheet
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.thumbnails import read_thumbnails
 from xadapter_export.bank_builder.work_folder import WorkFolder
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_check import check_onnx, check_openvino
 from xadapter_export.bundle.graph_file import Field, serialize
+from xadapter_export.bundle.pictures import Picture
 from xadapter_export.cli.bank import _write_page
 from xadapter_export.cli.main import xad
 from xadapter_export.errors import BundleError, CheckpointError, ConfigError, InputTextError, OutputWriteError
@@ -444,3 +446,13 @@ def test_a_shard_that_is_damaged_is_one_line(tmp_path: Path) -> None:
         (work.shard_folder(0) / "features.safetensors").write_bytes(data)
         with pytest.raises(ConfigError, match=r"a shard is damaged: .*run the same command again"):
             work.read_shard(0)
+
+
+def test_a_page_of_images_holds_no_markup_of_theirs() -> None:
+    attack = "\"><script>alert(1)</script>'&"
+    hit = Hit(0, Picture(id=attack, caption=attack), 0.5)
+    for thumbnails in ({}, {0: b"webp"}):
+        page = render_sheet(attack, attack, [hit], thumbnails)
+        assert "<script" not in page
+        assert 'alt=""' not in page
+        assert page.count("&lt;script&gt;") >= 4
