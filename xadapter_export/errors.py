@@ -7,6 +7,8 @@ one line that says what, where, expected, got, and what to do; each part is also
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Final, Self
 
@@ -119,6 +121,21 @@ class ProviderError(XAdapterError, RuntimeError):
 
 class MissingExtraError(XAdapterError, ImportError):
     """A package that belongs to an optional extra is not installed."""
+
+
+@contextmanager
+def panics_as(error: type[XAdapterError], what: str, *, where: object = None) -> Iterator[None]:
+    """Raise an error of ours where a library in Rust gives up: its panic is no ``Exception``.
+
+    Raises:
+        error: If the body panics; an expression of a tokenizer that never ends does.
+    """
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":  # pyo3's, which each of its modules has as its own
+            raise
+        raise error(what, where=where, got=panic) from panic
 
 
 def import_extra(module: str, *extras: str) -> ModuleType:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.bank.thumbnails import check_pixels, inside_or_none, read_thumbnails
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import import_extra
 
@@ -93,8 +93,8 @@ def find_thumbnails(bank: BankReader, hits: Sequence[Hit], pictures: Path | None
     found = dict(read_thumbnails(bank.folder, {hit.row for hit in hits}))
     if pictures is not None:
         for hit in hits:
-            path = (pictures / hit.picture.id).resolve()
-            if hit.row not in found and path.is_relative_to(pictures.resolve()) and path.is_file():
+            path = inside_or_none(pictures, hit.picture.id)
+            if hit.row not in found and path is not None:
                 webp = _shrink(path)
                 if webp is not None:
                     found[hit.row] = webp
@@ -106,6 +106,7 @@ def _shrink(path: Path) -> bytes | None:
     stream = io.BytesIO()
     try:
         with image_module.open(path) as image:
+            check_pixels(image)
             small = image_ops.exif_transpose(image).convert("RGBA")
             small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             small.save(stream, "webp", quality=80)

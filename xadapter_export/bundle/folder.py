@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import FileEntry, Manifest
+from xadapter_export.bundle.small_files import read_text
 from xadapter_export.errors import (
     BundleError,
     HashMismatchError,
@@ -69,6 +70,10 @@ def inside(folder: Path, relative: str, kind: str) -> Path:
         BundleError: If it is missing, or leads out of the folder through a symbolic link.
     """
     path = folder / relative
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise BundleError(f"a file of the {kind} cannot be read", where=path, got=error) from error
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(
             f"a file of the {kind} is outside its folder",
@@ -104,10 +109,7 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
             hint="make one with: xad-export --experts t -o bundle",
         )
     manifest_file = folder / MANIFEST_NAME
-    try:
-        text = manifest_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError("the manifest cannot be read", where=manifest_file, got=error) from error
+    text = read_text(manifest_file, "the manifest")
     bundle = Bundle(folder, Manifest.from_json(text, where=str(manifest_file)))
     unlisted = sorted(_files_to_list(bundle) - set(bundle.manifest.files))
     if unlisted:

@@ -92,6 +92,16 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class NamedPath(click.Path):
+    """A path that is not empty: pathlib takes an empty one for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; see the class."""
+        if value == "":
+            self.fail("the path is empty; give the name of a folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class LazyGroup(click.Group):
     """A group that imports a sub-command only when it is asked for.
 

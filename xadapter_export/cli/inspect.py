@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.command import NamedPath, XadCommand, example, json_option, make_console, print_json
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MOST_FILES = 4  # of a deployment; the manifest has all
     cls=XadCommand,
     epilog=example("xad-export --experts t --opset 17 -o bundle", "xad-inspect bundle"),
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=NamedPath(path_type=Path))
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Check every file against its hash."
 )

@@ -9,6 +9,7 @@ import click
 
 from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
@@ -59,7 +60,7 @@ class _Findings:
     cls=XadCommand,
     epilog=example("xad-export --experts t --opset 17 -o bundle", "xad-parity bundle"),
 )
-@click.argument("bundles", metavar="BUNDLE...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("bundles", metavar="BUNDLE...", type=NamedPath(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--experts",
     type=click.Choice(EXPERT_SETS),

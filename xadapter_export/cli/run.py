@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
@@ -37,7 +38,7 @@ BAR_COLUMNS = 24
         'xad-run bundle "The color of a banana is [MASK]."',
     ),
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=NamedPath(path_type=Path))
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @click.option(
     "--experts", type=click.Choice(EXPERT_SETS), help="Expert set to use. [default: the bundle's first]"
@@ -62,13 +63,13 @@ BAR_COLUMNS = 24
 )
 @click.option(
     "--index",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Index made by xad-bank index, for a bundle exported with --retrieval external. [default: exact "
     "search]",
 )
 @click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Directory for OpenVINO's compiled-model cache and the timings of --variant fastest (faster "
     "startup).",
 )

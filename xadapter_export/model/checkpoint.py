@@ -1,16 +1,17 @@
 """Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.small_files import LARGEST_TEXT, check_files, read_model, read_text
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
@@ -41,15 +42,7 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise CheckpointError(
             f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder written by save_pretrained"
         )
-    try:
-        return CheckpointRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
-        else:
-            reason = str(error)
-        raise CheckpointError(f"checkpoint {path}: {reason}") from error
+    return read_model(path, CheckpointRecord, "the checkpoint's record", CheckpointError)
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -103,7 +96,29 @@ def read_checkpoint(
             )
     _load_plugin(model, folder / PLUGIN_NAME)
     model.calibration = _read_calibration(folder / CALIBRATION_NAME)
+    for name, recorded_sha256, sha256 in (
+        (PLUGIN_NAME, record.plugin_sha256, plugin_sha256(model)),
+        (CALIBRATION_NAME, record.calibration_sha256, _text_sha256(model.calibration)),
+    ):
+        if sha256 != recorded_sha256:
+            raise HashMismatchError(
+                "the checkpoint is not the one that was saved",
+                where=folder / name,
+                expected=f"SHA-256 {recorded_sha256}",
+                got=sha256,
+                hint="copy the checkpoint again",
+            )
     return model.eval()
+
+
+def plugin_sha256(model: XAdapterModel) -> str:
+    """Hashes what was trained, with those of its settings that are not the default."""
+    settings = model.config.model_dump(mode="json", exclude_defaults=True)
+    return weights_sha256(model.trained_state(), settings)
+
+
+def _text_sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _local_or(folder: Path, source: str) -> str | Path:
@@ -111,6 +126,7 @@ def _local_or(folder: Path, source: str) -> str | Path:
 
 
 def _refuse_pickles(folder: Path) -> None:
+    check_files(folder, "a file of the checkpoint", CheckpointError)
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}:
             raise CheckpointError(
@@ -122,10 +138,7 @@ def _refuse_pickles(folder: Path) -> None:
 def _read_calibration(path: Path) -> str | None:
     if not path.is_file():
         return None
-    try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read as UTF-8: {error}") from error
+    return read_text(path, "the calibration texts", CheckpointError, largest=LARGEST_TEXT)
 
 
 def _load_plugin(model: XAdapterModel, path: Path) -> None:
@@ -133,7 +146,7 @@ def _load_plugin(model: XAdapterModel, path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is missing; it holds the trained plug-in")
     try:
         state = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error}); the file is truncated or not safetensors"
         ) from error
@@ -170,7 +183,15 @@ def write_checkpoint(
         plm = plm.model_copy(update={"source": public_name(plm.source)})
     if stores_clip:
         clip = clip and clip.model_copy(update={"source": public_name(clip.source)})
-    record = CheckpointRecord(config=model.config, plm=plm, clip=clip, bank=bank, training=training)
+    record = CheckpointRecord(
+        config=model.config,
+        plm=plm,
+        clip=clip,
+        bank=bank,
+        plugin_sha256=plugin_sha256(model),
+        calibration_sha256=_text_sha256(more_files.get(CALIBRATION_NAME, model.calibration)),
+        training=training,
+    )
     with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
         staging = staged.path
         (staging / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -182,7 +203,7 @@ def write_checkpoint(
         if model.calibration is not None:
             (staging / CALIBRATION_NAME).write_text(model.calibration, encoding="utf-8", newline="")
         for name, text in more_files.items():
-            (staging / name).write_text(text, encoding="utf-8")
+            (staging / name).write_text(text, encoding="utf-8", newline="")
         if model.bank is not None:
             model.bank.save(staging)
         if stores_plm:

@@ -36,7 +36,7 @@ from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
-from xadapter_export.runtime.feed import check_feed
+from xadapter_export.runtime.feed import check_feed, check_outputs
 from xadapter_export.runtime.graphs import Graphs
 from xadapter_export.runtime.how_to_open import HowToOpen, SessionOptions
 from xadapter_export.runtime.split import SplitPairs
@@ -391,15 +391,10 @@ class XAdapterSession:
             assert runtime is not None  # it was opened
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{runtime.name} cannot run the graph", where=file, got=error) from error
-        for name, value in zip(names, values, strict=True):
-            # A sum is finite where every number is: float32 sums of logits are far from its limits.
-            if value.dtype.kind == "f" and not np.isfinite(value.sum()):
-                raise BundleError(
-                    "the graph's outputs contain NaN or infinity",
-                    where=f"{name} of {self._graphs.choice(experts or self.experts).name}",
-                    hint="copy or export the bundle again; xad-parity shows which graphs are right",
-                )
-        return dict(zip(names, values, strict=True))
+        found = dict(zip(names, values, strict=True))
+        name = self._graphs.choice(experts or self.experts).name
+        check_outputs(found, feed, spec, self.manifest, name)
+        return found
 
     def _read_pictures(self) -> Sequence[Picture]:
         """Return the pictures of the bank, where a graph says which ones it looked at."""
