@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
-from xadapter_export.bundle.graph_file import with_weights
+from xadapter_export.bundle.graph_file import read_linked, with_weights
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -84,9 +84,10 @@ def create_session(
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     model: str | bytes = str(model_file)
-    if appended or weights:
-        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
-        model = model_file.read_bytes()
+    if appended or weights or model_file.is_symlink():
+        is_link = model_file.is_symlink()
+        model, folder = read_linked(model_file) if is_link else (model_file.read_bytes(), model_file.parent)
+        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(folder))
         model = (with_weights(model, model_file, weights) if weights else model) + appended
     try:
         slow = _SLOW_FUSIONS if names == [CPU_PROVIDER] else ()
