@@ -68,6 +68,18 @@ def _measure(encode: Callable[[], Tensor]) -> _Pass:
     return _Pass(elapsed, sum(os.times()[:4]) - cpu, features)
 
 
+def _measure_in_turn(
+    build: Callable[[], Tensor], encode_bare: Callable[[], Tensor], rounds: int
+) -> tuple[list[_Pass], list[_Pass]]:
+    _measure(encode_bare)
+    builds: list[_Pass] = []
+    bares: list[_Pass] = []
+    for number in range(rounds):
+        for run, passes in ((build, builds), (encode_bare, bares))[:: 1 if number % 2 else -1]:
+            passes.append(_measure(run))
+    return builds, bares
+
+
 def _write_pictures(folder: Path, count: int) -> None:
     """Write JPEG files with large soft shapes and fine grain, as photographs have."""
     folder.mkdir()
@@ -107,7 +119,7 @@ def _prepare_batches(source: Source, tower: ImageTower, batch_size: int) -> list
     return [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
 
 
-def _summarise(builds: list[_Pass], bares: list[_Pass], pictures: int) -> dict[str, dict[str, float]]:
+def _summarize(builds: list[_Pass], bares: list[_Pass], pictures: int) -> dict[str, dict[str, float]]:
     pairs = list(zip(builds, bares, strict=True))
     return {
         "build": _medians(builds, pictures),
@@ -126,6 +138,22 @@ def _medians(passes: list[_Pass], pictures: int) -> dict[str, float]:
 
 def _spread(ratios: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def _print(title: str, row: dict[str, dict[str, float]]) -> None:
+    table = Table("", "pictures/s", "CPU ms a picture", show_edge=False)
+    for name in ("build", "bare tower"):
+        table.add_row(name, f"{row[name]['pictures/s']:.1f}", f"{row[name]['CPU ms a picture']:.1f}")
+    console = make_console()
+    console.print(title)
+    console.print(f"on {cpu()}")
+    console.print(table)
+    for name in ("ratio", "ratio of CPU time"):
+        found = row[name]
+        console.print(
+            f"{name}, build to bare tower: {found['median']:.3f} "
+            f"(rounds {found['lowest']:.3f} to {found['highest']:.3f})"
+        )
 
 
 @click.command()
@@ -150,9 +178,8 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_pictures(folder / "pictures", pictures)
-        tower = load_image_tower(
-            clip or _write_clip(folder / "clip"), device=choose_device(device), precision="fp32"
-        )
+        weights = clip or _write_clip(folder / "clip")
+        tower = load_image_tower(weights, device=choose_device(device), precision="fp32")
         source = open_source([str(folder / "pictures")], dataset=None, columns=DatasetColumns())
         batches = _prepare_batches(source, tower, options["batch_size"])
 
@@ -170,14 +197,9 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
             encoded = [tower.model.encode_image(batch.to(tower.device)) for batch in batches]  # type: ignore[operator]  # torch types a module's attributes as tensors
             return F.normalize(torch.cat(encoded), dim=-1).cpu()
 
-        _measure(encode_bare)
-        builds: list[_Pass] = []
-        bares: list[_Pass] = []
-        for number in range(rounds):
-            for run, passes in ((build, builds), (encode_bare, bares))[:: 1 if number % 2 else -1]:
-                passes.append(_measure(run))
+        builds, bares = _measure_in_turn(build, encode_bare, rounds)
         difference = (builds[0].features - bares[0].features).abs().max().item()
-    row = _summarise(builds, bares, pictures)
+    row = _summarize(builds, bares, pictures)
     if as_json:
         print_json({**row, "largest difference of a feature": difference, "pictures": pictures})
         return
@@ -185,20 +207,8 @@ def main(quick: bool, as_json: bool, device: str, threads: int, **options: Any) 
         f"{Path(clip).name if clip else f'random {_MODEL}'} on {tower.device}, {threads} threads, "
         f"{rounds} rounds of {pictures} pictures, medians"
     )
-    table = Table("", "pictures/s", "CPU ms a picture", show_edge=False)
-    for name in ("build", "bare tower"):
-        table.add_row(name, f"{row[name]['pictures/s']:.1f}", f"{row[name]['CPU ms a picture']:.1f}")
-    console = make_console()
-    console.print(title)
-    console.print(f"on {cpu()}")
-    console.print(table)
-    for name in ("ratio", "ratio of CPU time"):
-        found = row[name]
-        console.print(
-            f"{name}, build to bare tower: {found['median']:.3f} "
-            f"(rounds {found['lowest']:.3f} to {found['highest']:.3f})"
-        )
-    console.print(shlex.join(["python", "-m", "benchmarks.bank", *sys.argv[1:]]))
+    _print(title, row)
+    make_console().print(shlex.join(["python", "-m", "benchmarks.bank", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from rich.table import Table
 from benchmarks.machine import cpu
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.errors import ConfigError, MissingExtraError
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.session import Opening
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.passes.bank_search import BankPrecision
@@ -49,8 +50,8 @@ _D, _K = 512, 4
 _MEMORY_QUERIES = 8
 _PAUSE_S = 0.05  # before each turn, in which threads of the one before cease to spin
 _CHUNK = 32768  # rows that are made, or compared, at a time
-_CENTRES, _NOISE = 1000, 0.4  # of clustered rows, which share a mean direction too, as CLIP's features do
-_SEARCHES = ("traced", "fp32", "fp16", "int8")
+_CENTERS, _NOISE = 1000, 0.4  # of clustered rows, which share a mean direction too, as CLIP's features do
+_SEARCHES = ("traced", "fp32", "int8")
 _TIE = 1e-6  # a cosine this far below the K-th best is as good
 _GATES = {"r2": 0.99, "recall": 0.995, "int8 to fp32": 3.0, "int8 to faiss": 0.8, "resident": 1.1}
 
@@ -73,28 +74,28 @@ class Resident:
 def write_rows(path: Path, num_rows: int, kind: Rows) -> Float32Array:
     """Writes ``(N, D) float32`` rows of length 1, chunk by chunk, and returns them memory-mapped."""
     rng = np.random.default_rng(0)
-    centres = _centres()
+    centers = _centers()
     with path.open("wb") as stream:
         for start in range(0, num_rows, _CHUNK):
             noise = unit(rng.standard_normal((min(_CHUNK, num_rows - start), _D), dtype=np.float32))
             if kind == "clustered":
-                noise = unit(centres[rng.integers(_CENTRES, size=len(noise))] + _NOISE * noise)
+                noise = unit(centers[rng.integers(_CENTERS, size=len(noise))] + _NOISE * noise)
             stream.write(noise.tobytes())
     return np.memmap(path, np.float32, "r").reshape(num_rows, _D)
 
 
 def make_queries(count: int, kind: Rows) -> Float32Array:
-    """Returns ``(Q, D) float32`` of length 1, as far from the centres as texts are from pictures."""
+    """Returns ``(Q, D) float32`` of length 1, as far from the centers as texts are from pictures."""
     rng = np.random.default_rng(1)
     queries = unit(rng.standard_normal((count, _D), dtype=np.float32))
-    return unit(_centres()[rng.integers(_CENTRES, size=count)] + queries) if kind == "clustered" else queries
+    return unit(_centers()[rng.integers(_CENTERS, size=count)] + queries) if kind == "clustered" else queries
 
 
-def _centres() -> Float32Array:
+def _centers() -> Float32Array:
     rng = np.random.default_rng(2)
     mean = rng.standard_normal(_D, dtype=np.float32)
     mean[:2] *= 12  # a few numbers of CLIP's features are far larger than the others
-    return unit(unit(mean) + unit(rng.standard_normal((_CENTRES, _D), dtype=np.float32)))
+    return unit(unit(mean) + unit(rng.standard_normal((_CENTERS, _D), dtype=np.float32)))
 
 
 def unit(rows: Float32Array) -> Float32Array:
@@ -153,7 +154,7 @@ def write_search(folder: Path, rows: Float32Array, precision: str) -> tuple[Path
 
 def open_search(graph: Path, threads: int) -> Search:
     """Loads a graph that searches."""
-    session = create_session(graph, num_threads=threads)
+    session = open_onnx(graph, Opening(num_threads=threads))
     names = ["retrieved", "retrieved_scores", "pictures"]
     return lambda queries: cast(Int64Array, session.run(names, {"query": queries})[0])
 
@@ -318,9 +319,7 @@ def _split(_context: click.Context, _option: click.Parameter, text: str) -> list
 
 @click.command()
 @click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, callback=_split)
-@click.option(
-    "--precisions", default="fp32,fp16,int8", show_default=True, callback=_split, help="traced too."
-)
+@click.option("--precisions", default="fp32,int8", show_default=True, callback=_split, help="traced too.")
 @click.option("--rows", default="random,clustered", show_default=True, callback=_split, help="How they lie.")
 @click.option("--faiss", is_flag=True, help="Compare with faiss.IndexFlatIP.")
 @click.option("--batch-size", default=1, show_default=True, help="Queries asked together.")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.feeds import Feed
 from export.parity import CASES as PARITY_CASES
-from export.parity import random_bank, randomise_plugin
+from export.parity import random_bank, randomize_plugin
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.model.config import RetrievalConfig
@@ -59,7 +59,7 @@ def _rebuild(
     if num_pictures is not None and bank is not None:
         bank = random_bank(bank.features.shape[1], num_pictures)
     config = model.config.model_copy(update={"task": task, **changes})
-    rebuilt = randomise_plugin(XAdapterModel(config, plm, model.clip, bank))
+    rebuilt = randomize_plugin(XAdapterModel(config, plm, model.clip, bank))
     rebuilt.adapters.load_state_dict(model.adapters.state_dict())
     return rebuilt.eval()
 

@@ -34,19 +34,19 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
     """Writes a bank of rows of width 512, and returns its bytes on disk."""
     import numpy as np
 
-    from benchmarks.bank_search import _centres
+    from benchmarks.bank_search import _centers
     from xadapter_export.bank.writer import BankWriter
     from xadapter_export.bundle.pictures import Picture
 
     folder.mkdir()
     rng = np.random.default_rng(0)
-    centres = _centres()
+    centers = _centers()
     with BankWriter(folder, dtype="fp32", dim=_D) as writer:
         for start in range(0, num_pictures, _BLOCK):
             count = min(_BLOCK, num_pictures - start)
             rows = unit(rng.standard_normal((count, _D), dtype=np.float32))
             if kind == "clustered":
-                rows = unit(centres[rng.integers(len(centres), size=count)] + np.float32(0.7) * rows)
+                rows = unit(centers[rng.integers(len(centers), size=count)] + np.float32(0.7) * rows)
             numbers = range(start, start + count)
             writer.append(rows, [Picture(id=f"p{n}", caption=f"picture {n}") for n in numbers])
         writer.finish(clip=None)
@@ -55,13 +55,13 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
 
 def export_bundle(bank: Path, output: Path) -> int:
     """Exports BERT-base with CLIP ViT-B/16 and the V-expert over the bank; returns the graphs' bytes."""
-    from export.parity import CASES, randomise_plugin
+    from export.parity import CASES, randomize_plugin
     from xadapter_export import FeatureBank, XAdapterModel
     from xadapter_export.exporters import export
 
     case = CASES["bert-base"]()
     model = XAdapterModel(case.config, case.plm, case.clip, FeatureBank.load(bank))
-    randomise_plugin(model)
+    randomize_plugin(model)
     result = export(model, output, "v", retrieval="external")
     return sum(variant.size_bytes for variant in result.manifest.variants)
 
@@ -165,6 +165,31 @@ def run_alone(work: Callable[..., Any], *arguments: object) -> tuple[Any, float,
         return pool.submit(_watched, work, arguments).result()
 
 
+def table(found: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table of what each stage took and found."""
+    heads = "index, built in s, peak GiB, size MiB, recall@1, @5, @10, load s, first ms, again ms, peak GiB"
+    lines = ["| " + " | ".join(heads.split(", ")) + " |", "|---|" + "---:|" * 10]
+    for name in ("exact", *KINDS):
+        cells = ["-", "-", "-", "1", "1", "1"]
+        if made := found.get(f"index {name}"):
+            cells = [
+                f"{made['seconds']:.0f}",
+                f"{made['peak_bytes'] / _GIB:.2f}",
+                f"{made['result']['size_bytes'] / _MIB:.0f}",
+                *(f"{r:.3f}" for r in made["result"]["recall"].values()),
+            ]
+        asked = found[f"ask {name}"]
+        got = asked["result"]
+        cells += [
+            f"{got['load_s']:.2f}",
+            f"{got['first_ms']:.1f}",
+            f"{got['again_ms']:.1f}",
+            f"{asked['peak_bytes'] / _GIB:.2f}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 @click.command()
 @click.option("--pictures", default=1_000_000, show_default=True, type=click.IntRange(min=10_000))
 @click.option(
@@ -195,32 +220,12 @@ def main(pictures: int, kind: Rows, threads: int, folder: Path, builtin: bool, k
     click.echo(f"{pictures} {kind} rows, {size / _GIB:.2f} GiB, on {cpu()}")
     stage("export", export_bundle, bank, bundle)
     stage("ask exact", ask, bundle, None, threads)
-    heads = "index, built in s, peak GiB, size MiB, recall@1, @5, @10, load s, first ms, again ms, peak GiB"
-    lines = ["| " + " | ".join(heads.split(", ")) + " |", "|---|" + "---:|" * 10]
-    for name in ("exact", *KINDS):
-        cells = ["-", "-", "-", "1", "1", "1"]
-        if name != "exact":
-            record = stage(f"index {name}", make_index, bundle, folder / name, name)
-            made = found[f"index {name}"]
-            cells = [
-                f"{made['seconds']:.0f}",
-                f"{made['peak_bytes'] / _GIB:.2f}",
-                f"{record['size_bytes'] / _MIB:.0f}",
-                *(f"{r:.3f}" for r in record["recall"].values()),
-            ]
-            stage(f"ask {name}", ask, bundle, folder / name, threads)
-        asked = found[f"ask {name}"]
-        got = asked["result"]
-        cells += [
-            f"{got['load_s']:.2f}",
-            f"{got['first_ms']:.1f}",
-            f"{got['again_ms']:.1f}",
-            f"{asked['peak_bytes'] / _GIB:.2f}",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    click.echo("\n".join(lines))
-    for name in () if keep else ("bank", "bundle", *KINDS):
-        shutil.rmtree(folder / name)
+    for name in KINDS:
+        stage(f"index {name}", make_index, bundle, folder / name, name)
+        stage(f"ask {name}", ask, bundle, folder / name, threads)
+    click.echo("\n".join(table(found)))
+    for place in () if keep else ("bank", "bundle", *KINDS):
+        shutil.rmtree(folder / place)
 
 
 if __name__ == "__main__":

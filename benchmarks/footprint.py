@@ -27,9 +27,6 @@ _IMPORTS = {
     "compile": ("benchmarks.cases",),
     "ort": ("onnxruntime",),
     "openvino": ("openvino",),
-    "executorch": ("torch", "executorch.runtime"),
-    "litert": ("ai_edge_litert.interpreter",),
-    "ctranslate2": ("ctranslate2",),
     "ours": ("xadapter_export", "xadapter_export.runtime.session", "onnxruntime"),
 }
 
@@ -54,17 +51,12 @@ class Footprint:
 
 
 def measure(
-    contestant: str,
-    place: Place,
-    feed: Path,
-    context: int | None,
-    env: Mapping[str, str],
-    python: Path | None = None,
+    contestant: str, place: Place, feed: Path, context: int | None, env: Mapping[str, str]
 ) -> Footprint:
-    """Measure in a child process, of another interpreter if ``python`` names one."""
+    """Measure in a child process."""
     arguments = json.dumps([contestant, place.as_json(), str(feed), context])
     child = subprocess.run(
-        [str(python or sys.executable), "-m", "benchmarks.footprint", arguments],
+        [sys.executable, "-m", "benchmarks.footprint", arguments],
         cwd=ROOT, env=dict(env), check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     return Footprint(**json.loads(child.stdout.splitlines()[-1]))

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks import field
 from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.errors import XAdapterError
@@ -43,7 +42,6 @@ _MIB = 1 << 20
 _OPSET = 18
 _PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
-_FIELD_CODE = ("benchmarks/field.py", "benchmarks/feeds.py")
 OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 
 
@@ -77,7 +75,7 @@ class Preparation:
 
     def folder(self, cache: Path) -> Path:
         """Where it is, or will be."""
-        code = OUR_CODE if self.kind.startswith("ours") else _FIELD_CODE if self.kind in APART else ()
+        code = OUR_CODE if self.kind.startswith("ours") else ()
         return cache / key(self.case, code) / self.name
 
 
@@ -135,8 +133,7 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
     folder = preparation.folder(cache)
     if not (folder / DONE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        python = find_python(preparation.kind, cache)
-        command = [str(python), "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
+        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
         child = subprocess.run(
             command, cwd=ROOT, env=dict(environment), check=False, capture_output=True, text=True
         )
@@ -144,15 +141,6 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
             reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
             raise PreparationError("a contestant could not be prepared", where=preparation.name, got=reason)
     return Cost(**json.loads((folder / DONE).read_text(encoding="utf-8")))
-
-
-def find_python(kind: str | None, cache: Path) -> Path:
-    """Return the Python that makes and runs a kind of preparation.
-
-    Raises:
-        FieldError: If it has to be made first, and that fails.
-    """
-    return field.find_python(cache) if kind in APART else Path(sys.executable)
 
 
 # ------------------------------------------------------------------------------------- in the child
@@ -290,7 +278,7 @@ def _openvino(preparation: Preparation, folder: Path) -> None:
 
 
 def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Path) -> None:
-    """NNCF's post-training quantisation of it for transformers, calibrated on texts fed as its user would."""
+    """NNCF's post-training quantization of it for transformers, calibrated on texts fed as its user would."""
     from benchmarks.cases import calibration_feeds
     from benchmarks.feeds import feed_as
 
@@ -345,8 +333,8 @@ def _export(
     from benchmarks.cases import write_calibration
     from xadapter_export import export
     from xadapter_export.exporters.makers.engines import CURRENT
-    from xadapter_export.exporters.makers.maker import DeployOptions
 
+    has_engines = "tensorrt-rtx" in targets
     is_lossy = any(precision != "fp32" for precision in precisions)
     is_random = preparation.case != "builtin"  # its weights, so that no text is better than another
     export(
@@ -360,7 +348,8 @@ def _export(
         # With the gates open, so that what is below one is timed too; its row and verdict say so.
         min_agreement=0.0 if is_lossy else None,
         max_points_lost=100.0 if is_lossy else None,
-        deploy_options=DeployOptions(_PROFILE, (CURRENT,)) if "tensorrt-rtx" in targets else None,
+        profile=_PROFILE if has_engines else {},
+        compute_capabilities=(CURRENT,) if has_engines else (),
     )
 
 
@@ -370,10 +359,6 @@ MAKERS: Final[dict[str, Maker]] = {
     "transformers": _transformers,
     "openvino-transformers": _openvino_transformers,
     "openvino-int8": _openvino_int8,
-    "executorch": field.make_executorch,
-    "litert": field.make_litert,
-    "ctranslate2": field.make_ctranslate2,
-    "ctranslate2-int8": field.make_ctranslate2,
     "ours": _ours,
     "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
@@ -387,7 +372,6 @@ CONVERTERS: Final[dict[str, Callable[[Preparation, Path], None]]] = {  # of a gr
     "int8": _int8,
     "fused-int8": _int8,
     "openvino": _openvino,
-    "litert-int8": field.make_litert_int8,
 }
 NEEDS: Final = {
     "fused": "plain",
@@ -397,15 +381,7 @@ NEEDS: Final = {
     "fused-int8": "fused",
     "openvino": "plain",
     "openvino-int8": "openvino",
-    "litert-int8": "litert",
 }
-APART: Final = (
-    "executorch",
-    "litert",
-    "litert-int8",
-    "ctranslate2",
-    "ctranslate2-int8",
-)  # by ``field``'s Python
 
 
 def of(kind: str, preparation: Preparation, folder: Path) -> Path:

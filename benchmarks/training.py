@@ -1,14 +1,14 @@
 """``python -m benchmarks.training``: training a plug-in against fine-tuning the whole PLM.
 
 Both learn two labels from the same texts in the same order, in batches of the same size and length, with the
-same head, loss, optimiser and clipping; neither has dropout, which would only slow fine-tuning down. The
+same head, loss, optimizer and clipping; neither has dropout, which would only slow fine-tuning down. The
 plug-in, V- and T-expert of width 64 before the last two layers, is trained as ``xad-train`` does it: what the
 frozen models say was computed once and is read from disk. Random labels and a random CLIP of ViT-B/32's text
 width serve, because only speed and memory are measured.
 
 Speed: blocks of steps take turns in one process, and the figure to read is the ratio. Memory: each arm runs
 in a process of its own; beyond the weights is the largest resident size while it trains, less that before the
-first step, when models and data are loaded: gradients, optimiser state, activations.
+first step, when models and data are loaded: gradients, optimizer state, activations.
 
 Dimensions: B batch, T PLM tokens.
 """
@@ -49,8 +49,8 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.training.batches import Collator, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
-from xadapter_export.training.examples import encode_labelled
-from xadapter_export.training.frozen_features import FrozenFeatures, frozen_features
+from xadapter_export.training.examples import encode_labeled
+from xadapter_export.training.frozen_features import FeatureCache, FrozenFeatures, frozen_features
 from xadapter_export.training.objective import TrainingModel
 
 from transformers import BertConfig, BertModel  # isort: skip  # cured by model.plm
@@ -131,19 +131,18 @@ def _make_source(shape: _Shape, model: XAdapterModel, cache: Path, *, with_featu
     labels = rng.integers(0, 2, count).tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # CLIP reads its 77 tokens of a long text
-        examples = encode_labelled(model.text_encoder, texts, None, labels, regression=False)
+        examples = encode_labeled(model.text_encoder, texts, None, labels, regression=False)
     if any(len(row) != shape.seq for row in examples.input_ids):
         raise RuntimeError(f"a text has not {shape.seq} tokens")
     if not with_features:
         return Source(examples, FrozenFeatures(None, None, None, None))
-    hashes = dict.fromkeys(("plm", "clip", "bank"), "random")  # the folder is this benchmark's own
-    return Source(
-        examples, frozen_features(model, examples, cache, pool=_POOL, with_hidden=True, hashes=hashes)
-    )
+    # The folder is this benchmark's own, so that the hashes need not tell models apart.
+    kept = FeatureCache(cache, dict.fromkeys(("plm", "clip", "bank"), "random"))
+    return Source(examples, frozen_features(model, examples, kept, pool=_POOL, with_hidden=True))
 
 
 class _Arm:
-    """One way of training: a model, its optimiser, and its batches without end."""
+    """One way of training: a model, its optimizer, and its batches without end."""
 
     def __init__(self, name: str, shape: _Shape, cache: Path) -> None:
         plm = _load_plm(shape.plm)
@@ -232,7 +231,7 @@ def _measure_speed(shape: _Shape, cache: Path, steps: int, block: int) -> dict[s
     arms = {name: _Arm(name, shape, cache) for name in ARMS}
     speeds: dict[str, list[float]] = {name: [] for name in ARMS}
     for arm in arms.values():
-        arm.step()  # makes the optimiser's state
+        arm.step()  # makes the optimizer's state
     for number in range(max(1, steps // block)):
         for name in ARMS[:: 1 if number % 2 else -1]:
             speeds[name].append(_samples_per_s(arms[name].step, block, shape.batch_size))

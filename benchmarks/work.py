@@ -131,14 +131,13 @@ class ModelShape:
             is_least: Count the least that gives the answer: the last layers compute only what is read.
         """
         active = [] if experts == "none" else list(experts)
-        hidden, only_read = self.hidden, is_least and head != "features"
+        hidden = self.hidden
         # Multiply-adds for each text.
         adds = self.layers * (self.layer * seq + 2 * hidden * seq * seq)
-        if only_read:  # keys and values of the last layer at every token, the rest at the P positions
+        if is_least:  # keys and values of the last layer at every token, the rest at the P positions
             unread = seq - positions
             adds -= (self.layer - 2 * hidden * hidden) * unread + 2 * hidden * seq * unread
         decoder = hidden * len(CANDIDATES) if head == "candidates" and is_least else self.decoder
-        decoder = 0 if head == "features" else decoder
         adds += (self.transform + decoder) * positions
         weights = self.layers * self.layer + self.transform + decoder
         if active:

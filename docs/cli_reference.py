@@ -48,7 +48,8 @@ def _sections(name: str, command: click.Command, heading: str) -> Iterator[str]:
     yield f"```text\n{command.get_help(context)}\n```"
     if isinstance(command, click.Group) and command is not xad:
         for sub_name, sub_command in command.commands.items():
-            yield from _sections(f"{name} {sub_name}", sub_command, "###")
+            if not sub_command.hidden:
+                yield from _sections(f"{name} {sub_name}", sub_command, "###")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Asks a Triton server that serves a bundle: tokenises here, sends token ids, formats the answers.
+"""Asks a Triton server that serves a bundle: tokenizes here, sends token ids, formats the answers.
 
 It needs the bundle's tokenizers and manifest, no graph and no onnxruntime; only ``--prove`` of a lossy model
 runs its graph here, with onnxruntime, to compare with:
@@ -22,7 +22,7 @@ from xadapter_export.bundle.folder import BANK_NAME, Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, Manifest
 from xadapter_export.bundle.pictures import read_pictures
 from xadapter_export.parity.engines import compare_engine
-from xadapter_export.parity.prove import read_reference
+from xadapter_export.parity.reference import read_reference
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.tasks import TASKS
 from xadapter_export.tasks.spec import Asked

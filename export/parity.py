@@ -33,7 +33,7 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 _NUM_PICTURES = 1000
 
 
-def randomise_plugin(model: XAdapterModel, seed: int = 0) -> XAdapterModel:
+def randomize_plugin(model: XAdapterModel, seed: int = 0) -> XAdapterModel:
     """Gives every matrix of the plug-in, output projection included, random weights of trained size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -96,14 +96,14 @@ def _roberta() -> XAdapterModel:
 def _minilm() -> XAdapterModel:
     clip = builtin_folder() / "clip"
     config = XAdapterConfig(experts="vt", layers=(4, 5), task="feature-extraction")
-    return randomise_plugin(
+    return randomize_plugin(
         XAdapterModel.create(minilm_folder(), clip, config, FeatureBank.load(builtin_folder()))
     )
 
 
 def _with_random_plugin(plm: FrozenPlm, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
     config = XAdapterConfig(experts="vt", layers=layers, adapter_width=64, num_heads=4)
-    return randomise_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
+    return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
 
 
 CASES: dict[str, Callable[[], XAdapterModel]] = {
@@ -135,7 +135,7 @@ def main(output: Path, names: tuple[str, ...], opset: int) -> None:
             CASES[name](),
             output / name,
             ("vt", "v", "t", "none"),
-            opset,
+            opset=opset,
             force=True,
             on_stage=lambda stage, detail: click.echo(f"  {stage:5}  {detail}", err=True),
         )

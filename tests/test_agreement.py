@@ -16,6 +16,7 @@ from tests.tiny_checkpoint import make_model
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, ExpertSetSpec, Task, TensorSpec
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
+from xadapter_export.evaluation.objects import ELEVEN
 from xadapter_export.exporters.judge.agreement import (
     GATES,
     Answers,
@@ -27,7 +28,6 @@ from xadapter_export.exporters.judge.agreement import (
     collect,
     compare,
     make_probe,
-    measure,
     points_lost,
     read_questions,
     share_of_same_rows,
@@ -45,14 +45,20 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.encoders import load_encoders
-from xadapter_export.sessions.onnx_session import create_session
-from xadapter_export.sessions.session import Array
+from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.session import Array, Opening
+from xadapter_export.targets import Precision
 
 ROOT = Path(__file__).parents[1]
-COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 MASKED = CalibrationTexts(("a banana is [MASK]", "the [MASK] of a lime is [MASK].", "[MASK] cherry") * 4)
 PLAIN = CalibrationTexts(("a banana is yellow", "the color of a lime", "red cherry and lime") * 4)
 MISSING = Path("missing.txt")
+
+
+def measure(reference: Runner, candidate: Runner, probe: Probe, precision: Precision, name: str) -> Agreement:
+    """Ask both graphs and compare."""
+    said = collect(reference, probe, "fp32"), collect(candidate, probe, name)
+    return compare(*said, probe, precision)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def open_graph(
     manifest = bundle.manifest
     spec = manifest.expert_sets[experts]
     encoder = load_encoders(bundle)[1]
-    runner = as_runner(create_session(bundle.file(manifest.variant(experts).file), num_threads=1))
+    runner = as_runner(open_onnx(bundle.file(manifest.variant(experts).file), Opening(num_threads=1)))
     return runner, make_probe(encoder, spec, manifest.task, texts, questions)
 
 
@@ -283,7 +289,7 @@ def test_pairs_are_read_where_a_classifier_may_take_them(
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.txt", "\n", InputTextError, "the file has no text: .*one text per line"),
+        ("a.txt", "\n", InputTextError, "the file has no text: .*one sentence per line"),
         ("a.csv", "", InputTextError, "the file has no rows"),
         ("a.jsonl", '{"body": "x"}\n', ConfigError, "no column with text was found: .*a\\.jsonl .*got body"),
         ("a.tsv", "1\tx\t0\n", ConfigError, "expected a header with sentence or text"),
@@ -385,7 +391,7 @@ def test_what_differs_is_counted(bundles: dict[Task, Path], task: Task) -> None:
 
 
 def test_a_real_graph_that_was_changed_is_told_apart(tiny: Path) -> None:
-    """Experts none instead of vt: the answer is a word of the sentence instead of a colour."""
+    """Experts none instead of vt: the answer is a word of the sentence instead of a color."""
     (graph, probe), (other, _) = open_graph(tiny, MASKED), open_graph(tiny, MASKED, experts="none")
 
     def without_experts(feed: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
@@ -557,8 +563,8 @@ def test_the_built_in_checkpoint_has_its_own_questions(builtin: XAdapterModel, f
     assert questions is not None
     assert len(questions.texts) == len(questions.right) == 255
     token = builtin.plm.tokenizer.id_to_token
-    assert [token(i) for i in questions.columns or ()] == list(COLORS)
-    assert (questions.texts.texts[0], COLORS[questions.right[0]]) == (
+    assert [token(i) for i in questions.columns or ()] == list(ELEVEN)
+    assert (questions.texts.texts[0], ELEVEN[questions.right[0]]) == (
         "The color of a deer is [MASK].",
         "brown",
     )
@@ -567,7 +573,7 @@ def test_the_built_in_checkpoint_has_its_own_questions(builtin: XAdapterModel, f
 
 
 def test_columns_follow_the_candidates_of_a_sliced_head(builtin: XAdapterModel, tmp_path: Path) -> None:
-    sliced = find_candidates(builtin.plm.tokenizer, ("banana", *reversed(COLORS)))
+    sliced = find_candidates(builtin.plm.tokenizer, ("banana", *reversed(ELEVEN)))
     questions = read_questions(builtin, None, "fill-mask", sliced)
     assert questions is not None
     assert questions.columns == tuple(range(11, 0, -1))
@@ -578,7 +584,7 @@ def test_columns_follow_the_candidates_of_a_sliced_head(builtin: XAdapterModel, 
         read_questions(builtin, path, "fill-mask", sliced[:5])
 
 
-def test_colour_questions_of_a_file(builtin: XAdapterModel, tmp_path: Path) -> None:
+def test_color_questions_of_a_file(builtin: XAdapterModel, tmp_path: Path) -> None:
     rows = [
         {"item": "banana", "label": "yellow", "descriptor": "a"},
         {"item": "snow", "label": "white", "descriptor": ""},
@@ -618,7 +624,7 @@ def test_questions_that_will_not_do(
         read_questions(builtin, write(tmp_path / "own.jsonl", json.dumps(row)), "fill-mask")
 
 
-def test_labelled_texts_are_questions_for_a_classifier(classifier: XAdapterModel, tmp_path: Path) -> None:
+def test_labeled_texts_are_questions_for_a_classifier(classifier: XAdapterModel, tmp_path: Path) -> None:
     names = write(tmp_path / "names.csv", "text,label\nlime,yes\ncherry,yes\n")
     numbers = write(
         tmp_path / "numbers.tsv", "#1 String\t#2 String\tQuality\nlime\tgreen\t1\ncherry\tred\t0\n"

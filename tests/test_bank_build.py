@@ -192,20 +192,20 @@ def _upright_and_turned() -> tuple[Image.Image, bytes]:
 
 def test_pictures_of_every_kind_become_upright_rgb() -> None:
     plain = picture(1)
-    grey = plain.convert("L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    whole = Image.fromarray(np.asarray(grey).astype(np.int32) * 257)
-    real = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)
+    gray = plain.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    whole = Image.fromarray(np.asarray(gray).astype(np.int32) * 257)
+    real = Image.fromarray(np.asarray(gray).astype(np.float32) / 255)
     clear = plain.copy()
     clear.putalpha(0)
     upright, turned = _upright_and_turned()
     palette = plain.quantize(16)
     cases: list[tuple[bytes, Image.Image, int]] = [
         (encoded(plain), plain, 0),
-        (encoded(grey), grey, 0),
-        (encoded(deep), grey, 1),
-        (encoded(whole, "tiff"), grey, 1),
-        (encoded(real, "tiff"), grey, 1),
+        (encoded(gray), gray, 0),
+        (encoded(deep), gray, 1),
+        (encoded(whole, "tiff"), gray, 1),
+        (encoded(real, "tiff"), gray, 1),
         (encoded(palette), palette, 0),
         (encoded(clear), Image.new("RGB", plain.size, "white"), 0),
         (encoded(plain.convert("1")), plain.convert("1"), 0),
@@ -428,8 +428,8 @@ def test_a_saved_dataset(tmp_path: Path, reference: Any) -> None:
     bank = make(tmp_path / "saved", tmp_path / "bank", workers=1)
     assert [(p.id, p.caption) for p in bank.pictures][1:3] == [("row/00000001", "x"), ("row/00000002", "y")]
     assert np.abs(bank.rows()[3] - reference(picture(3, (20, 24)))).max() < 2e-6
-    labelled = DatasetColumns("test", caption="label")
-    source = open_source([str(tmp_path / "splits")], dataset=None, columns=labelled)
+    labeled = DatasetColumns("test", caption="label")
+    source = open_source([str(tmp_path / "splits")], dataset=None, columns=labeled)
     assert _ids(source)[0] == ("test/00000000", "a b")
     for columns, message in [
         (DatasetColumns(), r"the dataset has several splits: .* \(expected train, test, got none\)"),

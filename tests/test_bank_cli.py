@@ -19,7 +19,7 @@ from xadapter_export.cli.bank import bank
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.checkpoint import save_clip_text
 
-COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
+COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 
 
 def call(*arguments: object) -> Result:
@@ -42,11 +42,11 @@ def error_of(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("colours") / "pictures"
-    for name, colour in COLOURS.items():
+    folder = tmp_path_factory.mktemp("colors") / "pictures"
+    for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (40 + number, 40), colour).save(folder / name / f"{number}.png")
+            Image.new("RGB", (40 + number, 40), color).save(folder / name / f"{number}.png")
     return folder
 
 

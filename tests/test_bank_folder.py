@@ -150,7 +150,7 @@ def test_features_that_are_no_bank(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="bank row 7: expected a feature of length 1, got 2"):
         list(BankReader(folder).row_blocks(6))
     save_file({"features": rows.astype(np.int8)}, folder / "bank.safetensors")
-    with pytest.raises(CheckpointError, match="scales do not match"):
+    with pytest.raises(CheckpointError, match="this is not a bank"):
         BankReader(folder)
     (folder / "bank.safetensors").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -305,8 +305,8 @@ def test_recall_of_other_dtypes(tmp_path: Path) -> None:
 
 def _clustered(path: Path) -> Path:
     """300 + 200 + 100 rows around three directions, one class after the other."""
-    centres = unit_rows(3, 16, 3)
-    rows = np.concatenate([np.repeat(centres[i : i + 1], n, 0) for i, n in enumerate((300, 200, 100))])
+    centers = unit_rows(3, 16, 3)
+    rows = np.concatenate([np.repeat(centers[i : i + 1], n, 0) for i, n in enumerate((300, 200, 100))])
     rows = rows + 0.05 * np.random.default_rng(4).standard_normal(rows.shape, dtype=np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     names = ["cat"] * 300 + ["dog"] * 150 + ["puppy"] * 50 + ["sun"] * 100

@@ -20,7 +20,7 @@ from xadapter_export import XAdapterSession, export
 from xadapter_export.bank import BankClip, FeatureBank
 from xadapter_export.bank.convert import convert_bank
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialise
+from xadapter_export.bundle.graph_file import Field, GraphFile, parse, serialize
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.cli.bank import bank as bank_command
@@ -38,6 +38,7 @@ from xadapter_export.model.config import RetrievalConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity import check_lossy, prove_bundle
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.runtime.how_to_open import HowToOpen
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, Opening
 from xadapter_export.swap.swap import SwapResult, swap_bank
@@ -190,7 +191,7 @@ def _check_every_variant(bundle: Path) -> None:
             arrays[key] = arrays[key] + np.float32(1)
     np.savez(path, **arrays)
     with pytest.raises(ParityError, match="wrong outputs on this processor: cpu-fp32"):
-        XAdapterSession(unchecked, experts=experts, variant="cpu-fp32", num_threads=1)
+        XAdapterSession(unchecked, HowToOpen(experts=experts, variant="cpu-fp32", num_threads=1))
     path.write_bytes(recorded)
 
 
@@ -440,7 +441,7 @@ def test_a_graph_file_is_read_and_written_as_it_was(searched: Exported, tmp_path
                 graph.put_inside(weight.name, graph.array(weight.name))
         assert graph.to_bytes() == data
     fields = [Field(1, 0, 2**63), Field(2, 2, b"abc"), Field(3, 5, b"1234"), Field(4, 1, b"12345678")]
-    assert parse(serialise(fields)) == fields
+    assert parse(serialize(fields)) == fields
     for wrong in (b"\xff", b"\x3a\x05ab", b"", data[:-3]):
         with pytest.raises(BundleError, match=r"the graph cannot be read: here"):
             GraphFile(wrong, "here")

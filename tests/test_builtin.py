@@ -14,12 +14,12 @@ from tests.perturbed import prove_with_each_matrix_off
 from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
+from xadapter_export.evaluation.objects import ELEVEN
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
-COLORS = ["black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def result(builtin_export: ExportResult) -> ExportResult:
 
 @pytest.fixture(scope="module")
 def questions() -> list[tuple[str, str]]:
-    """Sentence and the colour that people say, for every held-out object and unseen template."""
+    """Sentence and the color that people say, for every held-out object and unseen template."""
     lines = (builtin_folder() / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     return [(text, entry["color"]) for entry in map(json.loads, lines) for text in entry["sentences"]]
 
@@ -72,14 +72,14 @@ def test_switching_an_expert_off_changes_the_answer_by_far_more_than_the_toleran
 
     def logits(experts: ExpertSet) -> dict[str, float]:
         answers = session.fill_mask(
-            "The color of a frog is [MASK].", candidates=COLORS, top_k=11, experts=experts
+            "The color of a frog is [MASK].", candidates=ELEVEN, top_k=11, experts=experts
         )
         return {answer.token: answer.logit for answer in answers}
 
     pairs: list[tuple[ExpertSet, ExpertSet]] = [("vt", "v"), ("vt", "t"), ("v", "none"), ("t", "none")]
     for with_it, without in pairs:
         a, b = logits(with_it), logits(without)
-        assert any(abs(a[color] - b[color]) > 100 * (1e-4 + 1e-4 * abs(b[color])) for color in COLORS)
+        assert any(abs(a[color] - b[color]) > 100 * (1e-4 + 1e-4 * abs(b[color])) for color in ELEVEN)
 
 
 def test_exported_graphs_give_the_answers_of_pytorch(
@@ -87,14 +87,14 @@ def test_exported_graphs_give_the_answers_of_pytorch(
 ) -> None:
     session = XAdapterSession.load(result.folder)
     texts = [text for text, _ in questions]
-    ids = [model.plm.tokenizer.token_to_id(color) for color in COLORS]
+    ids = [model.plm.tokenizer.token_to_id(color) for color in ELEVEN]
     inputs = model.encode(texts)
     share_right = {}
     for experts in EXPERT_SETS:
         with torch.no_grad():
             best = model(**inputs, experts=experts).logits[:, 0, ids].argmax(-1)
-        expected = [COLORS[index] for index in best.tolist()]
-        answers = session.fill_mask(texts, candidates=COLORS, top_k=1, experts=experts)
+        expected = [ELEVEN[index] for index in best.tolist()]
+        answers = session.fill_mask(texts, candidates=ELEVEN, top_k=1, experts=experts)
         said = [answer[0].token for answer in answers]
         assert said == expected
         num_right = sum(a == color for a, (_, color) in zip(said, questions, strict=True))

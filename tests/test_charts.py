@@ -1,4 +1,4 @@
-"""Charts hold what they should: colours where answers are, pictures where objects are."""
+"""Charts hold what they should: colors where answers are, pictures where objects are."""
 
 import io
 import zipfile
@@ -36,23 +36,23 @@ def make_answers(tiny: Path, said: list[list[str]], truth: list[str]) -> ColorAn
 
 
 def share_of(path: Path, color: str | tuple[int, ...]) -> float:
-    """How much of a chart is painted in a colour."""
+    """How much of a chart is painted in a color."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     wanted = np.array(color if isinstance(color, tuple) else [round(255 * c) for c in to_rgb(paint(color))])
     return float((np.abs(pixels - wanted).max(-1) <= 2).mean())
 
 
-def test_every_colour_has_its_paint() -> None:
+def test_every_color_has_its_paint() -> None:
     assert len({PAINTS[color] for color in ELEVEN}) == 11
     assert paint("GREY") == paint("gray") == PAINTS["grey"]
     assert paint("mauve") not in PAINTS.values()
 
 
-def test_confusion_shows_each_answer_in_its_colour(tiny: Path, tmp_path: Path) -> None:
+def test_confusion_shows_each_answer_in_its_color(tiny: Path, tmp_path: Path) -> None:
     answers = make_answers(tiny, [["red", "green"], ["red", "blue"]], ["red", "green"])
     draw_confusion([answers], tmp_path / "one.png")
-    # Area is the share of the questions about that colour: all, half and half.
+    # Area is the share of the questions about that color: all, half and half.
     red, green, blue = (share_of(tmp_path / "one.png", color) for color in ("red", "green", "blue"))
     assert red == pytest.approx(2 * green, rel=0.2)
     assert green == pytest.approx(blue, rel=0.2)
@@ -67,7 +67,7 @@ def test_objects_show_what_was_right_and_what_was_said_instead(tiny: Path, tmp_p
     answers = make_answers(tiny, [["red", "blue"], ["red", "blue"]], ["red", "green"])
     draw_objects(answers, ((), ()), {}, tmp_path / "objects.png")
     red, green, blue = (share_of(tmp_path / "objects.png", color) for color in ("red", "green", "blue"))
-    assert red > 2 * blue > 8 * green > 0  # a bar, a thin bar, and only the mark of the true colour
+    assert red > 2 * blue > 8 * green > 0  # a bar, a thin bar, and only the mark of the true color
 
 
 def test_objects_show_pictures_or_else_captions(tiny: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_checkpoint import TEXTS, make_bank, make_model, randomise_plugin, write_parts
+from tests.tiny_checkpoint import TEXTS, make_bank, make_model, randomize_plugin, write_parts
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import (
     CheckpointError,
@@ -34,7 +35,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 @pytest.fixture(scope="module")
 def model(parts: tuple[Path, Path, Path]) -> XAdapterModel:
     plm, clip, bank = parts
-    return randomise_plugin(XAdapterModel.create(plm, clip, CONFIG, bank)).eval()
+    return randomize_plugin(XAdapterModel.create(plm, clip, CONFIG, bank)).eval()
 
 
 @pytest.fixture
@@ -84,6 +85,12 @@ def test_a_checkpoint_holds_only_what_was_trained(saved: Path) -> None:
     record = json.loads((saved / "xadapter.json").read_text())
     assert record["training"] == {"steps": 3}
     assert record["config"]["layers"] == [1, 2]
+    card = ModelCard.load(saved / "README.md")
+    assert [card.data.get(key) for key in ("library_name", "pipeline_tag")] == [
+        "xadapter-export",
+        "fill-mask",
+    ]
+    assert "- steps: 3" in card.text
 
 
 def test_half_precision_is_stored_only_where_it_loses_nothing(model: XAdapterModel, tmp_path: Path) -> None:
@@ -222,9 +229,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no record": (_remove("xadapter.json"), CheckpointError, r"xadapter\.json is missing"),
     "record no json": (_write("xadapter.json", "{"), CheckpointError, r"xadapter\.json: .*JSON"),
     "unknown key": (
-        _change_record(lambda r: r.update(colour=1)),
+        _change_record(lambda r: r.update(color=1)),
         CheckpointError,
-        "colour: Extra inputs are not permitted",
+        "color: Extra inputs are not permitted",
     ),
     "other version": (
         _change_record(lambda r: r.update(format_version=2)),
@@ -335,7 +342,7 @@ def test_a_plm_that_is_given_as_a_model(
         with pytest.raises(NoMlmHeadError, match="has no MLM head"):
             XAdapterModel.create(given, clip, config, bank)
         return
-    model = randomise_plugin(XAdapterModel.create(given, clip, config, bank))
+    model = randomize_plugin(XAdapterModel.create(given, clip, config, bank))
     assert all(parameter.requires_grad for parameter in given.parameters())
     assert given.state_dict().keys() == before.keys()
     with torch.no_grad():

@@ -10,13 +10,14 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 
 from tests.test_prove import scale_weight
 from tests.tiny_bundle import CASES, rehash, rewrite_manifest, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.machine import read_machine
-from xadapter_export.bundle.manifest import Task
+from xadapter_export.bundle.manifest import Agreement, JudgedOn, Task
 from xadapter_export.bundle.model_card import model_card
 from xadapter_export.cli import command
 from xadapter_export.cli.main import _COMMANDS, xad
@@ -287,7 +288,7 @@ def test_parity_fails_where_a_lossy_variant_was_not_measured(several: Path, tmp_
 
 
 def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path) -> None:
-    text = call("inspect", several).stdout
+    text = call("inspect", several, "--verbose").stdout
     answers = {
         line.split("\u2502")[0].strip(): line.split("\u2502")[1].strip()
         for line in text.splitlines()
@@ -299,10 +300,15 @@ def test_inspect_shows_variants_what_was_saved_and_how_they_agree(several: Path)
     assert "passed, 20 comparisons, max abs 1.0e-07" in text
     assert "same top answer in 99.7% of 320" in text
     assert text.count("nodes 20 to 15, 25.0% less") == 4
+    short = call("inspect", several).stdout
+    assert max(map(len, short.splitlines())) <= 100
+    assert "passed, 20 comparisons, max abs 1.0e-07" in short
+    assert "same top answer in 99.7% of 320" in short
+    assert "nodes" not in short
 
 
 def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
-    result = call("inspect", tiny)
+    result = call("inspect", tiny, "--verbose")
     assert result.exit_code == 0, result.output
     for fact in (
         "fill-mask",
@@ -331,8 +337,11 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     prove = "xad-parity . --engine tensorrt-rtx"
     made |= {"files": files, "size_bytes": 3 << 20, "seconds": 1.0, "facts": {}, "refused": refused}
     rewrite_manifest(broken, deployments=[{**made, "prove_with": prove}])
-    shown = call("inspect", broken).stdout
-    assert re.search(rf"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ {files[0]} │ 3\.0 +│ {prove}", shown)
+    shown = call("inspect", broken, "--verbose").stdout
+    assert re.search(rf"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ 3\.1 │ {files[0]} │ {prove}", shown)
+    assert re.search(
+        r"v +│ tensorrt-rtx-fp32 │ onnx-fp32 +│ 3\.1 *$", call("inspect", broken).stdout, re.MULTILINE
+    )
     assert re.search(rf"tensorrt-rtx-fp32 │ {refused[0]}", shown)
     card = model_card(read_bundle(broken).manifest, "b", {"a CPU": "onnx-fp32"})
     assert "| a CPU | onnx-fp32 |" in card
@@ -352,6 +361,38 @@ def test_the_card_names_the_engine_that_runs_the_bundle(tiny: Path) -> None:
     assert "It runs with OpenVINO;" in card
     assert "ONNX" not in card
     assert "onnxruntime" not in card
+
+
+def test_the_card_says_in_the_hubs_words_what_the_bundle_is_and_what_was_measured(tiny: Path) -> None:
+    manifest = read_bundle(tiny).manifest
+    plain = ModelCard(model_card(manifest, "b", {})).data
+    assert [plain.get(key) for key in ("library_name", "pipeline_tag")] == ["xadapter-export", "fill-mask"]
+    assert plain.get("tags") == ["x-adapter", "onnx"]
+    assert plain.get("license") is plain.get("eval_results") is None
+    agreement = Agreement(
+        num_texts=10,
+        num_answers=10,
+        same_top=0.99,
+        cosine=0.9,
+        num_questions=4,
+        accuracy_fp32=1.0,
+        accuracy=0.75,
+        min_same_top=0.9,
+        max_points_lost=30,
+        gate_lowered=False,
+        judged_on=JudgedOn(texts="texts.txt", questions="dev.tsv", processor="x86-64"),
+    )
+    lossy = manifest.variants[0].model_copy(
+        update={"precision": "int8", "parity": None, "agreement": agreement}
+    )
+    changes: dict[str, object] = {"variants": (*manifest.variants, lossy)}
+    changes["plm"] = manifest.plm.model_copy(update={"source": "someone/bert"})
+    changes["checkpoint"] = manifest.checkpoint.model_copy(update={"source": "builtin"})
+    data = ModelCard(model_card(manifest.model_copy(update=changes), "b", {})).data
+    assert (data.get("base_model"), data.get("license")) == (["someone/bert"], "apache-2.0")
+    found = {(r.dataset_name, r.metric_type, r.metric_value) for r in data.get("eval_results")}
+    assert found == {("texts.txt", "agreement", 0.99), ("dev.tsv", "accuracy", 0.75)}
+    assert all(lossy.name in r.metric_name for r in data.get("eval_results"))
 
 
 @pytest.mark.parametrize("name", ["run", "parity", "inspect"])

@@ -11,7 +11,7 @@ from tests.test_cli import call
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.errors import ProviderError
-from xadapter_export.parity.prove import read_reference, reference_feeds
+from xadapter_export.parity.reference import read_reference, reference_feeds
 from xadapter_export.sessions.cuda import BoundSession, exact_options, find_missing
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.targets import CUDA_PROVIDER

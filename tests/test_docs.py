@@ -2,11 +2,13 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 import pytest
 
 from docs.cli_reference import COMMANDS, render
+from docs.house_map import FILE, draw, read_rooms
 from xadapter_export.training.config import make_config
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +16,12 @@ TRAINING = ROOT / "docs" / "training.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = {"xadapter_export.cli.train": "xad-train", "xadapter_export.cli.bank": "xad-bank"}
 SHELL = {"make", "pip", "source", "mkdir", "cd", "printf", "python"}
+
+
+def test_the_map_is_drawn_from_the_code() -> None:
+    rooms = read_rooms()
+    assert {room.name for row in rooms for room in row if room.has_torch} >= {"cli", "exporters", "model"}
+    assert FILE.read_text(encoding="utf-8") == draw(rooms), "run `make docs`"
 
 
 def console_lines(page: Path) -> list[str]:
@@ -50,6 +58,13 @@ def unknown_options(command: click.Command, arguments: list[str]) -> list[str]:
 
 def test_the_command_reference_is_what_help_says() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == render(), "run: make docs"
+
+
+def test_every_command_is_installed_and_the_package_by_its_own_name() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    for name, command in COMMANDS.items():
+        assert resolve_name(scripts[name]) is command
+    assert scripts["xadapter-export"] == scripts["xad"]  # uvx xadapter-export, pipx run xadapter-export
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -107,7 +122,7 @@ def test_the_training_guide_shows_a_config_that_is_valid() -> None:
 def test_the_readme_quotes_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    minilm = results[results.index("<!-- train.colour begin -->") :]
+    minilm = results[results.index("<!-- train.color begin -->") :]
     quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", readme)
     assert len(quoted) == 2
     assert [number for number in quoted if number not in minilm] == []

@@ -37,9 +37,9 @@ from xadapter_export.exporters.makers.tensorrt_engines import TensorRtRtxMaker
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
-from xadapter_export.parity.prove import read_reference
+from xadapter_export.parity.reference import read_reference
 from xadapter_export.sessions import shared
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.tensorrt_session import EngineSession, find_gpu
@@ -59,7 +59,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
         precisions=("fp32", "fp16"),
         targets=("tensorrt-rtx", "tensorrt"),
         min_agreement=0.0,
-        deploy_options=DeployOptions({"batch": (1, 4)}, ("sm75", "sm86+sm89")),
+        profile={"batch": (1, 4)},
+        compute_capabilities=("sm75", "sm86+sm89"),
     )
 
 
@@ -329,7 +330,7 @@ def test_the_comparison_passes_the_graph_itself_and_fails_one_with_a_weight_off(
     values = numpy_helper.to_array(largest)
     largest.CopyFrom(numpy_helper.from_array((values * 1.1).astype(values.dtype), largest.name))
     onnx.save(graph, tmp_path / "off.onnx")
-    assert not compare(result, precision, create_session(tmp_path / "off.onnx"))[1]
+    assert not compare(result, precision, open_onnx(tmp_path / "off.onnx"))[1]
 
 
 def test_only_cases_that_the_engine_was_planned_for_are_compared(result: ExportResult) -> None:
@@ -463,7 +464,7 @@ def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp
                 tmp_path / "bundle",
                 "none",
                 targets=("tensorrt",),
-                deploy_options=DeployOptions(dict(profile)),
+                profile=dict(profile),
                 on_stage=lambda stage, _: stages.append(stage),
             )
     assert stages == []

@@ -10,6 +10,7 @@ from xadapter_export.errors import (
     ShapeError,
     XAdapterError,
     import_extra,
+    printable,
 )
 
 LEAVES = [
@@ -39,7 +40,7 @@ def test_a_zero_is_still_a_fact() -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_every_leaf_specialises_a_builtin_and_keeps_its_message(leaf: type[XAdapterError]) -> None:
+def test_every_leaf_specializes_a_builtin_and_keeps_its_message(leaf: type[XAdapterError]) -> None:
     builtins = [base for base in leaf.__mro__ if base.__module__ == "builtins"]
     assert builtins[0] is not Exception
     error = pickle.loads(pickle.dumps(leaf("what", where="here")))
@@ -67,3 +68,17 @@ def test_an_error_of_the_system_is_told_without_its_number(tmp_path: Path) -> No
         (tmp_path / "y").read_text(encoding="utf-8")
     line = str(ShapeError("the file cannot be read", where="y", got=caught.value))
     assert line == "the file cannot be read: y (got No such file or directory)"
+
+
+def test_what_a_terminal_would_obey_is_printed_as_an_escape() -> None:
+    error = ShapeError("bad\x1b[2J", where="\x9b2J\udc80", got="a\u202eb", hint="bell\a")
+    assert str(error) == r"bad\x1b[2J: \x9b2J\udc80 (got a\u202eb); bell\x07"
+    assert error.where == "\x9b2J\udc80"  # the attributes are what was found
+    assert printable("tab\tbreak\n", keep="\t") == "tab\tbreak\\n"
+    assert printable("Ünïcödé 日本語 עברית 👩‍🍳") == "Ünïcödé 日本語 עברית 👩‍🍳"
+
+
+def test_a_long_value_does_not_make_a_long_line() -> None:
+    line = str(ShapeError("w" * 10**5, where="x" * 10**5, expected="e" * 10**5, got="g" * 10**5))
+    assert len(line) < 5000
+    assert "x... (100000 characters)" in line

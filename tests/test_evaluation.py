@@ -15,14 +15,13 @@ from xadapter_export.errors import (
     UnsupportedError,
 )
 from xadapter_export.evaluation.glue import evaluate_glue, match_labels
-from xadapter_export.evaluation.labelled import Labelled
+from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.metrics import (
     GLUE_METRICS,
     correlation,
     jensen_shannon_divergence,
     task_metrics,
 )
-from xadapter_export.evaluation.mlm import read_texts
 from xadapter_export.evaluation.objects import (
     ColoredObject,
     read_colors,
@@ -35,6 +34,7 @@ from xadapter_export.evaluation.prompts import CODA, NORLUND, VALM, ask, read_pr
 from xadapter_export.evaluation.readings import derangement, main_reading, plan_readings
 from xadapter_export.evaluation.results import Metric, percentage
 from xadapter_export.evaluation.scorer import Scorer
+from xadapter_export.evaluation.tables import read_sentences
 
 BANANA = ColoredObject("banana", "a", "bananas", "yellow", {"yellow": 1.0})
 
@@ -152,11 +152,11 @@ def test_memory_colors_color_terms_and_coda_are_known_by_their_columns(tmp_path:
         ("object,color\nash\n", "a row and the header have different numbers of cells: .*row 1"),
         ("object,color\nash,\n", "a cell is empty: .*row 1, color"),
         ('{"item": "ash"\n', "not JSON lines"),
-        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*row 2"),
+        ('{"item": "ash", "label": "grey"}\n[]\n', "not a JSON object: .*line 2"),
         ('{"item": 3, "label": "grey"}\n', "a cell is empty: .*row 1, item"),
     ],
 )
-def test_colours_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
+def test_colors_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text(text)
     with pytest.raises(InputTextError, match=message):
@@ -183,10 +183,10 @@ def test_distributions_that_cannot_be_read(text: str, message: str, tmp_path: Pa
 
 
 def test_data_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "missing.jsonl")
     (tmp_path / "latin.csv").write_bytes(b"object,color\ngr\xfcn,grey\n")
-    with pytest.raises(InputTextError, match="the data cannot be read"):
+    with pytest.raises(InputTextError, match="the file cannot be read"):
         read_colors(tmp_path / "latin.csv")
 
 
@@ -313,13 +313,10 @@ def test_numbers_are_written_as_a_table_shows_them() -> None:
 def test_texts_are_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\n\n two \nthree\n")
-    assert read_texts(path) == ["one", "two", "three"]
-    assert read_texts(path, limit=2) == ["one", "two"]
-    with pytest.raises(ConfigError, match="at least 1"):
-        read_texts(path, limit=0)
+    assert read_sentences(path) == ["one", "two", "three"]
     path.write_text("\n")
     with pytest.raises(InputTextError, match="the file has no text"):
-        read_texts(path)
+        read_sentences(path)
 
 
 @pytest.fixture(scope="module")
@@ -329,15 +326,15 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
 
 
 def test_labels_are_matched_by_name_and_else_by_number(classifier: Scorer) -> None:
-    def labelled(names: tuple[str, ...], *labels: int) -> Labelled:
-        return Labelled(("lime",) * len(labels), None, labels, names, "data")
+    def labeled(names: tuple[str, ...], *labels: int) -> Labeled:
+        return Labeled(("lime",) * len(labels), None, labels, names, "data")
 
-    assert match_labels(labelled(("sour", "sweet"), 0, 1, 1), classifier).labels == (1, 0, 0)
-    assert match_labels(labelled(("sweet", "sour"), 0, 1, 1), classifier).labels == (0, 1, 1)
-    assert match_labels(labelled(("0", "1"), 0, 1), classifier).labels == (0, 1)
+    assert match_labels(labeled(("sour", "sweet"), 0, 1, 1), classifier).labels == (1, 0, 0)
+    assert match_labels(labeled(("sweet", "sour"), 0, 1, 1), classifier).labels == (0, 1, 1)
+    assert match_labels(labeled(("0", "1"), 0, 1), classifier).labels == (0, 1)
     for names in (("red", "green"), ("0", "1", "2"), ("score",)):
         with pytest.raises(ConfigError, match="the model and the data have different labels"):
-            match_labels(labelled(names, 0), classifier)
+            match_labels(labeled(names, 0), classifier)
 
 
 def test_glue_counts_what_is_right(classifier: Scorer) -> None:
@@ -345,8 +342,8 @@ def test_glue_counts_what_is_right(classifier: Scorer) -> None:
     readings = plan_readings(classifier, "text-classification", shuffled=True)
     logits = classifier.label_logits(texts, None, "vt")
     said = [int(i) for i in logits.argmax(1)]
-    right = Labelled(texts, None, tuple(said), ("sweet", "sour"), "folder/dev.tsv")
-    wrong = Labelled(texts, None, tuple(1 - i for i in said), ("sweet", "sour"), "folder/other.tsv")
+    right = Labeled(texts, None, tuple(said), ("sweet", "sour"), "folder/dev.tsv")
+    wrong = Labeled(texts, None, tuple(1 - i for i in said), ("sweet", "sour"), "folder/other.tsv")
     found = evaluate_glue(readings, {"validation": right, "other": wrong}, task="sst2")
     assert found.row("V + T").values == {"accuracy": 1.0, "accuracy_other": 0.0}
     assert found.row("majority").values["accuracy"] == pytest.approx(max(np.bincount(said)) / 4)

@@ -15,14 +15,14 @@ from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoint import make_model, write_parts
 from xadapter_export.cli.evaluate import TRAINED_CONTROL, evaluate
 
-COLOURS = "object,color\nbanana,yellow\ncherry,red\nlime,green\n"
+COLORS = "object,color\nbanana,yellow\ncherry,red\nlime,green\n"
 CODA = """object,plural,green,red,yellow
 banana,bananas,0.1,0,0.9
 cherry,cherry,0.1,0.8,0.1
 lime,limes,0.7,0.1,0.2
 """
 PROMPTS = "[DESCRIPTOR] [ITEM] is [MASK].\nthe color of [ITEM] is\n"
-LABELLED = "the lime is green\t0\na cherry\t1\nvery yellow banana\t1\n"
+LABELED = "the lime is green\t0\na cherry\t1\nvery yellow banana\t1\n"
 
 Run = Callable[..., Result]
 
@@ -31,15 +31,15 @@ Run = Callable[..., Result]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in a folder with small files of every kind."""
     files = {
-        "colours.csv": COLOURS,
+        "colors.csv": COLORS,
         "coda.csv": CODA,
         "prompts.txt": PROMPTS,
         "text.txt": "the lime is green.\na cherry is red.\n",
-        "labelled.tsv": LABELLED,
+        "labeled.tsv": LABELED,
         "empty.csv": "",
         "shades.csv": "object,shade\nbanana,yellow\n",
         "mauve.csv": "object,color\nbanana,mauve\n",
-        "bad.tsv": "the lime\t7\n" + LABELLED,
+        "bad.tsv": "the lime\t7\n" + LABELED,
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -47,8 +47,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *arguments: CliRunner().invoke(evaluate, [str(a) for a in arguments])
 
 
-def colour(model: Path | str, *options: str) -> list[str]:
-    return ["colour", str(model), "--data", "colours.csv", "--prompts", "prompts.txt", "--quiet", *options]
+def color(model: Path | str, *options: str) -> list[str]:
+    return ["color", str(model), "--data", "colors.csv", "--prompts", "prompts.txt", "--quiet", *options]
 
 
 def rows(result: Result) -> dict[str, dict[str, Any]]:
@@ -61,8 +61,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("cli") / "classifier", task="text-classification")
 
 
-def test_colour_of_a_bundle(run: Run, tiny: Path) -> None:
-    result = run(*colour(tiny, "--controls", "--experts", "v"))
+def test_color_of_a_bundle(run: Run, tiny: Path) -> None:
+    result = run(*color(tiny, "--controls", "--experts", "v"))
     assert result.exit_code == 0, result.stderr
     lines = [line.split("\u2502") for line in result.stdout.splitlines() if "\u2502" in line]
     table = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
@@ -70,21 +70,27 @@ def test_colour_of_a_bundle(run: Run, tiny: Path) -> None:
     assert table["V-expert"] == ["100.0", "0.0"]
     assert table["V-expert, shuffled memory"][0] == "0.0"
     assert "frozen PLM" in table
-    assert "3 objects, 2 prompts, 3 colours" in result.stdout
+    assert "3 objects, 2 prompts, 3 colors" in result.stdout
     assert "candidates: green, red, yellow" in result.stdout
     assert TRAINED_CONTROL in result.stderr
 
 
+def test_the_old_spelling_of_color_still_works_and_is_not_shown(run: Run, tiny: Path) -> None:
+    new = color(tiny, "--json")
+    assert rows(run("colour", *new[1:])) == rows(run(*new))
+    assert "colour" not in run("--help").stdout
+
+
 def test_an_empty_candidate_is_ignored(run: Run, tiny: Path) -> None:
     found = [
-        run(*colour(tiny, "--json", "--candidates", words))
+        run(*color(tiny, "--json", "--candidates", words))
         for words in ("green,red,yellow", "green, red,yellow,")
     ]
     assert rows(found[0]) == rows(found[1])
 
 
 def test_json_alone_is_on_stdout(run: Run, tiny: Path) -> None:
-    result = run(*colour(tiny, "--json")[:-1], "--json", "--published")
+    result = run(*color(tiny, "--json")[:-1], "--json", "--published")
     found = rows(result)
     assert found["V + T"]["answers"] == {
         "banana": ["yellow"] * 2,
@@ -96,7 +102,7 @@ def test_json_alone_is_on_stdout(run: Run, tiny: Path) -> None:
 
 
 def test_progress_is_a_line_for_each_row_on_stderr(run: Run, tiny: Path) -> None:
-    result = run(*[option for option in colour(tiny) if option != "--quiet"])
+    result = run(*[option for option in color(tiny) if option != "--quiet"])
     assert [line.split("s  ")[1] for line in result.stderr.splitlines()] == [
         *("loading", "frozen PLM", "V-expert", "T-expert", "V + T")
     ]
@@ -104,35 +110,35 @@ def test_progress_is_a_line_for_each_row_on_stderr(run: Run, tiny: Path) -> None
 
 def test_objects_are_chosen(run: Run, tiny: Path) -> None:
     def asked(*options: str) -> list[str]:
-        return list(rows(run(*colour(tiny, "--json", "--experts", "v", *options)))["V-expert"]["answers"])
+        return list(rows(run(*color(tiny, "--json", "--experts", "v", *options)))["V-expert"]["answers"])
 
     Path("seen.txt").write_text("Limes\n")
-    Path("colours.csv").write_text(COLOURS + "fruit,red\n")
+    Path("colors.csv").write_text(COLORS + "fruit,red\n")
     assert asked("--in-bank") == ["banana", "cherry", "lime"]
     assert asked("--objects", "lime,fruit") == ["lime", "fruit"]
     assert asked("--in-bank", "--not-in", "seen.txt") == ["banana", "cherry"]
-    nothing = run(*colour(tiny, "--objects", "cloud"))
+    nothing = run(*color(tiny, "--objects", "cloud"))
     assert nothing.exit_code == 1
-    assert "no objects are left to evaluate: colours.csv" in nothing.stderr
+    assert "no objects are left to evaluate: colors.csv" in nothing.stderr
 
 
 def test_a_folder_of_results(run: Run, tiny: Path, tmp_path: Path) -> None:
-    result = run(*colour(tiny, "-o", "results"))
+    result = run(*color(tiny, "-o", "results"))
     assert result.exit_code == 0, result.stderr
     assert "results: results" in result.stdout
     names = {"results.json", "results.md", "confusion.png", "objects.png"}
     assert {path.name for path in (tmp_path / "results").iterdir()} == names
     stored = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert stored == json.loads(run(*colour(tiny, "--json")).stdout)
+    assert stored == json.loads(run(*color(tiny, "--json")).stdout)
     assert "| V-expert | 100.0 | 0.0 |" in (tmp_path / "results" / "results.md").read_text(encoding="utf-8")
 
-    again = run(*colour(tiny, "-o", "results"))
+    again = run(*color(tiny, "-o", "results"))
     assert again.exit_code == 1
     assert "output path already exists" in again.stderr
-    assert run(*colour(tiny, "-o", "results", "--force")).exit_code == 0
+    assert run(*color(tiny, "-o", "results", "--force")).exit_code == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    refused = run(*colour(tiny, "-o", "mine", "--force"))
+    refused = run(*color(tiny, "-o", "mine", "--force"))
     assert "xadapter-export did not write" in refused.stderr
     assert (tmp_path / "mine" / "letter.txt").exists()
 
@@ -162,13 +168,13 @@ def test_mlm_reports_pseudo_perplexity(run: Run, tiny: Path, tmp_path: Path) -> 
 
 def test_glue_scores_a_classifier(run: Run, classifier: Path, tmp_path: Path) -> None:
     arguments = ["--quiet", "--json"]
-    found = rows(run("glue", classifier, "--data", "labelled.tsv", *arguments))
+    found = rows(run("glue", classifier, "--data", "labeled.tsv", *arguments))
     assert set(found) == {"majority", "experts off", "V-expert", "T-expert", "V + T"}
     assert found["majority"]["accuracy"] == pytest.approx(2 / 3)
     assert {"accuracy", "f1"} <= set(found["V + T"])
     folder = tmp_path / "sst2"
     folder.mkdir()
-    (folder / "dev.tsv").write_text("sentence\tlabel\n" + LABELLED)
+    (folder / "dev.tsv").write_text("sentence\tlabel\n" + LABELED)
     wrong = run("glue", classifier, "--task", "sst2", "--data", folder, *arguments)
     assert wrong.exit_code == 1
     assert "the model and the data have different labels" in wrong.stderr
@@ -210,42 +216,42 @@ def test_mnli_has_two_validation_sets(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("colour TINY --data empty.csv", "the data is empty: empty.csv"),
-        ("colour TINY --data missing.csv", "the data cannot be read: missing.csv"),
+        ("color TINY --data empty.csv", "the data is empty: empty.csv"),
+        ("color TINY --data missing.csv", "the file cannot be read: missing.csv"),
         (
-            "colour TINY --data shades.csv",
+            "color TINY --data shades.csv",
             "a column is missing: shades.csv (expected label or color or colour",
         ),
-        ("colour TINY --data mauve.csv", "a candidate is not one token of the language model: 'mauve'"),
+        ("color TINY --data mauve.csv", "a candidate is not one token of the language model: 'mauve'"),
         (
-            "colour TINY --data mauve.csv --candidates red,green",
+            "color TINY --data mauve.csv --candidates red,green",
             "an object's color is not among the candidates: mauve.csv, banana",
         ),
-        ("colour TINY --data colours.csv --prompts nowhere", "the prompts cannot be read: nowhere"),
+        ("color TINY --data colors.csv --prompts nowhere", "the prompts cannot be read: nowhere"),
         (
-            "colour CLASSIFIER --data colours.csv",
+            "color CLASSIFIER --data colors.csv",
             "the model was made for another task: classifier (expected fill-mask",
         ),
         (
-            "colour ONLY_T --data colours.csv --experts v",
+            "color ONLY_T --data colors.csv --experts v",
             "does not have this expert set: v (expected one of t)",
         ),
         (
-            "colour ONLY_T --data colours.csv --in-bank",
+            "color ONLY_T --data colors.csv --in-bank",
             "--in-bank needs a model that retrieves images: only_t",
         ),
-        ("colour . --data colours.csv", "xadapter.json is missing"),
-        ("coda TINY --data colours.csv", "a column is missing: colours.csv (expected plural"),
+        ("color . --data colors.csv", "xadapter.json is missing"),
+        ("coda TINY --data colors.csv", "a column is missing: colors.csv (expected plural"),
         ("mlm TINY --data empty.csv", "the file has no text: empty.csv"),
         (
-            "glue CLASSIFIER --task sst3 --data labelled.tsv",
+            "glue CLASSIFIER --task sst3 --data labeled.tsv",
             "one of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli",
         ),
         ("glue CLASSIFIER --data bad.tsv", "a label is out of range: bad.tsv, row 1"),
         ("glue CLASSIFIER --data empty.csv", "the file has no rows: empty.csv"),
-        ("glue CLASSIFIER --data labelled.tsv --text-column words", "the column with the text is missing"),
+        ("glue CLASSIFIER --data labeled.tsv --text-column words", "the column with the text is missing"),
         (
-            "glue TINY --data labelled.tsv",
+            "glue TINY --data labeled.tsv",
             "for another task: bundle (expected text-classification, got fill-mask)",
         ),
         ("mlm TINY --data text.txt --control broken", "--control broken: expected NAME=MODEL."),
@@ -273,7 +279,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
 
 
 def test_a_control_is_another_model(run: Run, tiny: Path) -> None:
-    found = rows(run(*colour(tiny, "--json", "--experts", "v", "--control", f"{TRAINED_CONTROL}={tiny}")))
+    found = rows(run(*color(tiny, "--json", "--experts", "v", "--control", f"{TRAINED_CONTROL}={tiny}")))
     assert found[TRAINED_CONTROL]["experts"] == "vt"
     assert found[TRAINED_CONTROL]["accuracy"] == 1.0
 
@@ -351,10 +357,10 @@ from xadapter_export.cli.evaluate import evaluate
 tiny, classifier = {str(tiny)!r}, {str(classifier)!r}
 prompts = ["prompts.txt", "--controls", "-o", "results"]
 for arguments in (
-    ["colour", tiny, "--data", "colours.csv", "--prompts", *prompts],
+    ["color", tiny, "--data", "colors.csv", "--prompts", *prompts],
     ["coda", tiny, "--data", "coda.csv", "--templates", "prompts.txt"],
     ["mlm", tiny, "--data", "text.txt"],
-    ["glue", classifier, "--data", "labelled.tsv"],
+    ["glue", classifier, "--data", "labeled.tsv"],
 ):
     evaluate(arguments, standalone_mode=False)
 """
@@ -368,7 +374,7 @@ def test_help_imports_nothing_heavy() -> None:
 import sys
 from click.testing import CliRunner
 from xadapter_export.cli.evaluate import evaluate
-for command in ("colour", "coda", "glue", "mlm"):
+for command in ("color", "coda", "glue", "mlm"):
     assert "--control NAME=MODEL" in CliRunner().invoke(evaluate, [command, "--help"]).output
 print(*sys.modules)
 """

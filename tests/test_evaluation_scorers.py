@@ -20,10 +20,10 @@ from xadapter_export.errors import (
 )
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
 from xadapter_export.evaluation.coda import evaluate_coda
+from xadapter_export.evaluation.color import PUBLISHED, evaluate_color
 from xadapter_export.evaluation.color_answers import look_up_pictures
-from xadapter_export.evaluation.colour import PUBLISHED, evaluate_colour
 from xadapter_export.evaluation.glue import evaluate_glue
-from xadapter_export.evaluation.labelled import Labelled
+from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.mlm import evaluate_mlm
 from xadapter_export.evaluation.objects import ColoredObject, ObjectSet
 from xadapter_export.evaluation.opening import open_scorer
@@ -57,9 +57,9 @@ def scorer(tiny: Path) -> Scorer:
     return open_scorer(tiny)
 
 
-def test_colour_counts_answers_per_prompt_and_control(scorer: Scorer) -> None:
+def test_color_counts_answers_per_prompt_and_control(scorer: Scorer) -> None:
     told = []
-    found = evaluate_colour(
+    found = evaluate_color(
         plan_readings(scorer, "fill-mask", shuffled=True),
         FRUIT,
         PROMPTS,
@@ -88,7 +88,7 @@ def test_published_figures_stand_beside_their_benchmark(scorer: Scorer) -> None:
     readings = plan_readings(scorer, "fill-mask", ["none"])
     for benchmark, x_adapter in (("memory_colors", 0.641), ("color_terms", 0.600)):
         data = replace(FRUIT, benchmark=benchmark)
-        table = evaluate_colour(readings, data, PROMPTS, published=True).evaluation
+        table = evaluate_color(readings, data, PROMPTS, published=True).evaluation
         assert table.row("published: X-adapter on BERT (Yariv et al.)").values["accuracy"] == x_adapter
         assert len(table.rows) == 3 + len(PUBLISHED[benchmark])
 
@@ -96,11 +96,11 @@ def test_published_figures_stand_beside_their_benchmark(scorer: Scorer) -> None:
 def test_the_deviation_is_over_prompts(scorer: Scorer) -> None:
     # A prompt about another fruit retrieves its picture: right for one object of three.
     prompts = ("a [ITEM] is [MASK].", "lime lime lime lime lime and [ITEM] is [MASK].")
-    table = evaluate_colour(plan_readings(scorer, "fill-mask", ["v"]), FRUIT, prompts).evaluation
+    table = evaluate_color(plan_readings(scorer, "fill-mask", ["v"]), FRUIT, prompts).evaluation
     shares = [1.0, 1 / 3]
     assert table.row("V-expert").values["accuracy"] == pytest.approx(np.mean(shares))
     assert table.row("V-expert").values["accuracy_sd"] == pytest.approx(np.std(shares, ddof=1))
-    one = evaluate_colour(plan_readings(scorer, "fill-mask", ["v"]), FRUIT, prompts[:1]).evaluation
+    one = evaluate_color(plan_readings(scorer, "fill-mask", ["v"]), FRUIT, prompts[:1]).evaluation
     assert one.row("V-expert").values["accuracy_sd"] is None
 
 
@@ -138,7 +138,7 @@ def test_coda_compares_distributions(scorer: Scorer) -> None:
     assert mean < chance["jensen_shannon"]
 
 
-def test_colours_that_people_say_equally_often_are_all_right(scorer: Scorer) -> None:
+def test_colors_that_people_say_equally_often_are_all_right(scorer: Scorer) -> None:
     both = replace(FRUIT.objects[2], color="red", shares={"green": 0.5, "red": 0.5, "yellow": 0.0})
     data = replace(FRUIT, objects=(both,))
     table = evaluate_coda(plan_readings(scorer, "fill-mask", ["v"]), data, PROMPTS[:1]).evaluation
@@ -223,7 +223,7 @@ def test_what_a_model_cannot_be_asked(scorer: Scorer, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"color is not among the candidates: fruit\.csv, banana .*got yellow"
     ):
-        evaluate_colour(plan_readings(scorer, "fill-mask"), FRUIT, PROMPTS, candidates=["red", "green"])
+        evaluate_color(plan_readings(scorer, "fill-mask"), FRUIT, PROMPTS, candidates=["red", "green"])
     sliced = open_scorer(write_bundle(tmp_path / "sliced", candidates=("yellow", "red")))
     assert sliced.mask_logits(["a cherry is [MASK]"], ["red", "yellow"], "v").argmax() == 0
     with pytest.raises(ConfigError, match="exported for other candidates: green"):
@@ -282,7 +282,7 @@ def both(pair: tuple[Scorer, Scorer]) -> list[tuple[Reading, ...]]:
 
 def test_checkpoint_and_bundle_say_the_same_of_every_object(pair: tuple[Scorer, Scorer]) -> None:
     data, prompts = heldout(51), (VALM[4], NORLUND[1])
-    ours, theirs = (evaluate_colour(readings, data, prompts) for readings in both(pair))
+    ours, theirs = (evaluate_color(readings, data, prompts) for readings in both(pair))
     for a, b in zip(ours.answers, theirs.answers, strict=True):
         np.testing.assert_array_equal(a.said, b.said, err_msg=a.reading.name)
         np.testing.assert_allclose(a.logits, b.logits, rtol=1e-4, atol=1e-4)
@@ -324,7 +324,7 @@ def test_checkpoint_and_bundle_agree_on_labels(tmp_path: Path) -> None:
     model = make_model(tmp_path, task="text-classification", labels=("no", "yes"))
     export(model, tmp_path / "bundle", "vt")
     scorers = CheckpointScorer(model, "tiny"), open_scorer(tmp_path / "bundle")
-    data = Labelled(*SENTENCES, (0, 1, 1, 0), ("no", "yes"), "data.tsv")
+    data = Labeled(*SENTENCES, (0, 1, 1, 0), ("no", "yes"), "data.tsv")
     tables = []
     for scorer in scorers:
         readings = plan_readings(scorer, "text-classification", ["vt"])
@@ -341,7 +341,7 @@ def test_checkpoint_and_bundle_agree_on_labels(tmp_path: Path) -> None:
 def test_a_regression_is_scored_by_its_correlations(tmp_path: Path) -> None:
     scorer = CheckpointScorer(make_model(tmp_path, task="text-classification", labels=("score",)), "tiny")
     truth = (0.5, 1.5, 2.5, 0.0)
-    data = Labelled(*SENTENCES, truth, ("score",), "data.tsv")
+    data = Labeled(*SENTENCES, truth, ("score",), "data.tsv")
     table = evaluate_glue(plan_readings(scorer, "text-classification", ["vt"]), {"validation": data})
     values = scorer.label_logits(*SENTENCES, "vt")[:, 0]
     assert np.ptp(values) > 0.1

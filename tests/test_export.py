@@ -188,7 +188,7 @@ def test_no_copy_of_the_weights_outlives_the_export(model: XAdapterModel, tmp_pa
 
 @pytest.mark.parametrize(("opset", "experts"), [(18, "t"), (19, "v"), (21, "vt")])
 def test_other_opsets(opset: int, experts: ExpertSet, model: XAdapterModel, tmp_path: Path) -> None:
-    result = export(model, tmp_path / "bundle", experts, opset)
+    result = export(model, tmp_path / "bundle", experts, opset=opset)
     ((_, graph),) = graphs(result.folder)
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
     assert result.parity.passed
@@ -197,7 +197,7 @@ def test_other_opsets(opset: int, experts: ExpertSet, model: XAdapterModel, tmp_
 @pytest.mark.parametrize("opset", [11, 16, 22, 0])
 def test_opsets_that_cannot_be_written(opset: int, model: XAdapterModel, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=f"opset {opset} is not supported: expected 17 to 21"):
-        export(model, tmp_path / "bundle", "t", opset)
+        export(model, tmp_path / "bundle", "t", opset=opset)
     assert not list(tmp_path.iterdir())
 
 

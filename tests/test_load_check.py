@@ -25,7 +25,7 @@ from xadapter_export.parity import check_lossy
 from xadapter_export.parity.recorded import Check, Record, noise, opened_record
 from xadapter_export.runtime import graphs
 from xadapter_export.sessions import shared
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, OnnxSession
 
 BANANA = "the color of a banana is [MASK]."
@@ -227,7 +227,7 @@ def test_another_answer_that_comes_first_is_seen_where_its_column_was_not_kept(c
     change_reference(copied, keep_little)
     bundle = read_bundle(copied)
     variant = bundle.manifest.variant("v", "cpu-int8")
-    right = create_session(copied / variant.file)
+    right = open_onnx(copied / variant.file)
 
     def raise_another(array: Array) -> Array:
         changed = array.copy()
@@ -257,7 +257,7 @@ def test_classifiers_and_embeddings_are_asked_too(tmp_path: Path, task: Task, we
 @pytest.mark.usefixtures("int8_first")
 def test_a_lossy_variant_of_which_nothing_is_recorded_is_not_used(copied: Path) -> None:
     change_reference(copied, lambda arrays: [arrays.pop(k) for k in list(arrays) if "/cpu-int8/" in k])
-    with pytest.warns(UserWarning, match=r"got the bundle has nothing to compare with: single_typical/v/cpu"):
+    with pytest.warns(UserWarning, match=r"got the reference lacks an array: single_typical/v/cpu"):
         assert XAdapterSession.load(copied, experts="v", num_threads=1).answered_by == "cpu-fp32"
     assert not any(check.passed for check in check_lossy(copied))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_checkpoint import make_bank, make_clip, randomise_plugin
+from tests.tiny_checkpoint import make_bank, make_clip, randomize_plugin
 from xadapter_export import XAdapterConfig, XAdapterModel, XAdapterSession, export
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.plm import load_plm
@@ -25,7 +25,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     config = XAdapterConfig(experts="vt", layers=(4, 5), task="feature-extraction")
-    model = randomise_plugin(XAdapterModel(config, load_plm(FOLDER, config.task), make_clip(), make_bank()))
+    model = randomize_plugin(XAdapterModel(config, load_plm(FOLDER, config.task), make_clip(), make_bank()))
     return export(model, tmp_path_factory.mktemp("minilm") / "bundle", ("none", "vt"))
 
 

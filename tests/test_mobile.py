@@ -3,12 +3,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
@@ -28,8 +29,8 @@ def test_ort_file_answers_as_the_graph_that_it_was_made_from(phone: "ExportResul
     session = XAdapterSession.load(phone.folder, variant="onnx-fp32")
     for deployment in phone.manifest.deployments:
         variant = phone.manifest.variant("t", deployment.source)
-        graph = create_session(phone.folder / variant.file)
-        ort_file = create_session(phone.folder / deployment.files[0])
+        graph = open_onnx(phone.folder / variant.file)
+        ort_file = onnxruntime.InferenceSession(phone.folder / deployment.files[0])
         for texts in (TEXTS[:1], TEXTS):
             arrays = session._clip_encoder.encode(texts)
             feed = {value.name: arrays[value.name] for value in graph.get_inputs()}
@@ -56,11 +57,13 @@ def test_manifest_names_the_files_and_what_they_need(phone: "ExportResult") -> N
 
 def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: Path) -> None:
     from xadapter_export.exporters.makers import mobile
+    from xadapter_export.exporters.makers.maker import DeployJob, DeployOptions
 
     folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
     other = folder / phone.manifest.deployments[1].files[0]
     with pytest.raises(ParityError, match=r"onnx-fp32: the \.ort file does not say what the graph says in "):
-        mobile._prove(folder, phone.manifest.variant("t"), other)
+        job = DeployJob(folder, phone.manifest, phone.manifest.variant("t"), DeployOptions(), print)
+        mobile._prove(job, other)
 
 
 def test_operators_that_stock_packages_lack_are_refused_and_the_bundle_is_kept_aside(
@@ -101,7 +104,7 @@ def test_precision_that_is_not_for_phones_is_refused(tmp_path: Path) -> None:
     [
         ({"precisions": ("fp32", "fp16")}, "precision fp16 is not available for target mobile"),
         ({"profile": {"batch": (1, 8)}}, "a profile for this axis: profile batch; .* tensorrt or triton"),
-        ({"capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
+        ({"compute_capabilities": ("sm999",)}, "compute capabilities are for the target tensorrt-rtx"),
         ({"targets": ("onnx",), "profile": {"seq": (1, 8)}}, "a profile for this axis: profile seq"),
         ({"targets": ("mobil",)}, "unknown target: mobil "),
         ({"targets": (), "precisions": ("fp61",)}, "unknown precision: fp61 "),
@@ -112,9 +115,7 @@ def test_what_no_target_takes_is_refused_before_the_model_loads(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     from xadapter_export import export
-    from xadapter_export.exporters.makers.maker import DeployOptions
 
     asked = {"experts": "t", "targets": ("mobile",), **options}
-    fits = DeployOptions(asked.pop("profile", {}), asked.pop("capabilities", ()))
     with pytest.raises(ConfigError, match=said):
-        export("nowhere", tmp_path / "bundle", deploy_options=fits, **asked)
+        export("nowhere", tmp_path / "bundle", **asked)

@@ -19,19 +19,19 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import BundleError, ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.makers.openvino_ir import convert_to_ir
-from xadapter_export.exporters.passes.quantise import RECIPES, Rounding, measure_products, round_products
+from xadapter_export.exporters.passes.quantize import RECIPES, Rounding, measure_products, round_products
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.parity.compare import TOLERANCES
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.text import TextEncoder
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.openvino_session import (
     _OpenVinoSession,
-    create_openvino_session,
     import_openvino,
+    open_openvino,
 )
-from xadapter_export.sessions.session import Array, OnnxSession
+from xadapter_export.sessions.session import Array, OnnxSession, Opening
 from xadapter_export.targets import Precision
 
 pytest.importorskip("nncf")
@@ -50,7 +50,7 @@ class Case:
         self.encoder: TextEncoder = load_encoders(bundle)[1]
         lines = (builtin_folder() / "heldout.jsonl").read_text("utf-8").splitlines()
         self.texts = [text for line in lines for text in json.loads(line)["sentences"]]
-        self.onnx = create_session(self.portable, num_threads=1)
+        self.onnx = open_onnx(self.portable, Opening(num_threads=1))
         self.folder = folder
 
     def feeds(self, texts: Sequence[str], size: int) -> list[Feed]:
@@ -112,7 +112,7 @@ def agreement(case: Case, file: Path, size: int) -> tuple[float, float]:
     """Share of sentences with the same top word as fp32, and the mean cosine of the logits."""
     feeds = case.feeds(case.texts, size)
     before = answers(case.onnx, "logits", feeds)[:, 0]
-    after = answers(create_openvino_session(file, num_threads=1), "logits", feeds)[:, 0]
+    after = answers(open_openvino(file, Opening(num_threads=1)), "logits", feeds)[:, 0]
     products = (before * after).sum(-1)
     cosine = products / np.linalg.norm(before, axis=-1) / np.linalg.norm(after, axis=-1)
     return float((before.argmax(-1) == after.argmax(-1)).mean()), float(cosine.mean())
@@ -133,7 +133,7 @@ def large_floats(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_fp32_says_what_onnxruntime_says(vt: Case, vt_fp32: Path, size: int) -> None:
-    session = create_openvino_session(vt_fp32, num_threads=1)
+    session = open_openvino(vt_fp32, Opening(num_threads=1))
     texts = ["a banana is [MASK].", "the color of the ripe tomato on my plate is [MASK]!", "[MASK] grass."]
     for feed in vt.feeds(texts, size):
         want, got = vt.onnx.run(None, feed), session.run(None, feed)
@@ -146,7 +146,7 @@ def test_fp32_says_what_onnxruntime_says(vt: Case, vt_fp32: Path, size: int) -> 
 def test_the_v_expert_alone_says_what_onnxruntime_says(builtin_export: ExportResult, tmp_path: Path) -> None:
     """CLIP's last block then runs at one token, and OpenVINO lost the slice before it."""
     v = Case(builtin_export, "v", tmp_path)
-    exact = create_openvino_session(v.convert("fp32"), num_threads=1)
+    exact = open_openvino(v.convert("fp32"), Opening(num_threads=1))
     feeds = v.feeds(v.texts[:6], 3)
     for name in ("logits", "retrieved_scores"):
         rule = TOLERANCES["fp32"]
@@ -158,7 +158,7 @@ def test_the_v_expert_alone_says_what_onnxruntime_says(builtin_export: ExportRes
 def test_names_shapes_and_types(vt: Case, vt_fp32: Path, vt_int8: Path, vt_int4: Path) -> None:
     types = {"int64": "tensor(int64)", "float32": "tensor(float)"}
     for file in (vt_fp32, vt_int8, vt_int4):
-        session = create_openvino_session(file)
+        session = open_openvino(file)
         assert session.get_providers() == ["OpenVINO"]
         for values, specs in (
             (session.get_inputs(), vt.spec.inputs),
@@ -175,7 +175,7 @@ def test_names_shapes_and_types(vt: Case, vt_fp32: Path, vt_int8: Path, vt_int4:
 
 
 def test_an_answer_is_not_written_over_by_the_next(vt: Case, vt_fp32: Path) -> None:
-    session = create_openvino_session(vt_fp32, num_threads=1)
+    session = open_openvino(vt_fp32, Opening(num_threads=1))
     first, second = vt.feeds(["a banana is [MASK].", "the [MASK] frog."], 1)
     answer = session.run(["logits"], first)[0]
     kept = answer.copy()
@@ -218,7 +218,7 @@ def test_the_search_stays_exact(vt: Case, vt_int8: Path, vt_int4: Path) -> None:
         read = [[value.get_node() for value in node.input_values()] for node in nodes(file, "MatMul")]
         queries = [query.get_type_name() for query, weight in read if weight.get_friendly_name() == "bank"]
         assert queries == ["Divide"]  # the text's embedding at length 1, and no FakeQuantize
-        session = create_openvino_session(file, num_threads=1)
+        session = open_openvino(file, Opening(num_threads=1))
         rows, found = answers(session, "retrieved", feeds), answers(session, "retrieved_scores", feeds)
         moved = (rows != want).any(-1)
         assert moved.mean() < 0.15  # the text's embedding is rounded; measured 0.06 to 0.08
@@ -292,7 +292,7 @@ def test_openvino_keeps_int8_in_memory(t_int8: Path) -> None:
 
 
 def test_threads_share_a_session(t: Case, t_int8: Path) -> None:
-    session = create_openvino_session(t_int8, num_threads=1)
+    session = open_openvino(t_int8, Opening(num_threads=1))
     feeds = t.feeds(t.texts[:60], 1) + t.feeds(t.texts[:60], 5)
     alone = [session.run(["logits"], feed)[0] for feed in feeds]
     with ThreadPoolExecutor(4) as pool:
@@ -302,7 +302,7 @@ def test_threads_share_a_session(t: Case, t_int8: Path) -> None:
 
 
 def test_a_failed_call_does_not_break_the_session(t: Case, t_int8: Path) -> None:
-    session = create_openvino_session(t_int8, num_threads=1)
+    session = open_openvino(t_int8, Opening(num_threads=1))
     feed = t.feeds(t.texts[:1], 1)[0]
     want = session.run(["logits"], feed)[0]
     with pytest.raises(KeyError, match="no_such"):
@@ -314,7 +314,7 @@ def test_a_failed_call_does_not_break_the_session(t: Case, t_int8: Path) -> None
 
 def test_a_compiled_graph_is_kept_where_it_is_asked_for(t: Case, t_int8: Path, tmp_path: Path) -> None:
     def load(cache_dir: Path | None = tmp_path / "new" / "cache") -> tuple[Array, bool]:
-        session = create_openvino_session(t_int8, num_threads=1, cache_dir=cache_dir)
+        session = open_openvino(t_int8, Opening(num_threads=1, cache_dir=cache_dir))
         assert isinstance(session, _OpenVinoSession)
         from_cache = session._compiled.get_property("LOADED_FROM_CACHE")
         return answers(session, "logits", t.feeds(t.texts[:8], 4)), from_cache
@@ -340,26 +340,26 @@ def test_a_compiled_graph_is_kept_where_it_is_asked_for(t: Case, t_int8: Path, t
 def test_a_place_for_compiled_graphs_that_cannot_be_written(t_int8: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"compiled graphs cannot be written: .*file.*remove cache_dir"):
-        create_openvino_session(t_int8, cache_dir=tmp_path / "file")
+        open_openvino(t_int8, Opening(cache_dir=tmp_path / "file"))
 
 
 def test_a_file_that_cannot_be_loaded(vt_fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"OpenVINO cannot load the graph: .*absent\.xml"):
-        create_openvino_session(tmp_path / "absent.xml")
+        open_openvino(tmp_path / "absent.xml")
     (tmp_path / "garbage.xml").write_text("no graph", encoding="utf-8")
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
-        create_openvino_session(tmp_path / "garbage.xml")
+        open_openvino(tmp_path / "garbage.xml")
     alone = Path(shutil.copy(vt_fp32, tmp_path / "alone.xml"))
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
-        create_openvino_session(alone)
+        open_openvino(alone)
     alone.with_suffix(".bin").write_bytes(vt_fp32.with_suffix(".bin").read_bytes()[:1000])
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph"):
-        create_openvino_session(alone)
+        open_openvino(alone)
 
 
 def test_arguments_that_make_no_sense(vt: Case, vt_fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_threads must be at least 1"):
-        create_openvino_session(vt_fp32, num_threads=0)
+        open_openvino(vt_fp32, Opening(num_threads=0))
     with pytest.raises(ConfigError, match="int8 needs texts for calibration"):
         convert_to_ir(vt.portable, tmp_path / "x.xml", "int8", [])
     with pytest.raises(UnsupportedError, match=r"does not support this precision.*got fp16"):
@@ -370,7 +370,7 @@ def test_arguments_that_make_no_sense(vt: Case, vt_fp32: Path, tmp_path: Path) -
 def test_openvino_is_not_installed(vt_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"xadapter-export\[openvino\]"):
-        create_openvino_session(vt_fp32)
+        open_openvino(vt_fp32)
 
 
 _CONVERT = """

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.processors import debian, report
+from benchmarks.processors import __main__ as program
+from benchmarks.processors import debian, haswell, report
 from benchmarks.processors.compare import Finding, Ran, compare, wrong
 from benchmarks.processors.debian import UnavailableError, call
 from benchmarks.processors.emulated import PROCESSORS, Machine, build, native
@@ -131,3 +132,39 @@ def test_a_program_that_fails_is_one_line(tmp_path: Path) -> None:
     found, left_out = run_all({"this": native()}, {"cases": {"a": {}}}, tmp_path)
     assert not found
     assert "a processor failed: this (got exit 1: KeyError: 'bundle')" in left_out["this"]
+
+
+def test_what_is_off_is_asked_more_texts(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = Finding("A", "builtin", "vt", "cpu-int8", "plain", 0.99, kept=0.96, kept_natively=0.98)
+    right = Finding("A", "builtin", "vt", "onnx-fp32", "plain", None, kept=1.0, kept_natively=1.0)
+    monkeypatch.setitem(program.MORE_TEXTS, "builtin", 7)
+    machines = {NATIVE: native(), "A": native()}
+    same, asked = sorted(
+        program.ask_again([right, off], machines, {"builtin": bundle}, tmp_path),
+        key=lambda finding: finding.is_of_more_texts,
+    )
+    assert same is right
+    assert (asked.is_of_more_texts, asked.is_right, asked.same_as_native) == (True, True, 1.0)
+    with np.load(tmp_path / "answers" / "again" / "A-plain" / "A" / "answers.npz") as answers:
+        assert {name: len(array) for name, array in answers.items()} == {
+            "builtin/vt/onnx-fp32/plain": 7,
+            "builtin/vt/cpu-int8/plain": 7,
+        }
+    assert "(natively 100.0)" in report.kept_grid([asked], ["A"]).rows[0][-1]
+
+
+def test_a_table_of_tests(tmp_path: Path) -> None:
+    junit = tmp_path / "tests.xml"
+    junit.write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_a" name="test_x[1]" time="2.0"/>'
+        '<testcase classname="tests.test_a" name="test_x[2]" time="1.0"><failure/></testcase>'
+        '<testcase classname="tests.test_a" name="test_y" time="0"><skipped/></testcase>'
+        "</testsuite></testsuites>",
+        encoding="utf-8",
+    )
+    assert haswell.tests_grid(junit).rows == (
+        ("test_a, test_x", "1", "1", "0", "3"),
+        ("test_a, test_y", "0", "0", "1", "0"),
+    )

@@ -76,7 +76,7 @@ def coda_rows() -> list[dict[str, str]]:
 
 
 def draw_packages(packages: Sequence[str], folder: Path) -> None:
-    """Writes packages of the three kinds: objects that CoDa knows, each a square of its colour."""
+    """Writes packages of the three kinds: objects that CoDa knows, each a square of its color."""
     rows = coda_rows()[:40]
     names = {f"e{i}": {"name": row["object"], "group": "Objects"} for i, row in enumerate(rows)}
     colors = [max(pictures.COLORS, key=lambda color: float(row[color])) for row in rows]  # used at once
@@ -126,7 +126,7 @@ def test_the_recipe_of_the_builtin_checkpoint(
     assert capsys.readouterr().out.count("kept from an earlier run") == 6
 
 
-COLOUR_RECIPE = """
+COLOR_RECIPE = """
 seed = 7
 splits = 1
 ablation_splits = 1
@@ -162,14 +162,14 @@ distill_steps = 2
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # a few objects separate anyhow
-def test_the_colour_recipe(
+def test_the_color_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.colour.__main__ import main as colour
+    from train.color.__main__ import main as color
 
     monkeypatch.setattr(pictures, "pack_packages", draw_packages)
     (tmp_path / "demo.toml").write_text(RECIPE, encoding="utf-8")
-    (tmp_path / "colour.toml").write_text(COLOUR_RECIPE, encoding="utf-8")
+    (tmp_path / "color.toml").write_text(COLOR_RECIPE, encoding="utf-8")
     items = [{"descriptor": "a", "item": row["object"], "label": "red"} for row in coda_rows()[:3]]
     (tmp_path / "memory.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     arguments = {
@@ -177,18 +177,18 @@ def test_the_colour_recipe(
         "memory-colors": tmp_path / "memory.jsonl",
         "work": tmp_path / "work",
         "results": tmp_path / "results.md",
-        "recipe": tmp_path / "colour.toml",
+        "recipe": tmp_path / "color.toml",
         "demo-work": tmp_path / "demo",
         "demo-recipe": tmp_path / "demo.toml",
     }
     given = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    colour(given, standalone_mode=False)
+    color(given, standalone_mode=False)
     printed = capsys.readouterr().out
     assert "9 prompts (VaLM)" in printed
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     for row in ("same adapter, text only", "V-expert, shuffled pictures", "K = 8", "V + T"):
         assert f"| {row} |" in table
-    colour(given, standalone_mode=False)
+    color(given, standalone_mode=False)
     assert "done in" not in capsys.readouterr().out  # every arm was kept
 
 
@@ -321,7 +321,7 @@ def test_the_recipe_of_glue(
     assert "no such data" in capsys.readouterr().err
 
 
-RECIPES = [f"train.{name}" for name in ("demo", "colour", "glue", "sst2_minilm")]
+RECIPES = [f"train.{name}" for name in ("demo", "color", "glue", "sst2_minilm")]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # by another test

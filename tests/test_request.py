@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,11 +14,16 @@ from tests.tiny_checkpoint import make_model
 from xadapter_export import export
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError
-from xadapter_export.exporters.request import Request, check_gate_options, check_request, make_request
+from xadapter_export.exporters.request import (
+    ExportOptions,
+    ExportRequest,
+    WantedVariants,
+    wanted_variants,
+)
 from xadapter_export.targets import all_variants
 
 
-def names(request: Request) -> tuple[str, str]:
+def names(request: WantedVariants) -> tuple[str, str]:
     """The graphs and the deployments, as one reads them."""
     graphs, deployments = map(sorted, (request.graphs, request.deployments))
     return " ".join(map("-".join, graphs)), " ".join(map("-".join, deployments))
@@ -51,25 +58,25 @@ def names(request: Request) -> tuple[str, str]:
 def test_the_shorthand_adds_nothing_that_nobody_asked_for(
     precisions: str, targets: str, graphs: str, deployments: str
 ) -> None:
-    request = make_request((), precisions.split(), targets.split())  # type: ignore[arg-type]  # such names
+    request = wanted_variants((), precisions.split(), targets.split())  # type: ignore[arg-type]  # such names
     assert names(request) == (graphs, deployments)
-    backwards = make_request((), precisions.split()[::-1], targets.split()[::-1])  # type: ignore[arg-type]  # same
+    backwards = wanted_variants((), precisions.split()[::-1], targets.split()[::-1])  # type: ignore[arg-type]  # same
     assert names(backwards) == (graphs, deployments)
 
 
 def test_variants_are_exactly_these_and_the_shorthand_adds_to_them() -> None:
-    exact = make_request(["cpu-int8", "tensorrt-rtx-fp16", "cpu-int8"])
+    exact = wanted_variants(["cpu-int8", "tensorrt-rtx-fp16", "cpu-int8"])
     assert exact.graphs == (("cpu", "int8"), ("onnx", "fp16"))
     assert exact.deployments == (("tensorrt-rtx", "fp16"),)
-    assert names(make_request(["onnx-int8"], ["fp32", "int8"], ["onnx", "cpu"])) == (
+    assert names(wanted_variants(["onnx-int8"], ["fp32", "int8"], ["onnx", "cpu"])) == (
         "cpu-fp32 cpu-int8 onnx-fp32 onnx-int8",
         "",
     )
-    assert names(make_request(["cpu-int8"], ["fp32"])) == ("cpu-int8 onnx-fp32", "")
-    assert names(make_request(["cpu-int8"], (), ["triton"])) == ("cpu-int8 onnx-fp32", "triton-fp32")
+    assert names(wanted_variants(["cpu-int8"], ["fp32"])) == ("cpu-int8 onnx-fp32", "")
+    assert names(wanted_variants(["cpu-int8"], (), ["triton"])) == ("cpu-int8 onnx-fp32", "triton-fp32")
     for name in all_variants():
         target, _, precision = name.rpartition("-")
-        request = make_request([name])
+        request = wanted_variants([name])
         assert len(request.graphs) == 1
         asked = request.deployments or request.graphs
         assert asked == ((target, precision),)
@@ -94,43 +101,60 @@ def test_a_precision_or_target_without_the_other_is_refused(
     precisions: str, targets: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_request((), precisions.split(), targets.split())  # type: ignore[arg-type]  # such names
+        wanted_variants((), precisions.split(), targets.split())  # type: ignore[arg-type]  # such names
 
 
 def test_unknown_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(
         ConfigError, match=r"unknown variant: cpu-int9 \(expected one of onnx-fp32, .*triton-"
     ):
-        make_request(["cpu-int8", "cpu-int9"])
+        wanted_variants(["cpu-int8", "cpu-int9"])
     with pytest.raises(ConfigError, match="unknown precision: bf16"):
-        make_request((), ["bf16"])  # type: ignore[list-item]  # the point
+        wanted_variants((), ["bf16"])  # type: ignore[list-item]  # the point
     with pytest.raises(ConfigError, match="unknown target: tpu"):
-        make_request((), (), ["tpu"])
+        wanted_variants((), (), ["tpu"])
 
 
 def test_options_that_do_not_go_together() -> None:
-    fp32, int8 = make_request(), make_request(["cpu-int8", "onnx-int8"])
-    check_request(fp32, split=True, judging={"calibration": None, "skip_failed": False})
-    check_request(int8, split=False, judging={"min_agreement": 0.0, "skip_failed": True})
+    int8 = ["cpu-int8", "onnx-int8"]
+    assert ExportRequest(split=True).is_split
+    assert ExportRequest(variants=int8, min_agreement=0.0, skip_failed=True).wanted.is_lossy
     with pytest.raises(ConfigError, match=r"none was requested \(got min_agreement, skip_failed\); remove"):
-        check_request(
-            fp32, split=False, judging={"calibration": None, "min_agreement": 0.0, "skip_failed": True}
-        )
+        ExportRequest(min_agreement=0.0, skip_failed=True)
     with pytest.raises(ConfigError, match=r"cannot be made from split graphs \(.*got onnx-int8\)"):
-        check_request(int8, split=True, judging={})
+        ExportRequest(variants=int8, split=True)
     with pytest.raises(
         ConfigError, match=r"deployments cannot be made from split graphs \(got triton-fp32\)"
     ):
-        check_request(make_request(["triton-fp32"]), split=True, judging={})
+        ExportRequest(variants=["triton-fp32"], retrieval="external")
 
 
 def test_gates_out_of_range() -> None:
-    check_gate_options(None, None)
-    check_gate_options(0.97, 2)
+    ExportRequest(precisions=["int8"], min_agreement=0.97, max_points_lost=2)
     with pytest.raises(ConfigError, match=r"min_agreement is out of range .*0 to 1, got 97"):
-        check_gate_options(97, None)
+        ExportRequest(precisions=["int8"], min_agreement=97)
     with pytest.raises(ConfigError, match="max_points_lost is out of range"):
-        check_gate_options(None, float("nan"))
+        ExportRequest(precisions=["int8"], max_points_lost=float("nan"))
+
+
+def test_what_export_takes_by_keyword_is_what_a_request_holds() -> None:
+    typed = get_type_hints(ExportOptions)
+    held = get_type_hints(ExportRequest)
+    assert {"experts": held["experts"], **typed} == {
+        field.name: held[field.name] for field in fields(ExportRequest)
+    }
+    flags = {param.name for param in export_command.params}
+    assert flags - set(typed) == {
+        "checkpoint",
+        "experts",
+        "output",
+        "ranges",
+        "quiet",
+        "as_json",
+        "debug",
+        "config",
+    }
+    assert set(typed) - flags == {"profile"}  # read from --profile's ranges
 
 
 # Command line
@@ -152,10 +176,10 @@ def test_an_unknown_variant_is_one_usage_error_that_lists_the_names(tmp_path: Pa
     ("flags", "message"),
     [
         ("--precision fp16 --target cpu", "precision fp16 is not available for target cpu"),
-        ("--min-agreement 0.9", "none was requested (got --min-agreement)"),
-        ("--target tensorrt --max-points-lost 1", "(got --max-points-lost)"),
-        ("--calibration FILE --evaluate FILE", "(got --calibration, --evaluate)"),
-        ("--variant cpu-fp32 --skip-failed", "(got --skip-failed)"),
+        ("--min-agreement 0.9", "none was requested (got min_agreement)"),
+        ("--target tensorrt --max-points-lost 1", "(got max_points_lost)"),
+        ("--calibration FILE --evaluate FILE", "(got calibration, evaluate)"),
+        ("--variant cpu-fp32 --skip-failed", "(got skip_failed)"),
         ("--variant openvino-int8 --split", "cannot be made from split graphs"),
         ("--variant triton-fp32 --retrieval external", "deployments cannot be made from split graphs"),
     ],

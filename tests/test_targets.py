@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
 from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export, registry
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.maker import (
@@ -27,7 +28,6 @@ from xadapter_export.exporters.makers.maker import (
 from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.choose import choices_of
-from xadapter_export.sessions.onnx_session import create_session
 from xadapter_export.sessions.session import OnnxSession, Opening
 from xadapter_export.targets import (
     CPU_PROVIDER,
@@ -86,12 +86,15 @@ class WholeMaker(GraphMaker):
                     value.const_value = ir.tensor(array * np.float32(factor), name=value.name)
             file = job.empty_scratch() / f"{job.stems['whole']}_{job.precision}.whole"
             file.write_bytes(ir.to_proto(graph).SerializeToString())
-            step = Optimisation(name=f"times {factor}", lossless=False, unit="bytes", before=2, after=1)
+            step = Optimization(name=f"times {factor}", lossless=False, unit="bytes", before=2, after=1)
             yield MadeGraph([step], files={"whole": file})
 
 
 def open_whole(file: Path, how: Opening) -> OnnxSession:
-    return create_session(file, num_threads=how.num_threads)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = how.num_threads or 0
+    session: OnnxSession = onnxruntime.InferenceSession(file.read_bytes(), options, providers=[CPU_PROVIDER])
+    return session
 
 
 WHOLE = Target(
@@ -193,7 +196,7 @@ def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportRes
 
 def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> None:
     int8 = bundle.manifest.variant("t", "whole-int8")
-    assert int8.optimisations[-1].name == "times 1.0"
+    assert int8.optimizations[-1].name == "times 1.0"
     assert int8.agreement is not None
     assert int8.agreement.same_top == 1
 

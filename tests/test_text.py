@@ -169,7 +169,7 @@ filler = st.sampled_from(["the", "color", "of", "a", "banana", "cherry", "lime",
 
 @pytest.mark.filterwarnings("ignore::xadapter_export.runtime.text.TruncationWarning")
 @given(st.lists(filler, max_size=30), st.lists(filler, max_size=30), st.integers(0, 3), st.integers(2, 24))
-def test_clips_window_is_a_piece_of_the_text_with_both_neighbours_of_the_mask(
+def test_clips_window_is_a_piece_of_the_text_with_both_neighbors_of_the_mask(
     left: list[str], right: list[str], num_masks: int, context: int
 ) -> None:
     if not left and not num_masks:

@@ -35,7 +35,7 @@ max_steps = 2
 batch_size = 4
 log_every = 1
 """
-LABELLED = "a fruit\tno\ngreen banana\tyes\nvery green\tyes\n"
+LABELED = "a fruit\tno\ngreen banana\tyes\nvery green\tyes\n"
 
 Run = Callable[..., Result]
 
@@ -52,7 +52,7 @@ def run(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in a folder with parts, texts and ``run.toml``, its config unless told otherwise."""
     for name in ("plm", "clip", "bank"):
         (tmp_path / name).symlink_to(parts / name)
-    files = {"text.txt": TEXTS, "run.toml": CONFIG, "labelled.tsv": LABELLED}
+    files = {"text.txt": TEXTS, "run.toml": CONFIG, "labeled.tsv": LABELED}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -140,14 +140,14 @@ def test_everything_can_be_said_by_flags(run: Run) -> None:
 
 
 def test_a_classifier_says_how_it_does_on_what_was_held_out(run: Run) -> None:
-    task = ["--task", "text-classification", "--train-files", "labelled.tsv", "--eval-file", "labelled.tsv"]
+    task = ["--task", "text-classification", "--train-files", "labeled.tsv", "--eval-file", "labeled.tsv"]
     result = run("-o", "plugin", *task)
     assert result.exit_code == 0, result.stderr
     assert re.search(
         r"^held out: loss \d\.\d{4}, accuracy \d\.\d{4}, f1 \d\.\d{4}", result.stdout, re.MULTILINE
     )
     assert XAdapterModel.from_pretrained("plugin").config.labels == ("no", "yes")
-    texts = [line.split("\t")[0] for line in LABELLED.splitlines()]
+    texts = [line.split("\t")[0] for line in LABELED.splitlines()]
     assert calibration() == sorted([{"sentence": text} for text in texts], key=str)
 
 
@@ -269,14 +269,14 @@ def test_a_flag_that_does_not_exist_is_a_mistake_of_usage(run: Run) -> None:
         ("--train-files nowhere.txt", "no such file: nowhere.txt (expected texts to train on)"),
         ("--train-files empty.txt", "the file has no text: empty.txt"),
         (
-            "--train-files labelled.csv",
-            "the column with the text is missing: labelled.csv",
+            "--train-files labeled.csv",
+            "the column with the text is missing: labeled.csv",
         ),
         ("--train-files broken.jsonl", "the file is not JSON lines: broken.jsonl, line 1"),
         ("--task text-classification --train-files nothing.tsv", "the file has no rows: nothing.tsv"),
         (
-            "--task text-classification --train-files labelled.tsv --labels no --labels maybe",
-            "a label is out of range: labelled.tsv, row 2 (expected one of no, maybe, or 0 to 1, got yes)",
+            "--task text-classification --train-files labeled.tsv --labels no --labels maybe",
+            "a label is out of range: labeled.tsv, row 2 (expected one of no, maybe, or 0 to 1, got yes)",
         ),
         ("--task text-classification --glue sst3", "unknown GLUE task (expected one of cola, sst2"),
         (
@@ -295,7 +295,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     files = {
         "nothing.tsv": "",
         "empty.txt": "\n  \n\n",
-        "labelled.csv": "words,label\na,1\n",
+        "labeled.csv": "words,label\na,1\n",
         "broken.jsonl": '{"text": "a',
     }
     for name, text in files.items():

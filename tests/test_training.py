@@ -379,7 +379,7 @@ def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str
     assert not (tmp_path / "ck").exists()
 
 
-def test_texts_that_cannot_be_learnt_from(parts: Path, tmp_path: Path) -> None:
+def test_texts_that_cannot_be_learned_from(parts: Path, tmp_path: Path) -> None:
     for name, content, message in (
         ("empty.txt", "\n \n", "the file has no text"),
         ("empty.jsonl", '{"text": ""}', "a text is empty or not a string"),

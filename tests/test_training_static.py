@@ -56,8 +56,8 @@ def prototypes() -> Tensor:
 
 
 def normed(row: np.ndarray[Any, Any], norm: torch.nn.LayerNorm) -> np.ndarray[Any, Any]:
-    centred = row - row.mean()
-    scaled: np.ndarray[Any, Any] = centred / np.sqrt((centred**2).mean() + norm.eps)
+    centered = row - row.mean()
+    scaled: np.ndarray[Any, Any] = centered / np.sqrt((centered**2).mean() + norm.eps)
     scaled *= norm.weight.detach().numpy()
     scaled += norm.bias.detach().numpy()
     return scaled

@@ -23,9 +23,9 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.export import export as export_command
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
-from xadapter_export.exporters.makers.maker import DeployOptions
 from xadapter_export.exporters.makers.triton import check_repository
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
+from xadapter_export.sessions.session import Opening
 from xadapter_export.swap.swap import swap_bank
 
 grpc = pytest.importorskip("grpc", reason="needs the extra [triton]")
@@ -52,7 +52,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration=folder / "texts.txt",
         min_agreement=0,
         max_points_lost=100,
-        deploy_options=DeployOptions(profile={"batch": (1, 8)}),
+        profile={"batch": (1, 8)},
     ).folder
 
 
@@ -65,7 +65,7 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         for home in repository.iterdir():
             text = (home / "config.pbtxt").read_text()
             self.configs[home.name] = text_format.Parse(text, model_config_pb2.ModelConfig())
-            self.sessions[home.name] = create_session(home / "1/model.onnx", num_threads=1)
+            self.sessions[home.name] = open_onnx(home / "1/model.onnx", Opening(num_threads=1))
 
     def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802  # the protocol's name
         return service_pb2.ModelConfigResponse(config=self.configs[request.name])
@@ -111,7 +111,7 @@ def test_the_repository_is_that_of_the_protobuf_and_the_graph(bundle: Path) -> N
         text = (home / "config.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         assert text_format.MessageToString(config) == text
-        session = create_session(home / "1/model.onnx")
+        session = open_onnx(home / "1/model.onnx")
         for values, tensors in ((session.get_inputs(), config.input), (session.get_outputs(), config.output)):
             assert [value.name for value in values] == [tensor.name for tensor in tensors]
             assert all(value.shape[0] == "batch" for value in values)  # every tensor has the batch axis

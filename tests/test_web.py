@@ -115,7 +115,7 @@ def unicode_strings(count: int) -> list[str]:
 
 
 def color_of(row: int) -> tuple[int, int, int]:
-    """A colour that tells a bank row from its neighbours."""
+    """A color that tells a bank row from its neighbors."""
     red, green, blue = colorsys.hsv_to_rgb(row * 0.381966 % 1, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -139,7 +139,7 @@ def packages_of(name: str, lock_from: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def site(bundle: Path, python: XAdapterSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page around the built-in bundle, with a plain colour as the picture of each bank row."""
+    """The page around the built-in bundle, with a plain color as the picture of each bank row."""
     folder = tmp_path_factory.mktemp("page")
     with write_thumbnails(folder) as thumbnails:
         for row in range(len(python.pictures)):
@@ -264,11 +264,17 @@ def test_answer_among_words_and_what_cannot_be_answered(page: "Page", python: XA
     wanted = python.fill_mask(text, experts="v", candidates=["red", "green", "blue"])
     assert [word for word, _ in shown(page)[0]] == [answer.token for answer in wanted]
     page.fill("#words", "red, qqqq")
-    page.wait_for_selector("#hint:has-text('not one word of the language model')")
+    page.wait_for_selector("#hint:has-text('not one word of the language model: \"qqqq\"')")
+    assert page.get_attribute("#words", "aria-invalid") == "true"
+    assert page.get_attribute("#text", "aria-invalid") == "false"
+    assert shown(page) == []
     page.fill("#words", "")
     page.fill("#text", "no blank")
     page.wait_for_selector("#hint:has-text('[MASK]')")
     assert page.get_attribute("#text", "aria-invalid") == "true"
+    assert shown(page) == []
+    assert page.locator("#pictures li").count() == 0
+    assert page.locator(".experts output").all_text_contents() == [""] * 4
     page.click("#insert")
     page.wait_for_selector("#text[aria-invalid=false]")
     assert page.input_value("#text").count("[MASK]") == 1
@@ -305,7 +311,7 @@ def test_keyboard_and_screen_reader(page: "Page") -> None:
     assert page.get_by_role("status").filter(has_text="percent").count() == 1
     assert page.get_by_role("group", name="What the language model may use").count() == 1
     assert page.get_by_role("region", name="Pictures it looked at").get_by_role("listitem").count() == 4
-    assert page.locator("button:visible, input:visible, select:visible").evaluate_all(
+    assert page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
         "all => all.every((one) => one.textContent || one.labels.length)"
     )
 

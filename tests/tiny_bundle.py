@@ -1,6 +1,6 @@
 """A bundle small enough to check by eye: real tokenizers, real graphs, a PLM and a CLIP of one-hot vectors.
 
-The language model repeats the words of its sentence; the V-expert adds the colour of the pictures that it
+The language model repeats the words of its sentence; the V-expert adds the color of the pictures that it
 retrieves, the T-expert adds "fruit". The reference outputs come from numpy, written apart from the graphs.
 """
 
@@ -53,6 +53,33 @@ AGREEMENT: Spec = {
     "min_same_top": 0.99,
     "max_points_lost": 1.0,
     "gate_lowered": False,
+}
+
+
+SHA = "0" * 64
+PARTS: Spec = {
+    "plm": {
+        "family": "bert",
+        "source": "tiny",
+        "sha256": SHA,
+        "hidden_size": H,
+        "vocab_size": H,
+        "max_seq": MAX_SEQ,
+        "mask_token": "[MASK]",
+        "mask_token_id": 4,
+        "pad_token_id": 0,
+        "has_token_type_ids": False,
+    },
+    "clip": {
+        "source": "tiny",
+        "sha256": SHA,
+        "context_length": CONTEXT,
+        "start_token_id": 1,
+        "end_token_id": 2,
+        "embed_dim": D,
+        "text_width": D,
+    },
+    "bank": {"num_pictures": len(PICTURES), "dim": D, "sha256": SHA, "retrieval": "topk", "k": K},
 }
 
 
@@ -154,33 +181,55 @@ def _write_graph(folder: Path, stem: str, graph: onnx.ModelProto, *, to_openvino
     return file, data
 
 
+class _Tape:
+    """Nodes and constants of a graph as it is written."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, NDArray[Any]] = {"one": np.array([1]), "two": np.array([2])}
+
+    def node(self, op: str, inputs: str, outputs: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op, inputs.split(), outputs.split(), **attributes))
+
+
 def _graph(experts: str, task: str, columns: list[int] | None, *, rounded: bool = False) -> onnx.ModelProto:
     w = weights()
     if rounded:
         w |= {name: np.round(w[name] * 64) / np.float32(64) for name in ("plm", "adapter_v", "adapter_t")}
-    decoder = w["plm"].T if columns is None else w["plm"].T[:, columns]
-    constants: dict[str, NDArray[Any]] = {"plm": w["plm"], "one": np.array([1]), "two": np.array([2])}
-    nodes = []
+    tape = _Tape()
+    tape.constants["plm"] = w["plm"]
+    tape.node("Gather", "plm input_ids", "embedded")
+    tape.node("Shape", "embedded", "shape")
+    hidden = _write_experts(tape, w, experts)
+    _write_head(tape, w, hidden, task, columns)
 
-    def node(op: str, inputs: str, outputs: str, **attributes: Any) -> None:
-        nodes.append(helper.make_node(op, inputs.split(), outputs.split(), **attributes))
+    def value(spec: Spec) -> onnx.ValueInfoProto:
+        kind = TensorProto.INT64 if spec["dtype"] == "int64" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(spec["name"], kind, spec["axes"])
 
-    node("Gather", "plm input_ids", "embedded")
-    node("Shape", "embedded", "shape")
-    hidden, names = "embedded", []
+    inputs, outputs = _io(experts, task, columns)
+    graph = helper.make_graph(
+        tape.nodes,
+        "tiny",
+        [value(spec) for spec in inputs],
+        [value(spec) for spec in outputs],
+        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in tape.constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _write_experts(tape: _Tape, w: dict[str, NDArray[np.float32]], experts: str) -> str:
+    """Write CLIP and the experts, and return the name of the hidden states after them."""
+    node, hidden, names = tape.node, "embedded", []
     if experts != "none":
-        constants["clip"] = w["clip"]
+        tape.constants["clip"] = w["clip"]
         node("Gather", "clip clip_input_ids", "clip_states")
         node("ReduceSum", "clip_states one", "text_sum", keepdims=0)
         node("ReduceL2", "text_sum", "text_length", axes=[-1], keepdims=1)
         node("Div", "text_sum text_length", "text")
     if "v" in experts:
-        constants |= {
-            "bank": w["bank"],
-            "bank_t": w["bank"].T,
-            "adapter_v": w["adapter_v"],
-            "k": np.array([K]),
-        }
+        rows = {"bank": w["bank"], "bank_t": w["bank"].T, "k": np.array([K])}
+        tape.constants |= {**rows, "adapter_v": w["adapter_v"]}
         node("MatMul", "text bank_t", "scores")
         node("TopK", "scores k", "retrieved_scores retrieved")
         node("Gather", "bank retrieved", "pictures")
@@ -190,7 +239,7 @@ def _graph(experts: str, task: str, columns: list[int] | None, *, rounded: bool 
         node("MatMul", "seen adapter_v", "read_v")
         names.append("v")
     if "t" in experts:
-        constants["adapter_t"] = w["adapter_t"]
+        tape.constants["adapter_t"] = w["adapter_t"]
         node("MatMul", "text adapter_t", "read_t")
         names.append("t")
     for name in names:
@@ -198,8 +247,16 @@ def _graph(experts: str, task: str, columns: list[int] | None, *, rounded: bool 
         node("Expand", f"wide_{name} shape", f"x_adapter.0.{name}")
         node("Add", f"{hidden} x_adapter.0.{name}", f"hidden_{name}")
         hidden = f"hidden_{name}"
+    return hidden
+
+
+def _write_head(
+    tape: _Tape, w: dict[str, NDArray[np.float32]], hidden: str, task: str, columns: list[int] | None
+) -> None:
+    """Write what the task answers with."""
+    node = tape.node
     if task == "fill-mask":
-        constants["decoder"] = decoder
+        tape.constants["decoder"] = w["plm"].T if columns is None else w["plm"].T[:, columns]
         node("Unsqueeze", "mask_positions two", "where")
         node("GatherND", f"{hidden} where", "at_masks", batch_dims=1)
         node("MatMul", "at_masks decoder", "logits")
@@ -211,26 +268,12 @@ def _graph(experts: str, task: str, columns: list[int] | None, *, rounded: bool 
         node("ReduceSum", "mask3 one", "length", keepdims=0)
         node("Div", "summed length", "pooled")
     if task == "text-classification":
-        constants["head"] = w["head"]
+        tape.constants["head"] = w["head"]
         node("MatMul", "pooled head", "logits")
     elif task == "feature-extraction":
         node("Identity", hidden, "last_hidden_state")
         node("ReduceL2", "pooled", "pooled_length", axes=[-1], keepdims=1)
         node("Div", "pooled pooled_length", "sentence_embedding")
-
-    def value(spec: Spec) -> onnx.ValueInfoProto:
-        kind = TensorProto.INT64 if spec["dtype"] == "int64" else TensorProto.FLOAT
-        return helper.make_tensor_value_info(spec["name"], kind, spec["axes"])
-
-    inputs, outputs = _io(experts, task, columns)
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [value(spec) for spec in inputs],
-        [value(spec) for spec in outputs],
-        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def _io(experts: str, task: str, columns: list[int] | None) -> tuple[list[Spec], list[Spec]]:
@@ -269,6 +312,37 @@ def write_bundle(
 
     Each set comes in each of ``variants``; those of a precision below fp32 hold weights rounded to 8 bits.
     """
+    columns = None if candidates is None else [WORDS.index(word) for word in candidates]
+    arrays = _write_companions(folder, task, sets, columns)
+    manifest = {
+        "format_version": 1,
+        "created_with": {"onnx": onnx.__version__},
+        "checkpoint": {"source": "tiny", "sha256": SHA},
+        "task": task,
+        "labels": ["sweet", "sour"] if task == "text-classification" else None,
+        "candidates": candidates and [{"word": word, "token_id": WORDS.index(word)} for word in candidates],
+        "opset": 17,
+        "default_expert_set": sets[-1],
+        "expert_sets": {experts: _set(experts, task, columns) for experts in sets},
+        **PARTS,
+        "variants": [
+            _write_variant(folder, experts, task, columns, name, is_default=experts == sets[-1])
+            for experts in sets
+            for name in variants
+        ],
+        "files": {},
+    }
+    manifest["files"] = {path: entry.model_dump() for path, entry in list_files(folder).items()}
+    parsed = Manifest.from_json(json.dumps(manifest))
+    if any(variant.agreement for variant in parsed.variants):
+        _record_lossy(folder, parsed, arrays)
+        parsed = parsed.model_copy(update={"files": list_files(folder)})
+    (folder / "manifest.json").write_text(parsed.to_json(), encoding="utf-8")
+    return folder
+
+
+def _write_companions(folder: Path, task: str, sets: tuple[str, ...], columns: list[int] | None) -> Arrays:
+    """Write tokenizers, pictures and reference, and return the arrays of the reference."""
     from xadapter_export.runtime.text import TextEncoder
 
     (folder / "onnx").mkdir(parents=True)
@@ -286,7 +360,6 @@ def write_bundle(
         clip_context_length=CONTEXT,
         clip_end_token_id=2,
     )
-    columns = None if candidates is None else [WORDS.index(word) for word in candidates]
     arrays: Arrays = {}
     for case, (texts, _) in CASES.items():
         inputs = encoder.encode(texts)
@@ -295,81 +368,44 @@ def write_bundle(
             for key, value in reference(inputs, experts, task, columns).items():
                 arrays[f"{case}/{experts}/{key}"] = value
     np.savez(folder / "reference.npz", **arrays)  # type: ignore[arg-type]  # keywords are arrays
+    return arrays
 
-    sha, default = "0" * 64, sets[-1]
-    expert_sets, entries = {}, []
-    for experts in sets:
-        inputs_spec, outputs_spec = _io(experts, task, columns)
-        taps = [e for e in "vt" if e in experts]
-        expert_sets[experts] = {
-            "inputs": inputs_spec,
-            "outputs": outputs_spec,
-            "taps": [{"name": f"x_adapter.0.{e}", "layer": 0, "expert": e} for e in taps],
-            "component_parameters": {"plm": H * H, "head": 0} | {f"adapter_{e}": D * H for e in taps},
-        }
-        for name in variants:
-            target, precision = name.split("-")
-            stem = "model" if experts == default else f"model_{experts}"
-            stem += "" if name == "onnx-fp32" else f"_{target}_{precision}"
-            lossy = precision != "fp32"
-            file, data = _write_graph(
-                folder, stem, _graph(experts, task, columns, rounded=lossy), to_openvino=target == "openvino"
-            )
-            num_arrays = len(outputs_spec) + (0 if target == "openvino" else len(taps))
-            entries.append(
-                {
-                    "expert_set": experts,
-                    "precision": precision,
-                    "target": target,
-                    "file": file,
-                    "weight_files": [data],
-                    "size_bytes": sum((folder / path).stat().st_size for path in (file, data)),
-                    "optimisations": [STEP] if target == "cpu" else [],
-                    "parity": None if lossy else PROOF | {"num_cells": len(CASES) * num_arrays},
-                    "agreement": AGREEMENT if lossy else None,
-                }
-            )
-    manifest = {
-        "format_version": 1,
-        "created_with": {"onnx": onnx.__version__},
-        "checkpoint": {"source": "tiny", "sha256": sha},
-        "task": task,
-        "labels": ["sweet", "sour"] if task == "text-classification" else None,
-        "candidates": candidates and [{"word": word, "token_id": WORDS.index(word)} for word in candidates],
-        "opset": 17,
-        "default_expert_set": default,
-        "expert_sets": expert_sets,
-        "plm": {
-            "family": "bert",
-            "source": "tiny",
-            "sha256": sha,
-            "hidden_size": H,
-            "vocab_size": H,
-            "max_seq": MAX_SEQ,
-            "mask_token": "[MASK]",
-            "mask_token_id": 4,
-            "pad_token_id": 0,
-            "has_token_type_ids": False,
-        },
-        "clip": {
-            "source": "tiny",
-            "sha256": sha,
-            "context_length": CONTEXT,
-            "start_token_id": 1,
-            "end_token_id": 2,
-            "embed_dim": D,
-            "text_width": D,
-        },
-        "bank": {"num_pictures": len(PICTURES), "dim": D, "sha256": sha, "retrieval": "topk", "k": K},
-        "variants": entries,
-        "files": {path: entry.model_dump() for path, entry in list_files(folder).items()},
+
+def _set(experts: str, task: str, columns: list[int] | None) -> Spec:
+    """Return what the manifest says of an expert set."""
+    inputs, outputs = _io(experts, task, columns)
+    taps = [e for e in "vt" if e in experts]
+    return {
+        "inputs": inputs,
+        "outputs": outputs,
+        "taps": [{"name": f"x_adapter.0.{e}", "layer": 0, "expert": e} for e in taps],
+        "component_parameters": {"plm": H * H, "head": 0} | {f"adapter_{e}": D * H for e in taps},
     }
-    parsed = Manifest.from_json(json.dumps(manifest))
-    if any(variant.agreement for variant in parsed.variants):
-        _record_lossy(folder, parsed, arrays)
-        parsed = parsed.model_copy(update={"files": list_files(folder)})
-    (folder / "manifest.json").write_text(parsed.to_json(), encoding="utf-8")
-    return folder
+
+
+def _write_variant(
+    folder: Path, experts: str, task: str, columns: list[int] | None, name: str, *, is_default: bool
+) -> Spec:
+    """Write a variant of an expert set, and return what the manifest says of it."""
+    target, precision = name.split("-")
+    stem = "model" if is_default else f"model_{experts}"
+    stem += "" if name == "onnx-fp32" else f"_{target}_{precision}"
+    lossy = precision != "fp32"
+    graph = _graph(experts, task, columns, rounded=lossy)
+    file, data = _write_graph(folder, stem, graph, to_openvino=target == "openvino")
+    spec = _set(experts, task, columns)
+    num_arrays = len(spec["outputs"]) + (0 if target == "openvino" else len(spec["taps"]))
+    return {
+        "expert_set": experts,
+        "precision": precision,
+        "target": target,
+        "file": file,
+        "weight_files": [data],
+        "size_bytes": sum((folder / path).stat().st_size for path in (file, data)),
+        "optimizations": [STEP] if target == "cpu" else [],
+        "parity": None if lossy else PROOF | {"num_cells": len(CASES) * num_arrays},
+        "agreement": AGREEMENT if lossy else None,
+    }
 
 
 def _record_lossy(folder: Path, manifest: Manifest, arrays: Arrays) -> None:

@@ -119,7 +119,7 @@ def make_bank(dim: int = D) -> FeatureBank:
     return FeatureBank(features, tuple(Picture(id=f"{i}", caption=f"picture {i}") for i in range(N)))
 
 
-def randomise_plugin(model: XAdapterModel) -> XAdapterModel:
+def randomize_plugin(model: XAdapterModel) -> XAdapterModel:
     """Gives the plug-in weights as a trained one has: none is zero, none is its start."""
     torch.manual_seed(3)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def make_model(
         plm = getattr(plm, plm.base_model_prefix)
         plm.name_or_path = str(folder / "plm")
     clip = make_clip(context_length=context_length)
-    return randomise_plugin(XAdapterModel(config, load_plm(plm, config.task), clip, make_bank()))
+    return randomize_plugin(XAdapterModel(config, load_plm(plm, config.task), clip, make_bank()))
 
 
 def write_parts(folder: Path) -> tuple[Path, Path, Path]:

@@ -1,12 +1,14 @@
 """The tables of results, for the terminal and for ``docs/results.md``."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 from rich.console import Console
 from rich.table import Table
+
+from xadapter_export.bundle.machine import read_machine
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def write_results(path: Path, recipe: str, grids: Sequence[Grid], notes: Sequenc
     section = [
         begin,
         "",
-        f"Printed by `python -m {recipe}`, {seeds}, on {platform.machine()} with 2 threads.",
+        f"Printed by `python -m {recipe}`, {seeds}, on {read_machine()}.",
         "",
     ]
     for grid in grids:
@@ -60,6 +62,12 @@ def write_results(path: Path, recipe: str, grids: Sequence[Grid], notes: Sequenc
     before, _, rest = text.partition(begin)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(before + "\n".join(section) + rest.partition(end)[2], encoding="utf-8")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return mean and standard deviation of some values, as ``mean ± sd``."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,13 +1,33 @@
 """Every error this package raises on purpose, and the one way to import a module of an extra.
 
-Each leaf also inherits the builtin that it specialises, so ``except ValueError`` still works for a caller who
+Each leaf also inherits the builtin that it specializes, so ``except ValueError`` still works for a caller who
 does not know this package, and ``except XAdapterError`` catches everything that was foreseen. A message is
 one line that says what, where, expected, got, and what to do; each part is also an attribute.
 """
 
 import importlib
+import re
 from types import ModuleType
-from typing import Self
+from typing import Final, Self
+
+# Controls, which a terminal obeys; direction overrides, which reorder a line; halves of surrogate pairs.
+_UNPRINTABLE: Final = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_PART: Final = 1000  # characters of one part of an error; what is quoted may come from an attacker
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Return a text that a terminal only prints: control characters become escapes such as ``\x1b``.
+
+    Args:
+        text: Any text, also from a file that nobody trusts.
+        keep: Control characters that stay as they are.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def shortened(text: str, longest: int = _LONGEST_PART) -> str:
+    """Return a text, cut with a note of its length if it has more than ``longest`` characters."""
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 class XAdapterError(Exception):
@@ -31,15 +51,17 @@ class XAdapterError(Exception):
         hint: str | None = None,
     ) -> None:
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
-        line = what if where is None else f"{what}: {where}"
+        line = shortened(what) + ("" if where is None else f": {shortened(str(where))}")
         if isinstance(got, OSError) and got.strerror:  # its number and its path tell the reader nothing new
             got = got.strerror
-        facts = [f"{k} {v}" for k, v in (("expected", expected), ("got", got)) if v is not None]
+        facts = [
+            f"{k} {shortened(str(v))}" for k, v in (("expected", expected), ("got", got)) if v is not None
+        ]
         if facts:
             line += f" ({', '.join(facts)})"
         if hint is not None:
-            line += f"; {hint}"
-        super().__init__(" ".join(line.split()))  # one line, whatever was quoted in it
+            line += f"; {shortened(hint)}"
+        super().__init__(printable(" ".join(line.split())))  # one line, whatever was quoted in it
 
     def __str__(self) -> str:
         """Return the line; ``OSError`` and ``ImportError`` would format their arguments their own way."""

@@ -42,7 +42,7 @@ def cure_torchvision() -> bool:
     else:
         return False
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import left half-initialised
+        del sys.modules[name]  # what the failed import left half-initialized
     library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]  # torch
     for schema in _MISSING_SCHEMAS:
         library.define(schema)  # type: ignore[no-untyped-call]  # torch

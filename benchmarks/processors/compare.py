@@ -63,6 +63,7 @@ class Finding:
         same_as_native: Share of its top answers, or mean cosine, that are its own on this machine.
         max_difference: Largest difference of a logit to its own on this machine.
         reason: Why there is no answer; empty where there is one.
+        is_of_more_texts: Whether it was off, and was asked more texts than the others.
     """
 
     processor: str
@@ -76,6 +77,12 @@ class Finding:
     same_as_native: float = 0.0
     max_difference: float = 0.0
     reason: str = ""
+    is_of_more_texts: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What it is about."""
+        return self.processor, self.case, self.experts, self.variant, self.route
 
     @property
     def is_right(self) -> bool:
@@ -104,7 +111,8 @@ def compare(processor: str, here: Ran, native: Ran, manifests: Mapping[str, Mani
         if row["reason"]:
             yield Finding(processor, case, experts, variant, route, gate, reason=str(row["reason"]))
             continue
-        reference = f"{case}/{experts}/{REFERENCE}/plain"
+        references = [f"{case}/{experts}/{REFERENCE}/{each}" for each in ("plain", "session")]
+        reference = next(each for each in references if each in here.answers)
         ours, theirs = here.answers[name], native.answers[name]
         if ours.shape != theirs.shape:
             raise XAdapterError("answers to other texts", where=name, expected=theirs.shape, got=ours.shape)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+from xml.etree import ElementTree
 
 import click
 from rich.console import Console
@@ -21,7 +22,7 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement
 from xadapter_export.cli.command import XadCommand
 
-_TESTS: Final = ("tests/test_quantise.py",)
+_TESTS: Final = ("tests/test_rounding.py", "tests/test_quantize.py")
 _SECTION: Final = "benchmarks.processors.haswell"
 _MOST_POINTS: Final = 0.5
 
@@ -34,10 +35,42 @@ def main() -> None:
 @main.command(cls=XadCommand)
 @click.argument("files", nargs=-1, type=click.Path(exists=True))
 @click.option("--select", default="", help="As pytest's -k.")
-def tests(files: tuple[str, ...], select: str) -> None:
+@click.option("--write", is_flag=True, help="Write the table to docs/results.md.")
+def tests(files: tuple[str, ...], select: str, write: bool) -> None:
     """Run test files there. [default: tests of int8, int4 and Q/DQ]."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=10", *(files or _TESTS)]
-    sys.exit(_run(build(PROCESSORS["haswell"]), [*command, *(("-k", select) if select else ())]).returncode)
+    emulated = build(PROCESSORS["haswell"])
+    with tempfile.TemporaryDirectory() as temporary:
+        junit = Path(temporary) / "tests.xml"
+        command = ["-m", "pytest", "-p", "no:cacheprovider", "-v", f"--junitxml={junit}", *(files or _TESTS)]
+        code = _run(emulated, [*command, *(("-k", select) if select else ())]).returncode
+        grid = tests_grid(junit)
+    print_grid(grid, Console(width=160, highlight=False))
+    if write:
+        says = f"by emulation with {emulated.emulator}"
+        write_results(ROOT / "docs" / "results.md", f"{_SECTION} tests", [grid], (), says)
+    sys.exit(code)
+
+
+def tests_grid(junit: Path) -> Grid:
+    """Return what became of each test function of a JUnit report, its cases added up."""
+    outcomes: dict[str, list[str]] = {}
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        name = f"{case.attrib['classname'].rpartition('.')[2]}, {case.attrib['name'].partition('[')[0]}"
+        marks = {child.tag for child in case}
+        failed = bool(marks & {"failure", "error"})
+        outcomes.setdefault(name, []).append(
+            "failed" if failed else "skipped" if "skipped" in marks else "passed"
+        )
+        seconds[name] = seconds.get(name, 0.0) + float(case.attrib["time"])
+    columns = ("passed", "failed", "skipped")
+    rows = [
+        (name, *(str(found.count(each)) for each in columns), f"{seconds[name]:.0f}")
+        for name, found in outcomes.items()
+    ]
+    return Grid(
+        "Tests of int8, int4 and Q/DQ on an emulated Haswell", ("test", *columns, "seconds"), tuple(rows)
+    )
 
 
 @main.command(cls=XadCommand)

@@ -37,6 +37,7 @@ Float32Array = NDArray[np.float32]
 def answer(job: dict[str, Any], folder: Path) -> None:
     """Do a job: its ``routes``, and ``cases`` by name: ``bundle``, ``texts``, ``sets``, and sets to prove.
 
+    A case with ``variants`` is asked of those and the fp32 that they are compared with; else of all.
     Emulation is slow. All texts go to what is rounded and to the fp32 that it is compared with, each in the
     first of its routes; other fp32 variants and second routes are asked the first two batches.
     """
@@ -52,7 +53,7 @@ def answer(job: dict[str, Any], folder: Path) -> None:
             start = time.process_time()
             feeds = _feeds(bundle, experts, asked["texts"])
             for variant in bundle.manifest.variants_of(experts):
-                if variant.is_for_gpu:
+                if variant.is_for_gpu or variant.name not in asked.get("variants", (variant.name,)):
                     continue
                 routes = job["routes"] if variant.target != "openvino" else ("session",)
                 for route in routes:

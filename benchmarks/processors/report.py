@@ -12,7 +12,9 @@ def kept_grid(findings: Sequence[Finding], processors: Sequence[str]) -> Grid:
     for (case, experts, variant), group in _grouped(findings):
         gate = next(finding.gate for finding in group)
         cells = [_kept(group, processor) for processor in processors]
-        answered = sorted((f for f in group if not f.reason), key=lambda finding: finding.route)
+        answered = sorted(
+            (f for f in group if not f.reason), key=lambda finding: (finding.is_of_more_texts, finding.route)
+        )
         native = (
             answered[0].kept_natively if answered else 0.0
         )  # of all texts: a plain session, if there is one
@@ -100,7 +102,8 @@ def _kept(group: Sequence[Finding], processor: str) -> str:
 def _cell(finding: Finding) -> str:
     if finding.reason:
         return "refused" if "refused" in finding.reason else "cannot run"
-    return _share(finding.kept) if finding.is_right else f"**{_share(finding.kept)}**"
+    text = _share(finding.kept) if finding.is_right else f"**{_share(finding.kept)}**"
+    return f"{text} (natively {_share(finding.kept_natively)})" if finding.is_of_more_texts else text
 
 
 def _share(value: float | None) -> str:

@@ -114,6 +114,9 @@ function prepareControls() {
     answer();
   });
   for (const id of ["text", "words"]) at(id).addEventListener("input", answer);
+  at("text").addEventListener("keydown", (event) => {
+    if (event.key === "Enter") event.preventDefault(); // a sentence is one line, however it is broken
+  });
   at("experts").addEventListener("change", answer);
   at("credit").textContent = sheets.credit;
   if (navigator.gpu) {
@@ -148,7 +151,9 @@ async function answer() {
   try {
     result = await session.answer(text, { experts, candidates });
   } catch (error) {
-    if (number === asked) showHint(error);
+    if (number !== asked) return;
+    showHint(error);
+    clearAnswer();
     return;
   }
   if (number !== asked) return;
@@ -183,9 +188,20 @@ async function compare(number, text, candidates, experts, result) {
   at("experts").dataset.text = text;
 }
 
+/** Leave nothing of an older answer: it is not the answer to what is written now. */
+function clearAnswer() {
+  clearTimeout(speaking);
+  for (const id of ["answers", "pictures", "facts", "spoken"]) at(id).replaceChildren();
+  for (const best of document.querySelectorAll(".experts output")) best.textContent = "";
+  at("no-pictures").hidden = true;
+  delete at("answers").dataset.text;
+  delete at("experts").dataset.text;
+}
+
 function showHint(error) {
   at("hint").textContent = error?.message ?? "";
-  at("text").setAttribute("aria-invalid", error ? "true" : "false");
+  const wrong = error && (error.field ?? "text");
+  for (const id of ["text", "words"]) at(id).setAttribute("aria-invalid", wrong === id ? "true" : "false");
   if (error && !(error instanceof XAdapterError)) showProblem(error);
 }
 

@@ -30,7 +30,7 @@ VENDOR = {
     ),
     "@huggingface/tokenizers/dist": ("tokenizers.min.mjs",),
 }
-LICENCES = {
+LICENSES = {
     "onnxruntime-web": ("package.json", "README.md"),
     "@huggingface/tokenizers": ("package.json", "LICENSE"),
 }
@@ -121,9 +121,9 @@ def _fill(output: Path, bundle: Path, packages: Path, pictures: str) -> None:
     for folder, names in VENDOR.items():
         for name in names:
             _copy_library(packages / folder / name, output / "vendor" / name)
-    for package, names in LICENCES.items():
+    for package, names in LICENSES.items():
         for name in names:
-            kept = output / "vendor" / "licences" / package.replace("/", "-") / name
+            kept = output / "vendor" / "licenses" / package.replace("/", "-") / name
             _copy_library(packages / package / name, kept)
     for name in (MANIFEST_NAME, *(name for name in manifest.files if name not in _PROOF)):
         _copy(bundle / name, output / "bundle" / name)

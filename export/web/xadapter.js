@@ -19,6 +19,12 @@ const PREFERRED = {
 /** An error whose message a user can act on. */
 export class XAdapterError extends Error {
   name = "XAdapterError";
+
+  /** `field`: "words" where a candidate is wrong; else it is the text, or the bundle. */
+  constructor(message, field = undefined) {
+    super(message);
+    this.field = field;
+  }
 }
 
 /**
@@ -264,10 +270,10 @@ export class XAdapterSession {
     return words.map((word) => {
       const { ids, tokens } = this.#plm.encode(` ${word.trim()}`, { add_special_tokens: false });
       if (ids.length !== 1 || ["[UNK]", "<unk>"].includes(tokens[0])) {
-        throw new XAdapterError(`"${word}" is not one word of the language model`);
+        throw new XAdapterError(`not one word of the language model: "${word}"`, "words");
       }
       const column = sliced ? sliced.findIndex((candidate) => candidate.token_id === ids[0]) : ids[0];
-      if (column < 0) throw new XAdapterError(`the bundle was exported for other words than "${word}"`);
+      if (column < 0) throw new XAdapterError(`not a word that the bundle was exported for: "${word}"`, "words");
       return { word: word.trim(), column };
     });
   }

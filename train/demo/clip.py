@@ -28,7 +28,7 @@ from train.demo.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, caption_
 from xadapter_export.model.clip_tokenizer import build_clip_tokenizer
 from xadapter_export.runtime.text import clip_text
 
-# open_clip's own normalisation constants, so that its default preprocessing suits this model.
+# open_clip's own normalization constants, so that its default preprocessing suits this model.
 _MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 _STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
@@ -97,7 +97,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """``(N, size, size, 3) uint8`` to ``(N, 3, size, size) float32``, normalised as open_clip does."""
+    """``(N, size, size, 3) uint8`` to ``(N, 3, size, size) float32``, normalized as open_clip does."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - _MEAN) / _STD
 
 
@@ -165,7 +165,7 @@ def _model_config(settings: ClipSettings, image_size: int, vocab_size: int) -> d
 
 
 def _augment(pixels: Tensor, background: Tensor) -> Tensor:
-    """Rotate, scale, shift and flip ``(B, 3, H, W) float32``; colours stay as they are."""
+    """Rotate, scale, shift and flip ``(B, 3, H, W) float32``; colors stay as they are."""
     count = len(pixels)
     angle = (torch.rand(count) - 0.5) * 0.7
     scale = 0.85 + 0.45 * torch.rand(count)

@@ -1,10 +1,10 @@
-"""Named pictures of objects: emoji artwork whose licences allow shipping what is made from it.
+"""Named pictures of objects: emoji artwork whose licenses allow shipping what is made from it.
 
-N pictures, C colours (11).
+N pictures, C colors (11).
 
 Source:
     unicode-emoji-json and emojilib (MIT); Noto Emoji and Firefox OS Emoji (Apache-2.0); Fluent Emoji (MIT),
-    as packed for npm by iconify. Colour distributions: CoDa (Paik et al. 2021, Apache-2.0).
+    as packed for npm by iconify. Color distributions: CoDa (Paik et al. 2021, Apache-2.0).
 """
 
 import csv
@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.demo.stages import Stages
+from xadapter_export.evaluation.objects import ELEVEN
 
-COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+COLORS = ELEVEN
 _COLOR_WORDS = frozenset(
     (
         *COLORS,
         "gray",
         "color",
-        "colour",
+        "color",
         "colorful",
         "gold",
         "golden",
@@ -52,12 +53,12 @@ class DemoObject:
     """One kind of thing.
 
     Attributes:
-        name: What its pictures are called, without colour words.
+        name: What its pictures are called, without color words.
         names: All that it is called: ``name``, CoDa's singular and plural. Captions draw from these.
-        keywords: Words that people associate with it, without colour words.
+        keywords: Words that people associate with it, without color words.
         group: The Unicode group, such as "Food & Drink".
         coda_name: CoDa's name of it, or None where CoDa does not know it.
-        color_shares: Share of CoDa's annotators' colour mass, in the order of ``COLORS``; empty without CoDa.
+        color_shares: Share of CoDa's annotators' color mass, in the order of ``COLORS``; empty without CoDa.
     """
 
     name: str
@@ -69,7 +70,7 @@ class DemoObject:
 
     @property
     def color(self) -> str | None:
-        """The colour that most of CoDa's annotators' mass is on."""
+        """The color that most of CoDa's annotators' mass is on."""
         return COLORS[int(np.argmax(self.color_shares))] if self.color_shares else None
 
 
@@ -93,7 +94,7 @@ class Material:
 
 
 def without_color_words(text: str) -> str:
-    """Drop colour words, punctuation other than hyphens, and the "face" that ends "dog face"."""
+    """Drop color words, punctuation other than hyphens, and the "face" that ends "dog face"."""
     words = [
         word
         for word in re.sub(r"[^\w -]", "", text.lower()).split()
@@ -103,7 +104,7 @@ def without_color_words(text: str) -> str:
 
 
 def pack_packages(packages: Sequence[str], folder: Path) -> None:
-    """Fetch npm packages with the npm client and unpack each into its folder, licences included."""
+    """Fetch npm packages with the npm client and unpack each into its folder, licenses included."""
     for spec in packages:
         done = subprocess.run(
             ["npm", "pack", "--silent", "--json", spec],
@@ -170,17 +171,10 @@ def make_pictures(
     found: dict[str, dict[str, Any]] = {}
     images, coverage, object_names, ids = [], [], [], []
     for symbol, entry in emoji.items():
-        if entry["group"] not in groups or _CLOCK_FACE.search(entry["name"]):
-            continue
         name = without_color_words(entry["name"])
-        if not name:
+        if entry["group"] not in groups or _CLOCK_FACE.search(entry["name"]) or not name:
             continue
-        rendered = [
-            (f"{set_name}/{icon}", rgba)
-            for set_name, icon_set in sets.items()
-            if (icon := _find_icon(icon_set["icons"], entry["name"])) is not None
-            and (rgba := _render(icon_set, icon, size)) is not None
-        ]
+        rendered = _render_all(sets, entry["name"], size)
         if not rendered:
             continue
         words = (without_color_words(word.replace("_", " ")) for word in keywords.get(symbol, []))
@@ -207,6 +201,18 @@ def make_pictures(
         ids=np.array(ids),
         object_of=np.array([row[name] for name in object_names], np.int64),
     )
+
+
+def _render_all(
+    sets: Mapping[str, dict[str, Any]], name: str, size: int
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Render an emoji in each icon set that has it: its id and ``(size, size, 4) uint8``."""
+    return [
+        (f"{set_name}/{icon}", rgba)
+        for set_name, icon_set in sets.items()
+        if (icon := _find_icon(icon_set["icons"], name)) is not None
+        and (rgba := _render(icon_set, icon, size)) is not None
+    ]
 
 
 def read_material(folder: Path) -> Material:

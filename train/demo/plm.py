@@ -225,7 +225,7 @@ def train_plm(
     console: Console,
     folder: Path,
 ) -> None:
-    """Train on three parts of facts and one of colour sentences; write a ``save_pretrained`` folder."""
+    """Train on three parts of facts and one of color sentences; write a ``save_pretrained`` folder."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)

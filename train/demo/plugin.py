@@ -51,7 +51,7 @@ _SMALL_WORDS = frozenset(
 )
 _WORD = re.compile(r"\w+")
 
-# Where the eleven names lie in sRGB: the most common answers of the xkcd colour survey (CC0).
+# Where the eleven names lie in sRGB: the most common answers of the xkcd color survey (CC0).
 _SURVEY_COLORS = {
     "black": 0x000000, "blue": 0x0343DF, "brown": 0x653700, "green": 0x15B01A, "grey": 0x929591,
     "orange": 0xF97306, "pink": 0xFF81C0, "purple": 0x7E1E9C, "red": 0xE50000, "white": 0xFFFFFF,
@@ -88,7 +88,7 @@ class Split:
 
     Attributes:
         training: Rows of objects none of whose names has a word of ``held_out_words``.
-        held_out: Rows of objects with a clear colour.
+        held_out: Rows of objects with a clear color.
         held_out_words: Every word of every name of the held-out objects, in the singular.
     """
 
@@ -102,11 +102,11 @@ class Split:
 
 
 def split_objects(objects: Sequence[DemoObject], share: float, always: Sequence[str], seed: int) -> Split:
-    """Hold out a share of the objects of a clear colour, whole head nouns at a time.
+    """Hold out a share of the objects of a clear color, whole head nouns at a time.
 
     Args:
         objects: All objects.
-        share: Of the objects with a clear colour.
+        share: Of the objects with a clear color.
         always: Names, as CoDa has them, that are held out in any case.
         seed: Of the order in which head nouns are drawn.
     """
@@ -148,9 +148,9 @@ def _singular(word: str) -> str:
 
 
 def measure_pixel_colors(material: Material) -> NDArray[np.float64]:
-    """Share of the eleven colours in the drawings of each object: ``(objects, 11) float64``.
+    """Share of the eleven colors in the drawings of each object: ``(objects, 11) float64``.
 
-    Every covered pixel counts for the nearest survey colour in CIELAB.
+    Every covered pixel counts for the nearest survey color in CIELAB.
     """
     anchors = _to_lab(
         np.array([[code >> 16, code >> 8 & 255, code & 255] for code in _SURVEY_COLORS.values()])
@@ -179,7 +179,7 @@ def _to_lab(rgb: NDArray[np.generic]) -> NDArray[np.float64]:
 
 
 def color_targets(objects: Sequence[DemoObject], pixel_colors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What a plug-in learns: CoDa's shares, and where CoDa has none the main colour of the pictures."""
+    """What a plug-in learns: CoDa's shares, and where CoDa has none the main color of the pictures."""
     main = np.eye(len(COLORS))[pixel_colors.argmax(1)]
     return np.stack(
         [
@@ -274,7 +274,7 @@ def color_questions(
     *,
     all_names: bool,
 ) -> Questions:
-    """Ask for the colour of every object in every template, by each of its names or by CoDa's alone."""
+    """Ask for the color of every object in every template, by each of its names or by CoDa's alone."""
     asked = [
         (fill(template, noun, c=MASK), row)
         for row, entry in enumerate(objects)
@@ -339,7 +339,7 @@ def train_plugin(
     console: Console,
     title: str,
 ) -> None:
-    """Train the plug-in in place: colours and ordinary words in every step, the expert sets in turn."""
+    """Train the plug-in in place: colors and ordinary words in every step, the expert sets in turn."""
     torch.manual_seed(seed)
     for module in model.adapters.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
@@ -365,7 +365,7 @@ def train_plugin(
         torch.nn.utils.clip_grad_norm_(model.adapters.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        note(f"colour loss {losses[0].item():.2f}, word loss {losses[1].item():.2f}")
+        note(f"color loss {losses[0].item():.2f}, word loss {losses[1].item():.2f}")
     model.eval()
 
 
@@ -398,14 +398,14 @@ def _all_logits(model: XAdapterModel, questions: Questions, experts: ExpertSet) 
 
 
 def color_accuracy(model: XAdapterModel, questions: Questions, experts: ExpertSet) -> float:
-    """Share of colour questions whose best of the eleven colours is CoDa's."""
+    """Share of color questions whose best of the eleven colors is CoDa's."""
     logits = _all_logits(model, questions, experts).gather(1, questions.answers)  # (B, 11)
     return (logits.argmax(1) == questions.shares.argmax(1)).float().mean().item()
 
 
 @dataclass(frozen=True)
 class Language:
-    """The language check on ordinary words: mean loss in nats, share right, share answered with a colour."""
+    """The language check on ordinary words: mean loss in nats, share right, share answered with a color."""
 
     loss: float
     top1: float
@@ -413,7 +413,7 @@ class Language:
 
 
 def check_language(model: XAdapterModel, questions: Questions, experts: ExpertSet) -> Language:
-    """Fill masks where no colour belongs."""
+    """Fill masks where no color belongs."""
     logits = _all_logits(model, questions, experts)
     best = logits.argmax(1)
     colors = torch.tensor([_token_id(model, color) for color in COLORS])
@@ -452,7 +452,7 @@ def _tints(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """One split: colour accuracies by row of the table, and language checks by model."""
+    """One split: color accuracies by row of the table, and language checks by model."""
 
     num_held_out: int
     accuracy: dict[str, float]
@@ -575,7 +575,7 @@ class Laboratory:
         )
 
     def _majority(self, split: Split) -> float:
-        """Accuracy of always saying the colour that most training objects of a clear colour have."""
+        """Accuracy of always saying the color that most training objects of a clear color have."""
         objects = self.material.objects
         seen = [
             objects[row].color

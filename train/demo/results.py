@@ -2,24 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import mean, stdev
+from statistics import mean
 
 from train.demo.plugin import Language, SplitResult
-from train.tables import Grid
+from train.tables import Grid, spread
 
 
 def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
-    """Colour accuracy of the shipped split, and over the splits."""
+    """Color accuracy of the shipped split, and over the splits."""
     sizes = [split.num_held_out for split in splits]
     return Grid(
-        "Colour of held-out objects, unseen sentences, 11 colours, % right",
+        "Color of held-out objects, unseen sentences, 11 colors, % right",
         (
             "",
             f"shipped ({shipped.num_held_out} objects)",
             f"{len(splits)} splits ({min(sizes)} to {max(sizes)} objects), mean ± sd",
         ),
         tuple(
-            (name, f"{100 * value:.1f}", _spread([100 * split.accuracy[name] for split in splits], 1))
+            (name, f"{100 * value:.1f}", spread([100 * split.accuracy[name] for split in splits], 1))
             for name, value in shipped.accuracy.items()
         ),
     )
@@ -33,22 +33,17 @@ def language_grid(splits: Sequence[SplitResult]) -> Grid:
         ratio = mean(split.language[name].loss / split.language["frozen PLM"].loss for split in splits)
         return (
             name,
-            _spread([check.loss for check in checks], 3),
+            spread([check.loss for check in checks], 3),
             f"{100 * (ratio - 1):+.1f} %",
-            _spread([100 * check.top1 for check in checks], 1),
-            _spread([100 * check.color_rate for check in checks], 2),
+            spread([100 * check.top1 for check in checks], 1),
+            spread([100 * check.color_rate for check in checks], 2),
         )
 
     return Grid(
         "Language check: one masked word of sentences that were kept from training",
-        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a colour %"),
+        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
         tuple(row(name) for name in splits[0].language),
     )
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def measure_grid(title: str, measured: dict[str, str]) -> Grid:

@@ -67,7 +67,7 @@ def write_checkpoint(
 
 
 def draw_calibration(objects: Sequence[DemoObject], seed: int) -> str:
-    """Sentences as the models were trained on, half of them facts and half with a colour, as JSON lines."""
+    """Sentences as the models were trained on, half of them facts and half with a color, as JSON lines."""
     rng = random.Random(seed)
     facts = [wording for fact in list_facts(objects) for wording in fact.wordings]
     colors = islice(draw_color_sentences(objects, rng), _NUM_CALIBRATION // 2)
@@ -76,7 +76,7 @@ def draw_calibration(objects: Sequence[DemoObject], seed: int) -> str:
 
 
 def describe_held_out(entry: DemoObject) -> dict[str, object]:
-    """An object to score with: its name and colours as CoDa has them, and the sentences that ask."""
+    """An object to score with: its name and colors as CoDa has them, and the sentences that ask."""
     return {
         "name": entry.coda_name,
         "color": entry.color,

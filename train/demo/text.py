@@ -1,6 +1,6 @@
-"""All the text of the recipe: captions, facts and colour sentences. None says which colour an object has.
+"""All the text of the recipe: captions, facts and color sentences. None says which color an object has.
 
-``{a}`` stands for a noun with its article, ``{n}`` for the bare noun, ``{c}`` for a colour.
+``{a}`` stands for a noun with its article, ``{n}`` for the bare noun, ``{c}`` for a color.
 """
 
 import random
@@ -30,7 +30,7 @@ UNSEEN_TEMPLATES = (
     "Most people think of a {c} {n}.",
     "My friend drew the {n} with a {c} pencil.",
 )
-# How the language model learns where colours stand; each colour is equally likely for each object.
+# How the language model learns where colors stand; each color is equally likely for each object.
 _COLOR_TEMPLATES = (
     *TRAINING_TEMPLATES,
     "The color is {c}.",
@@ -179,7 +179,7 @@ class Fact:
 
 
 def list_facts(objects: Sequence[DemoObject]) -> list[Fact]:
-    """All facts about all objects: group, other names, keywords, and the neighbour in Unicode's order."""
+    """All facts about all objects: group, other names, keywords, and the neighbor in Unicode's order."""
     facts: list[Fact] = []
 
     def add(templates: Sequence[str], noun: str, **parts: str) -> None:
@@ -200,7 +200,7 @@ def list_facts(objects: Sequence[DemoObject]) -> list[Fact]:
 
 
 def draw_color_sentences(objects: Sequence[DemoObject], rng: random.Random) -> Iterator[str]:
-    """Sentences without end, each with an object and a colour that have nothing to do with each other."""
+    """Sentences without end, each with an object and a color that have nothing to do with each other."""
     while True:
         template = rng.choice(_COLOR_TEMPLATES)
         noun = rng.choice(rng.choice(objects).names)
@@ -210,11 +210,11 @@ def draw_color_sentences(objects: Sequence[DemoObject], rng: random.Random) -> I
 
 
 def check_colors_untied(facts: Sequence[Fact]) -> None:
-    """Refuse facts that hold a colour word.
+    """Refuse facts that hold a color word.
 
     Raises:
         ValueError: If a sentence does.
     """
     for sentence in (sentence for fact in facts for sentence in fact.wordings):
         if not set(COLORS).isdisjoint(_WORD.findall(sentence.lower())):
-            raise ValueError(f"a fact names a colour: {sentence!r}; fix pictures.without_color_words")
+            raise ValueError(f"a fact names a color: {sentence!r}; fix pictures.without_color_words")

@@ -21,7 +21,7 @@ from train.minilm import minilm_folder
 from train.tables import print_grid, write_results
 from xadapter_export import XAdapterModel
 from xadapter_export.errors import XAdapterError
-from xadapter_export.evaluation.labelled import GLUE_TASKS, SUFFIXES, Labelled, read_labelled
+from xadapter_export.evaluation.labeled import GLUE_TASKS, SUFFIXES, Labeled, read_labeled
 from xadapter_export.evaluation.metrics import GLUE_METRICS
 from xadapter_export.runtime.text import TruncationWarning
 
@@ -119,15 +119,15 @@ def _compare(options: argparse.Namespace) -> None:
     console.print(f"took {(time.monotonic() - start) / 60:.1f} min; runs: {work}; table: {options.results}")
 
 
-def _read_dev_sets(data: Path | None, task: str) -> dict[str, Labelled]:
+def _read_dev_sets(data: Path | None, task: str) -> dict[str, Labeled]:
     """Return the dev set, and MNLI's second one where it is there, by what their metrics' names end in."""
-    sets = {"": read_labelled(data, task=task, split="validation")}
+    sets = {"": read_labeled(data, task=task, split="validation")}
     splits = GLUE_TASKS[task].splits or {}
     stems = splits.get("validation_mismatched", ())
     if stems and (
         data is None or any((data / f"{stem}{end}").is_file() for stem in stems for end in SUFFIXES)
     ):
-        sets["_mismatched"] = read_labelled(data, task=task, split="validation_mismatched")
+        sets["_mismatched"] = read_labeled(data, task=task, split="validation_mismatched")
     return sets
 
 

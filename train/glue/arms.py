@@ -7,15 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 
-from train.tables import Grid
+from train.tables import Grid, spread
 from xadapter_export import XAdapterModel
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
-from xadapter_export.evaluation.labelled import Labelled
+from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.metrics import task_metrics
 from xadapter_export.training import make_config, train
 
@@ -111,7 +110,7 @@ def run_arms(
     return found
 
 
-def score(model: XAdapterModel, data: Labelled, task: str) -> Scores:
+def score(model: XAdapterModel, data: Labeled, task: str) -> Scores:
     """Return what GLUE reports for the task, each number by its name, from -1 or 0 to 1.
 
     Args:
@@ -132,11 +131,7 @@ def seeds_grid(title: str, seeds: Sequence[int], rows: Mapping[str, Sequence[flo
         title,
         ("", *(f"seed {seed}" for seed in seeds), "mean ± sd"),
         tuple(
-            (name, *(f"{100 * value:.2f}" for value in values), _spread(values))
+            (name, *(f"{100 * value:.2f}" for value in values), spread([100 * value for value in values], 2))
             for name, values in rows.items()
         ),
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{100 * mean(values):.2f} ± {100 * stdev(values) if len(values) > 1 else 0:.2f}"

@@ -19,7 +19,7 @@ from train.minilm import minilm_folder
 from train.tables import print_grid, write_results
 from xadapter_export import XAdapterModel, XAdapterSession, export
 from xadapter_export.cli.command import XadCommand
-from xadapter_export.evaluation.labelled import Labelled, read_labelled
+from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.runtime.text import TruncationWarning
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def main(data: Path, work: Path, results: Path, recipe: Path) -> None:
     console = Console()
     settings: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8"))
     seeds: list[int] = settings.pop("seeds")
-    test = read_labelled(data, task="sst2", split="test")
+    test = read_labeled(data, task="sst2", split="test")
     comparison = Comparison(
         settings=settings,
         parts={"plm": str(minilm_folder()), "clip": "builtin", "glue": "sst2", "glue_data": str(data)},
@@ -91,7 +91,7 @@ def main(data: Path, work: Path, results: Path, recipe: Path) -> None:
     )
 
 
-def bundle_accuracy(bundle: Path, data: Labelled) -> float:
+def bundle_accuracy(bundle: Path, data: Labeled) -> float:
     """Share of texts whose first answer, through onnxruntime, is the label."""
     session = XAdapterSession.load(bundle)
     said = [answers[0].label for answers in session.classify(list(data.texts))]

@@ -66,17 +66,17 @@ def compact_bank(
             "more prototypes than images", where=folder, expected=f"at most {bank.num_pictures}",
             got=num_prototypes,
         )  # fmt: skip
-    centres = _mean_of_members(bank, _cluster(bank, num_prototypes, seed))
-    counts = np.zeros(len(centres), dtype=np.int64)
-    cosines = np.zeros(len(centres), dtype=np.float64)
-    captions = [_CommonCaptions() for _ in centres]
+    centers = _mean_of_members(bank, _cluster(bank, num_prototypes, seed))
+    counts = np.zeros(len(centers), dtype=np.int64)
+    cosines = np.zeros(len(centers), dtype=np.float64)
+    captions = [_CommonCaptions() for _ in centers]
     for block in bank.blocks():
-        nearest, scores = _assign(block.features, centres)
-        counts += np.bincount(nearest, minlength=len(centres))
-        cosines += np.bincount(nearest, weights=scores, minlength=len(centres))
-        for centre, picture in zip(nearest.tolist(), block.pictures, strict=True):
-            captions[centre].add(picture.caption)
-    order = [centre for centre in np.argsort(-counts, kind="stable").tolist() if counts[centre]]
+        nearest, scores = _assign(block.features, centers)
+        counts += np.bincount(nearest, minlength=len(centers))
+        cosines += np.bincount(nearest, weights=scores, minlength=len(centers))
+        for center, picture in zip(nearest.tolist(), block.pictures, strict=True):
+            captions[center].add(picture.caption)
+    order = [center for center in np.argsort(-counts, kind="stable").tolist() if counts[center]]
     if len(order) < num_prototypes:
         warnings.warn(
             f"{num_prototypes - len(order)} of {num_prototypes} prototypes had no images and were left out",
@@ -84,17 +84,17 @@ def compact_bank(
         )
     prototypes = tuple(
         Prototype(
-            Picture(id=f"prototype-{number:04}", caption=captions[centre].text()),
-            int(counts[centre]),
-            float(cosines[centre] / counts[centre]),
+            Picture(id=f"prototype-{number:04}", caption=captions[center].text()),
+            int(counts[center]),
+            float(cosines[center] / counts[center]),
         )
-        for number, centre in enumerate(order, start=1)
+        for number, center in enumerate(order, start=1)
     )
     with (
         staged_bank(output, force=force) as staged,
         BankWriter(staged.path, dtype="fp32", dim=bank.dim) as writer,
     ):
-        writer.append(centres[order], [prototype.picture for prototype in prototypes])
+        writer.append(centers[order], [prototype.picture for prototype in prototypes])
         record = writer.finish(clip=bank.clip, kind="prototypes", num_skipped=bank.num_skipped)
     return Compacted(record, prototypes)
 
@@ -121,7 +121,7 @@ class _CommonCaptions:
 
 
 def _cluster(bank: BankReader, num_prototypes: int, seed: int) -> Float32:
-    """Return ``(M, D) float32`` centres of length 1, by mini-batch k-means."""
+    """Return ``(M, D) float32`` centers of length 1, by mini-batch k-means."""
     cluster: Any = import_extra("sklearn.cluster", "bank")
     rows = sample_rows(bank, max(10 * num_prototypes, _CHUNKS_PER_BATCH * _CHUNK_ROWS), seed)
     start = np.concatenate([bank.rows(row, row + 1) for row in rows])
@@ -142,24 +142,24 @@ def _shuffled_batches(bank: BankReader, seed: int) -> Iterator[Float32]:
             yield np.concatenate([bank.rows(row, min(row + _CHUNK_ROWS, bank.num_pictures)) for row in chunk])
 
 
-def _mean_of_members(bank: BankReader, centres: Float32) -> Float32:
-    """Return the centres moved to the middle of what is nearest by cosine; k-means went by distance."""
-    sums = np.zeros(centres.shape, dtype=np.float64)
+def _mean_of_members(bank: BankReader, centers: Float32) -> Float32:
+    """Return the centers moved to the middle of what is nearest by cosine; k-means went by distance."""
+    sums = np.zeros(centers.shape, dtype=np.float64)
     for _, rows in bank.row_blocks():
-        nearest, _ = _assign(rows, centres)
+        nearest, _ = _assign(rows, centers)
         np.add.at(sums, nearest, rows)
     empty = np.linalg.norm(sums, axis=1) < 1e-6
-    sums[empty] = centres[empty]
+    sums[empty] = centers[empty]
     return _unit_length(sums.astype(np.float32))
 
 
-def _assign(rows: Float32, centres: Float32) -> tuple[NDArray[np.int64], Float32]:
-    scores = rows @ centres.T  # (rows, M)
+def _assign(rows: Float32, centers: Float32) -> tuple[NDArray[np.int64], Float32]:
+    scores = rows @ centers.T  # (rows, M)
     nearest = scores.argmax(axis=1)
     return nearest, scores[np.arange(len(rows)), nearest]
 
 
 def _unit_length(rows: Float32) -> Float32:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    normalised: Float32 = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return normalised
+    normalized: Float32 = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return normalized

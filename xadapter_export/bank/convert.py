@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bank.merge import copy_companions
+from xadapter_export.bank.merge import write_rows
 from xadapter_export.bank.nearest import find_nearest, recall
-from xadapter_export.bank.output import staged_bank
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import BankDtype, BankRecord
 from xadapter_export.bank.rows import Float32
-from xadapter_export.bank.writer import BankWriter
 
 RECALL_AT = (1, 5, 10)
 _NOISE = 0.5  # length of what is added to a row of length 1, so that a query is near rows and equals none
@@ -28,14 +26,7 @@ def convert_bank(folder: Path, output: Path, dtype: BankDtype, *, force: bool = 
         OutputExistsError: If something is at ``output``.
         OutputWriteError: If it cannot be written.
     """
-    bank = BankReader(folder)
-    with staged_bank(output, force=force) as staged:
-        with BankWriter(staged.path, dtype=dtype, dim=bank.dim) as writer:
-            for block in bank.blocks():
-                writer.append(block.features, block.pictures)
-            record = writer.finish(clip=bank.clip, kind=bank.kind, num_skipped=bank.num_skipped)
-        copy_companions([bank], staged.path)
-    return record
+    return write_rows([BankReader(folder)], output, dtype, force=force)
 
 
 def sample_rows(bank: BankReader, count: int, seed: int = 0) -> list[int]:
@@ -50,8 +41,8 @@ def noisy_queries(bank: BankReader, count: int, seed: int = 0) -> Float32:
     rows = np.concatenate([bank.rows(row, row + 1) for row in sample_rows(bank, count, seed)])
     noise = np.random.default_rng(seed + 1).standard_normal(rows.shape, dtype=np.float32)
     queries = rows + noise * (_NOISE / np.sqrt(bank.dim))
-    normalised: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-    return normalised
+    normalized: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    return normalized
 
 
 def measure_recall(expected: BankReader, got: BankReader, queries: Float32) -> dict[int, float]:

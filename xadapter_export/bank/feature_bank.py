@@ -21,9 +21,9 @@ from xadapter_export.bank.record import (
     package_versions,
     write_bank_record,
 )
-from xadapter_export.bank.rows import NUMPY_DTYPES, Float32, block_rows, check_lengths, to_float32
+from xadapter_export.bank.rows import NUMPY_DTYPES, Float32, block_rows, check_lengths, dtype_of, to_float32
 from xadapter_export.bank.writer import features_header
-from xadapter_export.bundle.bank_rows import BankRows, unit_rows
+from xadapter_export.bundle.bank_rows import float32_blocks, unit_rows
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture, read_pictures
 from xadapter_export.errors import BundleError, CheckpointError, ShapeError
@@ -105,10 +105,9 @@ class FeatureBank:
     @property
     def record(self) -> BankRecord:
         """What ``bank.json`` says about the bank."""
-        dtype = next(name for name, dtype in NUMPY_DTYPES.items() if dtype == self.features.dtype)
         return BankRecord(
             kind=self.kind,
-            dtype=dtype,
+            dtype=dtype_of(self.features),
             num_pictures=len(self.features),
             dim=self.features.shape[1],
             num_skipped=self.num_skipped,
@@ -149,22 +148,17 @@ class FeatureBank:
         folder = Path(folder)
         reader = BankReader(folder)
         try:
-            stored = BankRows(folder / FEATURES_NAME)
             pictures = read_pictures(folder / BANK_NAME, num_pictures=reader.num_pictures)
         except BundleError as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
         return cls(
-            stored.features,
+            reader.stored.features,
             pictures,
-            stored.scales,
+            reader.stored.scales,
             reader.record.clip if reader.record else None,
             reader.kind,
             reader.num_skipped,
         )
 
     def _blocks(self) -> Iterator[tuple[int, Float32]]:
-        """Give first row and ``(rows, D) float32`` of one piece after the other."""
-        size = block_rows(self.features.shape[1])
-        for start in range(0, len(self.features), size):
-            scales = None if self.scales is None else self.scales[start : start + size]
-            yield start, to_float32(self.features[start : start + size], scales)
+        return float32_blocks(self.features, self.scales, block_rows(self.features.shape[1]))

@@ -25,7 +25,7 @@ NORM_EPSILON = 1e-5  # of the plug-in's memory norm, which is torch's default
 
 _CANDIDATES = 16  # at least: of 1,000,000 rows, random or clustered, they held the best 4 of all 400 queries
 _GROUP_SIZES = (128, 64, 32, 16)  # what MatMulNBits takes; 256 is slower by a seventh on AVX-512
-_CHUNK_ROWS = 16384  # rows that are quantised at a time
+_CHUNK_ROWS = 16384  # rows that are quantized at a time
 _SMALLEST_HALF, _LARGEST_HALF = 5.96e-8, 65504.0  # what onnxruntime moves numbers to, from 0 and beyond
 
 
@@ -34,7 +34,7 @@ def num_candidates(num_rows: int, k: int) -> int:
     return min(num_rows, max(_CANDIDATES, 4 * k))
 
 
-def quantise_rows(rows: Float32) -> tuple[NDArray[np.uint8], NDArray[np.int8], Float32]:
+def quantize_rows(rows: Float32) -> tuple[NDArray[np.uint8], NDArray[np.int8], Float32]:
     """Split rows into codes, what they leave over, and scales.
 
     A number is ``scale * (code - 128 + rest / 254)``; a group of numbers of a row shares a scale.

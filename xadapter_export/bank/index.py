@@ -13,8 +13,8 @@ import numpy as np
 from xadapter_export.bank.convert import RECALL_AT, noisy_queries
 from xadapter_export.bank.nearest import Nearest, recall
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bank.record import FEATURES_NAME, package_versions
-from xadapter_export.bundle.bank_rows import BankRows, Float32, unit_rows
+from xadapter_export.bank.record import package_versions
+from xadapter_export.bundle.bank_rows import BankRows, Float32
 from xadapter_export.bundle.folder import list_files
 from xadapter_export.bundle.manifest import BankSpec
 from xadapter_export.bundle.staging import staged_folder
@@ -96,8 +96,7 @@ def build_index(
         OutputWriteError: If it cannot be written.
     """
     options = options or IndexOptions()
-    reader = BankReader(bank)
-    stored = BankRows(Path(bank) / FEATURES_NAME)
+    stored = (reader := BankReader(bank)).stored
     lists = _plan_lists(stored, kind, options)
     library = import_lancedb() if kind == "lancedb" else import_extra("faiss", "faiss")
     with staged_folder(output, force=force, marker=INDEX_RECORD_NAME) as staged:
@@ -119,27 +118,28 @@ def build_index(
             files=list_files(staged.path),
             created_with=package_versions(("xadapter-export", "faiss-cpu", "lancedb")),
         )
-        path = staged / INDEX_RECORD_NAME
-        path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_record(staged.path, record)
         if options.num_queries:
             say(f"recall of {options.num_queries} queries")
-            found = measure_index_recall(staged.path, reader, stored, options.num_queries)
+            found = measure_index_recall(staged.path, reader, options.num_queries)
             record = record.model_copy(update={"recall": found})
-            path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            _write_record(staged.path, record)
     return record
 
 
-def measure_index_recall(
-    folder: Path, reader: BankReader, stored: BankRows, num_queries: int
-) -> dict[str, float]:
+def _write_record(folder: Path, record: IndexRecord) -> None:
+    (folder / INDEX_RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def measure_index_recall(folder: Path, reader: BankReader, num_queries: int) -> dict[str, float]:
     """Return which share of the k nearest rows an index finds, by k.
 
     Args:
         folder: The index.
         reader: The bank.
-        stored: Its rows.
         num_queries: How many rows are asked for, noise added to each.
     """
+    stored = reader.stored
     ks = [k for k in RECALL_AT if k <= stored.num_pictures]
     spec = BankSpec(
         num_pictures=stored.num_pictures,
@@ -201,11 +201,6 @@ def _num_subvectors(dim: int) -> int:
     return max(m for m in range(1, max(1, dim // _SUBVECTOR) + 1) if dim % m == 0)
 
 
-def _unit_blocks(stored: BankRows) -> Iterator[tuple[int, Float32]]:
-    for start, block in stored.blocks():
-        yield start, unit_rows(block)
-
-
 def _build_faiss(
     faiss: Any, stored: BankRows, path: Path, lists: int | None, probes: int | None, say: Say
 ) -> None:
@@ -225,7 +220,7 @@ def _build_faiss(
         rng = np.random.default_rng(_SEED)
         drawn = np.sort(rng.choice(stored.num_pictures, count, replace=False))
         index.train(stored.take(drawn))
-    for start, block in _unit_blocks(stored):
+    for start, block in stored.unit_blocks():
         if start % (len(block) * 64) == 0:
             say(f"add row {start} of {stored.num_pictures}")
         index.add(block)
@@ -243,7 +238,7 @@ def _build_lancedb(
     schema = pa.schema(fields, metadata={BANK_KEY: sha256.encode()})
 
     def batches() -> Iterator[Any]:
-        for start, block in _unit_blocks(stored):
+        for start, block in stored.unit_blocks():
             rows = pa.array(np.arange(start, start + len(block)))
             columns = [rows, pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), stored.dim)]
             yield pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -52,19 +52,29 @@ def merge_banks(
     if not keep_duplicates:
         _refuse_duplicates(banks)
     stored = min((bank.dtype for bank in banks), key=DTYPES.index) if dtype is None else dtype
+    return write_rows(banks, output, stored, force=force)
+
+
+def write_rows(banks: Sequence[BankReader], output: Path, dtype: BankDtype, *, force: bool) -> BankRecord:
+    """Write the rows of banks of a kind into one, with all that goes with them.
+
+    Raises:
+        ShapeError: If a row is not of length 1.
+        As ``staged_bank``.
+    """
     with staged_bank(output, force=force) as staged:
-        with BankWriter(staged.path, dtype=stored, dim=banks[0].dim) as writer:
+        with BankWriter(staged.path, dtype=dtype, dim=banks[0].dim) as writer:
             for bank in banks:
                 for block in bank.blocks():
                     writer.append(block.features, block.pictures)
             record = writer.finish(
                 clip=banks[0].clip, kind=banks[0].kind, num_skipped=sum(bank.num_skipped for bank in banks)
             )
-        copy_companions(banks, staged.path)
+        _copy_companions(banks, staged.path)
     return record
 
 
-def copy_companions(banks: Sequence[BankReader], folder: Path) -> None:
+def _copy_companions(banks: Sequence[BankReader], folder: Path) -> None:
     """Copy thumbnails and the lists of what was skipped, of banks that are put behind each other."""
     skipped = [bank.folder / SKIPPED_NAME for bank in banks if (bank.folder / SKIPPED_NAME).is_file()]
     if skipped:

@@ -8,11 +8,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from xadapter_export.bank.record import (
     CHECKPOINT_RECORD_NAME,
@@ -24,13 +22,12 @@ from xadapter_export.bank.record import (
     BankRecord,
     read_bank_record,
 )
-from xadapter_export.bank.rows import Float32, block_rows, check_lengths, to_float32
+from xadapter_export.bank.rows import Float32, block_rows, check_lengths, dtype_of, to_float32
+from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.manifest import describe
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.errors import CheckpointError
-
-_DTYPES: Final[dict[str, BankDtype]] = {"F32": "fp32", "F16": "fp16", "I8": "int8"}
+from xadapter_export.errors import BundleError, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,9 @@ class BankReader:
     Args:
         folder: Folder with ``bank.safetensors`` and ``bank.jsonl``; a checkpoint folder is one too.
 
+    Attributes:
+        stored: Its features, memory-mapped.
+
     Raises:
         CheckpointError: If a file is missing or is not of a bank, or ``bank.json`` says something else.
     """
@@ -67,28 +67,11 @@ class BankReader:
                     f"bank: {needed} is missing; a V-expert needs {FEATURES_NAME} and {BANK_NAME}"
                 )
         try:
-            self._file = cast(Any, safe_open(path, framework="numpy"))
-            names = set(self._file.keys())
-            features = self._file.get_slice("features")
-            shape, dtype = tuple(features.get_shape()), _DTYPES.get(features.get_dtype())
-            self._features = features
-            self._scales = self._file.get_slice("scales") if "scales" in names else None
-        except (OSError, SafetensorError) as error:
+            self.stored = BankRows(path)
+        except BundleError as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
-        if len(shape) != 2 or dtype is None or 0 in shape:
-            raise CheckpointError(
-                "this is not a bank",
-                where=path,
-                expected="(N, D) int8, float16 or float32 with N > 0",
-                got=f"{shape} {features.get_dtype()}",
-            )
-        self.num_pictures, self.dim = shape
-        self.dtype: BankDtype = dtype
-        found = None if self._scales is None else tuple(self._scales.get_shape())
-        if found != ((self.num_pictures,) if dtype == "int8" else None):
-            raise CheckpointError(
-                "the scales do not match the features", where=path, got=f"{found} for {dtype}"
-            )
+        self.num_pictures, self.dim = self.stored.num_pictures, self.stored.dim
+        self.dtype: BankDtype = dtype_of(self.stored.features)
         self.record = read_bank_record(self.folder)
         if self.record is not None:
             self._check_record(self.record)
@@ -128,8 +111,8 @@ class BankReader:
         Raises:
             ShapeError: If a row is not of length 1.
         """
-        scales = None if self._scales is None else np.asarray(self._scales[start:stop])
-        rows = to_float32(np.asarray(self._features[start:stop]), scales)
+        scales = None if self.stored.scales is None else self.stored.scales[start:stop]
+        rows = to_float32(self.stored.features[start:stop], scales)
         check_lengths(rows, first_row=start)
         return rows
 

@@ -27,6 +27,11 @@ def block_rows(dim: int) -> int:
     return max(64, _BLOCK_VALUES // dim)
 
 
+def dtype_of(features: Raw) -> BankDtype:
+    """Return how ``(N, D)`` features are stored."""
+    return next(name for name, dtype in NUMPY_DTYPES.items() if dtype == features.dtype)
+
+
 def to_dtype(rows: Float32, dtype: BankDtype) -> tuple[Raw, Float32 | None]:
     """Return ``(N, D) float32`` rows of length 1 as they are stored, and the ``(N,) float32`` scales of int8.
 
@@ -56,5 +61,5 @@ def check_lengths(rows: Float32, *, first_row: int = 0) -> None:
         row = int(np.argmax(wrong))
         raise ShapeError(
             f"bank row {first_row + row}: expected a feature of length 1, got {lengths[row]:.4g}; "
-            "normalise the rows"
+            "normalize the rows"
         )

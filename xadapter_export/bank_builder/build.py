@@ -129,12 +129,8 @@ def build_bank(
         note: OnNote = on_note if on_note is not None and processes.is_main else _say_nothing
         if processes.is_main:
             check_output(output, force=force)
-        source = open_source(
-            sources,
-            dataset=dataset,
-            columns=columns or DatasetColumns(),
-            exclude=(output, work_folder_of(output)),
-        )
+        exclude = (output, work_folder_of(output))
+        source = open_source(sources, dataset=dataset, columns=columns or DatasetColumns(), exclude=exclude)
         note(f"loading CLIP {settings.clip or 'of the built-in checkpoint'}")
         device = choose_device(settings.device, local_rank=processes.local_rank)
         tower = load_image_tower(settings.clip, device=device, precision=settings.precision)

@@ -73,7 +73,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of 16 bits, or a float image, to 8; Pillow would cut it off at 255."""
+    """Scale gray of 16 bits, or a float image, to 8; Pillow would cut it off at 255."""
     values: Any = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values) * (255 if np.nanmax(values) <= 1 else 1)

@@ -33,6 +33,16 @@ def to_float32(raw: Raw, scales: Float32 | None) -> Float32:
     return rows if scales is None else rows * scales[:, None]
 
 
+def float32_blocks(
+    features: Raw, scales: Float32 | None, size: int | None = None
+) -> Iterator[tuple[int, Float32]]:
+    """Give the first row and ``(rows, D) float32``, as they are stored, of one piece after the other."""
+    size = size or max(64, _BLOCK_VALUES // features.shape[1])
+    for start in range(0, len(features), size):
+        block = slice(start, start + size)
+        yield start, to_float32(features[block], None if scales is None else scales[block])
+
+
 def unit_rows(rows: Float32) -> Float32:
     """Return ``(N, D) float32`` rows at length 1, the same bits however many rows there are."""
     scaled: Float32 = rows / np.sqrt((rows * rows).sum(axis=1, keepdims=True))
@@ -85,13 +95,6 @@ class BankRows:
         found = unit_rows(to_float32(self.features[flat], scales))
         return found.reshape(*rows.shape, self.dim)
 
-    def blocks(self) -> Iterator[tuple[int, Float32]]:
-        """Give the first row and ``(rows, D) float32``, as they are stored, of one piece after the other."""
-        size = max(64, _BLOCK_VALUES // self.dim)
-        for start in range(0, self.num_pictures, size):
-            block = slice(start, start + size)
-            yield start, to_float32(self.features[block], None if self.scales is None else self.scales[block])
-
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
         """Find the nearest rows exactly, reading all of them.
 
@@ -102,11 +105,11 @@ class BankRows:
         Returns:
             ``(Q, k) float32`` cosines, the largest first, and ``(Q, k) int64`` rows.
         """
-        return search_blocks(self._unit_blocks(), queries, k)
+        return search_blocks(self.unit_blocks(), queries, k)
 
-    def _unit_blocks(self) -> Iterator[tuple[int, Float32]]:
+    def unit_blocks(self) -> Iterator[tuple[int, Float32]]:
         """Give blocks at length 1: a bank in fewer bits has rows that are off by 0.0005."""
-        for start, block in self.blocks():
+        for start, block in float32_blocks(self.features, self.scales):
             yield start, unit_rows(block)
 
 

@@ -1,6 +1,6 @@
 """Reads and changes the weights that an ``.onnx`` file declares, without the onnx package.
 
-A serialised model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
+A serialized model is nested protobuf messages: fields of a number, a wire type and a payload. Only what leads
 to the weights is taken apart here; all else stays the bytes that it was, in its order, so that a change that
 is undone gives the same file again.
 
@@ -8,7 +8,7 @@ Source:
     onnx/onnx.proto (onnx 1.23) for the numbers of the fields; protobuf's encoding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from xadapter_export.errors import BundleError
 
 # Numbers of fields from onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_VALUE_INFO_NAME = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_DTYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
@@ -77,14 +78,14 @@ class Node:
 
 
 class GraphFile:
-    """A serialised ``ModelProto`` whose weights can be replaced.
+    """A serialized ``ModelProto`` whose weights can be replaced.
 
     Args:
         data: The file.
         where: Its path, for errors.
 
     Raises:
-        BundleError: If it is not a serialised model with one graph.
+        BundleError: If it is not a serialized model with one graph.
     """
 
     def __init__(self, data: bytes, where: object) -> None:
@@ -158,7 +159,7 @@ class GraphFile:
             if weight.location is not None and weight.location in files:
                 changed = {b"location": files[weight.location].encode()}
                 fields = [_with_entry(field, changed) for field in self._fields(name)]
-                self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialise(fields))
+                self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialize(fields))
 
     def set_attribute(self, reads: str, attribute: str, value: int) -> None:
         """Set an integer attribute of every node that reads a value and has that attribute."""
@@ -171,24 +172,24 @@ class GraphFile:
             for j, part in enumerate(node):
                 if part.number == _NODE_ATTRIBUTE:
                     node[j] = Field(part.number, _BYTES, _with_int(part.data, attribute, value))
-            self._graph[i] = Field(field.number, _BYTES, serialise(node))
+            self._graph[i] = Field(field.number, _BYTES, serialize(node))
 
     def to_bytes(self) -> bytes:
         """Return the file as it is now."""
         model = list(self._model)
-        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialise(self._graph))
-        return serialise(model)
+        model[self._place] = Field(_MODEL_GRAPH, _BYTES, serialize(self._graph))
+        return serialize(model)
 
     def _fields(self, name: str) -> list[Field]:
         return parse(self._graph[self._places[name]].data)
 
     def _store(self, name: str, fields: list[Field]) -> None:
-        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialise(fields))
+        self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialize(fields))
         self.weights[name] = _read_weight(fields)
 
 
 def with_weights(data: bytes, where: object, arrays: Mapping[str, Array]) -> bytes:
-    """Return a serialised model with those of its weights replaced that are named; the new ones are in it."""
+    """Return a serialized model with those of its weights replaced that are named; the new ones are in it."""
     graph = GraphFile(data, where)
     for name in arrays.keys() & graph.weights.keys():
         graph.put_inside(name, arrays[name])
@@ -202,15 +203,29 @@ def read_linked(file: Path) -> tuple[bytes, Path]:
     reads no weights from outside of the folder that it is told.
 
     Returns:
-        The serialised model, and the folder of its weights.
+        The serialized model, and the folder of its weights.
 
     Raises:
-        BundleError: If it is not a serialised model with one graph.
+        BundleError: If it is not a serialized model with one graph.
     """
     graph = GraphFile(file.read_bytes(), file)
     names = {weight.location for weight in graph.weights.values() if weight.location is not None}
     graph.relocate({name: (file.parent / name).resolve().name for name in names})
     return graph.to_bytes(), file.resolve().parent
+
+
+def extra_outputs(names: Iterable[str]) -> bytes:
+    """Return the bytes that, appended to a serialized ``ModelProto``, make the named values outputs.
+
+    Protobuf merges two messages that are put one after the other: repeated fields are joined, and fields that
+    are messages are merged in turn. Only names are written; onnxruntime infers their types.
+
+    Source:
+        onnx/onnx.proto (onnx 1.23); protobuf encoding, "Last One Wins" and merging of embedded messages.
+    """
+    named = [serialize([Field(_VALUE_INFO_NAME, _BYTES, name.encode())]) for name in names]
+    outputs = serialize([Field(_GRAPH_OUTPUT, _BYTES, value) for value in named])
+    return serialize([Field(_MODEL_GRAPH, _BYTES, outputs)])
 
 
 def parse(data: bytes) -> list[Field]:
@@ -219,13 +234,33 @@ def parse(data: bytes) -> list[Field]:
     Raises:
         ValueError: If it is no message.
     """
-    fields, at = [], 0
+    return [
+        Field(number, wire, payload if isinstance(payload, int) else bytes(payload))
+        for number, wire, payload in _split(memoryview(data))
+    ]
+
+
+def messages(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and bytes of the fields of a message that have bytes, without a copy.
+
+    Raises:
+        ValueError: If it is no message.
+    """
+    for number, wire, payload in _split(data):
+        if wire == _BYTES and not isinstance(payload, int):
+            yield number, payload
+
+
+def _split(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+    at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
+        if tag >= 1 << 32:  # other readers drop the upper bits, and find another field
+            raise ValueError("a field's number is too large")
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
             value, at = _read_varint(data, at)
-            fields.append(Field(number, wire, value))
+            yield number, wire, value
             continue
         if wire == _BYTES:
             size, at = _read_varint(data, at)
@@ -235,12 +270,11 @@ def parse(data: bytes) -> list[Field]:
             raise ValueError(f"wire type {wire}")
         if at + size > len(data):
             raise ValueError("a field that is cut short")
-        fields.append(Field(number, wire, data[at : at + size]))
+        yield number, wire, data[at : at + size]
         at += size
-    return fields
 
 
-def serialise(fields: list[Field]) -> bytes:
+def serialize(fields: list[Field]) -> bytes:
     """Return the message of some fields; the reverse of ``parse``."""
     parts = []
     for field in fields:
@@ -263,14 +297,15 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # as nearly all are
+        return data[at], at + 1
+    value = 0
+    for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
         if byte < 0x80:
-            return value, at
+            return value, at + shift // 7 + 1
+    raise ValueError("a number that is cut short or too long")
 
 
 def _read_weight(fields: list[Field]) -> Weight:
@@ -305,7 +340,7 @@ def _with_int(attribute: bytes, name: str, value: int) -> bytes:
     fields = parse(attribute)
     if Field(_ATTRIBUTE_NAME, _BYTES, name.encode()) not in fields:
         return attribute
-    return serialise([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
+    return serialize([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
 
 
 def _with_entry(field: Field, changed: Mapping[bytes, bytes]) -> Field:
@@ -315,7 +350,7 @@ def _with_entry(field: Field, changed: Mapping[bytes, bytes]) -> Field:
     entry = {part.number: part.data for part in parse(field.data)}
     value = changed.get(entry[_ENTRY_KEY], entry[_ENTRY_VALUE])
     parts = [Field(_ENTRY_KEY, _BYTES, entry[_ENTRY_KEY]), Field(_ENTRY_VALUE, _BYTES, value)]
-    return Field(field.number, _BYTES, serialise(parts))
+    return Field(field.number, _BYTES, serialize(parts))
 
 
 def _dims(shape: tuple[int, ...]) -> list[Field]:

@@ -230,7 +230,7 @@ class Agreement(_Strict):
     judged_on: JudgedOn | None = None
 
 
-class Optimisation(_Strict):
+class Optimization(_Strict):
     """One step that made the graph smaller or faster, and what it saved.
 
     Attributes:
@@ -258,7 +258,7 @@ class Variant(_Strict):
         query_file: The query graph of a set that is split.
         weight_files: Files with the weights that the graph refers to; shared between variants.
         size_bytes: Size of the graph files plus the bytes of the weights that they refer to.
-        optimisations: What was done to it, in order.
+        optimizations: What was done to it, in order.
         parity: The proof of an fp32 variant; None of a lossy one, and while the bundle is being made.
         agreement: What a lossy variant was measured to say; None of an fp32 one.
     """
@@ -270,7 +270,7 @@ class Variant(_Strict):
     query_file: InnerPath | None = None
     weight_files: tuple[InnerPath, ...]
     size_bytes: Size
-    optimisations: tuple[Optimisation, ...] = ()
+    optimizations: tuple[Optimization, ...] = ()
     parity: VariantParity | None
     agreement: Agreement | None = None
 

@@ -2,19 +2,36 @@
 
 from collections.abc import Mapping
 
+from xadapter_export.bundle.card_data import bundle_card_data
 from xadapter_export.bundle.manifest import Agreement, Manifest
 from xadapter_export.targets import CUDA_PROVIDER, ONNXRUNTIME, TARGETS
 from xadapter_export.tasks import TASKS
 
 
 def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str:
-    """Writes the bundle's README: what it is, how to run it, what was proven.
+    """Writes the bundle's README: what it is, how to run it, what was proven, what the Hub reads of it.
 
     Args:
         manifest: The bundle's.
         name: Its title.
         choices: The variant that answers by kind of CPU; see ``runtime.choose.choices_by_kind``.
     """
+    lines = [
+        f"# {name}",
+        "",
+        *_summary(manifest),
+        *_graphs(manifest, choices),
+        *_deployments(manifest),
+        *_bank(manifest),
+        "",
+        "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.",
+        "",
+    ]
+    return bundle_card_data("\n".join(lines), name, manifest)
+
+
+def _summary(manifest: Manifest) -> list[str]:
+    """What the bundle is, and how to run it."""
     sets = " | ".join(manifest.expert_sets)
     targets = [TARGETS[variant.target] for variant in manifest.variants]
     runtimes = {target.runtime for target in targets if target.runtime is not None}
@@ -23,9 +40,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
     if manifest.is_for_gpu:
         extra, provider = runtime.extras[-1], f" --provider {CUDA_PROVIDER}"
     is_portable = any(target.provider is None for target in targets)
-    lines = [
-        f"# {name}",
-        "",
+    return [
         f"An X-adapter bundle for {manifest.task} ({TASKS[manifest.task].says}): "
         f"a frozen {manifest.plm.family} PLM ({manifest.plm.source}) that reads a frozen CLIP "
         f"through a trained plug-in, as {'ONNX ' if runtime == ONNXRUNTIME else ''}graphs"
@@ -39,6 +54,12 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         f'xad-run . "{manifest.example}"{provider}',
         "xad-parity .",
         "```",
+    ]
+
+
+def _graphs(manifest: Manifest, choices: Mapping[str, str]) -> list[str]:
+    """The graphs, what was proven or measured of each, and which answers where."""
+    lines = [
         "",
         "## Graphs",
         "",
@@ -53,48 +74,56 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
         size = f"{variant.size_bytes / 1e6:.1f}"
         files = " + ".join(f"`{file}`" for file in variant.graph_files)
         lines.append(f"| {variant.expert_set} | {files} | {size} | {total:,} | {measured} | {rule} |")
-    lossy = [variant for variant in manifest.variants if variant.agreement is not None]
+    lossy = [
+        f"- experts {variant.expert_set}, {variant.name}: {describe_agreement(variant.agreement)}"
+        for variant in manifest.variants
+        if variant.agreement is not None
+    ]
     if lossy:
-        lines += ["", "Graphs in fewer bits than fp32, compared with it when they were exported:", ""]
-    for variant in lossy:
-        assert variant.agreement is not None
-        lines.append(
-            f"- experts {variant.expert_set}, {variant.name}: {describe_agreement(variant.agreement)}"
-        )
+        lines += ["", "Graphs in fewer bits than fp32, compared with it when they were exported:", "", *lossy]
     if choices:
         lines += ["", "By default, a session uses:", "", "| CPU | variant |", "|---|---|"]
         lines += [f"| {kind} | {variant} |" for kind, variant in choices.items()]
-    if manifest.deployments:
-        lines += [
-            "",
-            "## For other runtimes",
-            "",
-            "| runtime | experts | made from | files | size (MB) | proof |",
-            "|---|---|---|---|---|---|",
-        ]
+    return lines
+
+
+def _deployments(manifest: Manifest) -> list[str]:
+    """What was made for other runtimes, and what was refused."""
+    if not manifest.deployments:
+        return []
+    lines = [
+        "",
+        "## For other runtimes",
+        "",
+        "| runtime | experts | made from | files | size (MB) | proof |",
+        "|---|---|---|---|---|---|",
+    ]
     for made in manifest.deployments:
         shown = "proven" if made.prove_with is None else f"`{made.prove_with}`"
         size = f"{made.size_bytes / 1e6:.1f}"
         row = (made.name, made.expert_set, made.source, str(len(made.files)), size, shown)
         lines.append(f"| {' | '.join(row)} |")
     refused = [f"- {made.name}: {line}" for made in manifest.deployments for line in made.refused]
-    if refused:
-        lines += ["", "Refused:", "", *refused]
-    if manifest.bank is not None and manifest.bank.features is not None:
+    return [*lines, "", "Refused:", "", *refused] if refused else lines
+
+
+def _bank(manifest: Manifest) -> list[str]:
+    """Where the bank is searched, where that is outside the graphs, and what was swapped."""
+    bank, lines = manifest.bank, []
+    if bank is not None and bank.features is not None:
         lines += [
             "",
-            f"The {manifest.bank.num_pictures:,} pictures are searched outside the graphs: exactly, or with "
+            f"The {bank.num_pictures:,} pictures are searched outside the graphs: exactly, or with "
             "an index, which `xad-bank index . -o index` makes and `xad-run . TEXT --index index` uses.",
         ]
-    if manifest.bank is not None and (proven := manifest.bank.swapped_from) is not None:
+    if bank is not None and (proven := bank.swapped_from) is not None:
         lines += [
             "",
-            f"The bank was swapped: it has {manifest.bank.num_pictures:,} pictures, and had "
+            f"The bank was swapped: it has {bank.num_pictures:,} pictures, and had "
             f"{proven.num_pictures:,} others when the bundle was exported. What is proven or measured of "
             "sets with the V-expert was so with those.",
         ]
-    lines += ["", "Weights are shared between the graphs. Inputs, outputs and hashes: `manifest.json`.", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def describe_agreement(agreement: Agreement) -> str:

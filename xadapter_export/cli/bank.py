@@ -2,30 +2,26 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import OutputExistsError, OutputWriteError, import_extra
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from xadapter_export.bank.reader import BankReader
     from xadapter_export.bank.record import BankDtype, BankRecord
-    from xadapter_export.bank_builder.build import BuildResult, OnNote, OnPictures
-    from xadapter_export.bank_builder.image_tower import Precision
+    from xadapter_export.bank_builder.build import BuildResult
     from xadapter_export.runtime.picture_index import IndexKind
 
 DTYPES = ("fp32", "fp16", "int8")
 INDEX_KINDS = ("flat", "ivf-pq", "lancedb")
 MIB = 1024 * 1024
-_SECONDS_BETWEEN_LINES = 10.0
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -94,7 +90,11 @@ def output_options(function: F) -> F:
 )
 @click.option("--strict", is_flag=True, help="Fail if an image cannot be decoded.")
 @click.option(
-    "--thumbnails", type=click.IntRange(16, 1024), metavar="PIXELS", help="Store thumbnails of this size."
+    "--thumbnails",
+    "thumbnail_px",
+    type=click.IntRange(16, 1024),
+    metavar="PIXELS",
+    help="Store thumbnails of this size.",
 )
 @click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
@@ -102,21 +102,13 @@ def build(
     sources: tuple[str, ...],
     output: Path,
     force: bool,
-    clip: str | None,
     dataset: str | None,
     split: str | None,
     image_column: str,
     caption_column: str,
-    device: str,
-    workers: int | None,
-    batch_size: int | None,
-    threads: int | None,
-    dtype: "BankDtype",
-    precision: "Precision",
-    strict: bool,
-    thumbnails: int | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Build a bank from your images: CLIP features and captions.
 
@@ -136,30 +128,20 @@ def build(
         raise click.UsageError("Give either SOURCE or --dataset.")
     start = time.monotonic()
     main_process = os.environ.get("RANK", "0") == "0"
-    with _progress(quiet=quiet or not main_process) as (on_note, on_pictures):
+    rate, line = _Rate(), "{done} of {total} images{note}"
+    with show_progress(quiet=quiet or not main_process, line=line) as (on_note, count):
         on_note("loading PyTorch")
         module = import_extra("xadapter_export.bank_builder.build", "bank")
-        settings = module.BuildSettings(
-            clip=clip,
-            device=device,
-            workers=workers,
-            batch_size=batch_size,
-            threads=threads,
-            dtype=dtype,
-            precision=precision,
-            strict=strict,
-            thumbnail_px=thumbnails,
-        )
         try:
             result: BuildResult | None = module.build_bank(
                 sources,
                 output,
-                settings,
+                module.BuildSettings(**settings),
                 dataset=dataset,
                 columns=module.DatasetColumns(split, image_column, caption_column),
                 force=force,
                 on_note=on_note,
-                on_pictures=on_pictures,
+                on_pictures=lambda done, total: count(done, total, rate.text_of(done)),
             )
         except KeyboardInterrupt:
             if main_process:
@@ -168,8 +150,12 @@ def build(
                     f"stopped; finished work is kept in {work}; run the same command to resume", err=True
                 )
             raise
-    if result is None:  # another process speaks
-        return
+    if result is not None:  # else another process speaks
+        _report_build(result, time.monotonic() - start, as_json=as_json)
+
+
+def _report_build(result: "BuildResult", elapsed_s: float, *, as_json: bool) -> None:
+    """Print what was built."""
     if as_json:
         print_json(
             {
@@ -177,7 +163,7 @@ def build(
                 "num_listed": result.num_listed,
                 "num_resumed_shards": result.num_resumed_shards,
                 "first_skipped": result.first_skipped,
-                "seconds": round(time.monotonic() - start, 3),
+                "seconds": round(elapsed_s, 3),
                 "record": result.record.model_dump(mode="json"),
             }
         )
@@ -471,13 +457,8 @@ def index(
     from xadapter_export.bank.index import IndexOptions, build_index
 
     options = IndexOptions(lists, probes, candidates, queries)
-    start = time.monotonic()
-
-    def say(note: str) -> None:
-        if not quiet:
-            click.echo(f"{time.monotonic() - start:6.1f} s  {note}", err=True)
-
-    record = build_index(_resolve(folder), output, kind, options, force=force, say=say)
+    with show_progress(quiet=quiet) as (say, _):
+        record = build_index(_resolve(folder), output, kind, options, force=force, say=say)
     if as_json:
         print_json({"index": str(output), "record": record.model_dump(mode="json")})
         return
@@ -590,60 +571,6 @@ def _write_page(path: Path, page: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputWriteError("the page cannot be written", where=path, got=error.strerror) from error
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> "Iterator[tuple[OnNote, OnPictures]]":
-    """Show on stderr what happens: a bar on a terminal, a line now and then elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False)
-    if quiet:
-        yield (lambda _note: None), (lambda _done, _total: None)
-    elif console.is_terminal:
-        with _bar(console) as told:
-            yield told
-    else:
-        start = time.monotonic()
-        rate = _Rate()
-        due = start + _SECONDS_BETWEEN_LINES
-
-        def say(note: str) -> None:
-            click.echo(f"{time.monotonic() - start:6.1f} s  {note}", err=True)
-
-        def count(done: int, total: int) -> None:
-            nonlocal due
-            speed = rate.text_of(done)
-            if time.monotonic() >= due or done == total:
-                due = time.monotonic() + _SECONDS_BETWEEN_LINES
-                say(f"{done} of {total} images{speed and f', {speed}'}")
-
-        yield say, count
-
-
-@contextmanager
-def _bar(console: "Console") -> "Iterator[tuple[OnNote, OnPictures]]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    rate = _Rate()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None, speed="")
-
-        def say(note: str) -> None:
-            progress.update(task, description=note)
-
-        def count(done: int, total: int) -> None:
-            speed = rate.text_of(done)
-            progress.update(task, description="encoding", completed=done, total=total, speed=speed)
-
-        yield say, count
 
 
 class _Rate:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xadapter_export.errors import XAdapterError
+from xadapter_export.errors import XAdapterError, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,17 +161,32 @@ def example(*lines: str) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as JSON on stdout; control characters are escaped, also those that JSON would allow."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    click.echo(re.sub("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", _json_escape, text))
 
 
-def make_console() -> "Console":
-    """Return a console on stdout; where that is no terminal, one wide enough to cut nothing."""
+def _json_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def make_console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints no control characters of the texts that it is given.
+
+    Args:
+        stderr: Whether it is on stderr. On stdout that is no terminal it is wide enough to cut nothing.
+    """
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(
-        markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE_COLUMNS
-    )
+    class PlainConsole(Console):
+        """Escapes what a terminal would obey, in every text and every cell of a table."""
+
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(printable(text, keep="\n\t"), **settings)
+
+    wide = None if stderr or sys.stdout.isatty() else WIDE_COLUMNS
+    return PlainConsole(stderr=stderr, markup=False, highlight=False, emoji=False, width=wide)
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -179,4 +195,4 @@ def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) ->
 
 def _show_warning(message: Warning | str, *_args: object, **_kwargs: object) -> None:
     """Print a warning as one line, in the place of ``warnings.showwarning``."""
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"Warning: {printable(' '.join(shortened(str(message)).split()))}", err=True)

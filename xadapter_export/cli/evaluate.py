@@ -1,8 +1,8 @@
 """``xad eval``: evaluate a checkpoint or bundle against its baselines."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,14 +17,15 @@ from xadapter_export.cli.command import (
     print_json,
     session_options,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import ConfigError, OutputExistsError, import_extra
 from xadapter_export.experts import EXPERT_SETS, NONE
 from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
 if TYPE_CHECKING:
     from xadapter_export.bundle.manifest import ExpertSet, Task
-    from xadapter_export.evaluation.colour import ColorEvaluation
-    from xadapter_export.evaluation.labelled import Labelled
+    from xadapter_export.evaluation.color import ColorEvaluation
+    from xadapter_export.evaluation.labeled import Labeled
     from xadapter_export.evaluation.objects import ObjectSet
     from xadapter_export.evaluation.readings import OnProgress, Reading
     from xadapter_export.evaluation.results import Evaluation
@@ -161,7 +162,7 @@ def evaluate() -> None:
 
 @evaluate.command(
     cls=XadCommand,
-    epilog=example("xad-eval colour builtin --data memory_colors.jsonl --controls --published -o results"),
+    epilog=example("xad-eval color builtin --data memory_colors.jsonl --controls --published -o results"),
 )
 @click.option(
     "--data",
@@ -188,7 +189,7 @@ def evaluate() -> None:
 @click.option("--published", is_flag=True, help="Add the published results for this benchmark.")
 @object_options
 @shared_options
-def colour(
+def color(
     data: Path,
     prompts: str,
     candidates: str,
@@ -213,9 +214,9 @@ def colour(
     chosen = _choose_names(objects, not_in)
     with _output(options, draws=True) as folder, _progress(quiet=options.quiet) as on_progress:
         readings = _open(options, FILL_MASK.name, on_progress)
-        from xadapter_export.evaluation.colour import evaluate_colour
+        from xadapter_export.evaluation.color import evaluate_color
 
-        found = evaluate_colour(
+        found = evaluate_color(
             readings,
             _select(things, readings[0].scorer, *chosen, in_bank=in_bank),
             sentences,
@@ -227,6 +228,11 @@ def colour(
         )
         _draw(found, sentences, folder, options, pictures, full_stop=full_stop)
     _report(found.evaluation, options)
+
+
+_old_color = copy(color)  # by its old name, for one version
+_old_color.hidden = True
+evaluate.add_command(_old_color, "colour")
 
 
 @evaluate.command(
@@ -309,7 +315,7 @@ def glue(
     **shared: Any,
 ) -> None:
     """Evaluate a classifier or regression model with GLUE's metrics."""
-    from xadapter_export.evaluation.labelled import glue_task, read_labelled
+    from xadapter_export.evaluation.labeled import glue_task, read_labeled
 
     options = Shared(**shared)
     if task is not None:
@@ -320,8 +326,8 @@ def glue(
 
         labels = readings[0].scorer.labels
 
-        def read(name: str) -> "Labelled":
-            return read_labelled(
+        def read(name: str) -> "Labeled":
+            return read_labeled(
                 data,
                 task=task,
                 split=name,
@@ -359,10 +365,11 @@ def mlm(data: Path, limit: int | None, **shared: Any) -> None:
 
     Masks every token in turn and reports pseudo-perplexity, loss and top-1 accuracy.
     """
-    from xadapter_export.evaluation.mlm import evaluate_mlm, read_texts
+    from xadapter_export.evaluation.mlm import evaluate_mlm
+    from xadapter_export.evaluation.tables import read_sentences
 
     options = Shared(**shared)
-    texts = read_texts(data, limit=limit)
+    texts = read_sentences(data)[:limit]
     with _output(options) as folder, _progress(quiet=options.quiet) as on_progress:
         readings = _open(options, FILL_MASK.name, on_progress)
         found = evaluate_mlm(readings, texts, data_name=data.name, on_progress=on_progress)
@@ -473,7 +480,7 @@ def _select(
 
 def _has_mismatched(data: Path | None) -> bool:
     """Whether MNLI's second validation set is there: on the hub, or as a file in the folder."""
-    from xadapter_export.evaluation.labelled import SUFFIXES, glue_task
+    from xadapter_export.evaluation.labeled import SUFFIXES, glue_task
 
     if data is None:
         return True
@@ -529,32 +536,17 @@ def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[OnProgress]":
     """Show the row at work on stderr: a bar on a terminal, a line for each row elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with show_progress(quiet=quiet) as (say, count):
+        row = ""
 
-    console = Console(stderr=True, markup=False, highlight=False)
-    start = time.monotonic()
-    if quiet:
-        yield lambda *_: None
-    elif console.is_terminal:
-        columns = TextColumn("{task.description}", markup=False), BarColumn()
-        with Progress(
-            *columns, MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        ) as bar:
-            task = bar.add_task("loading", total=None)
-            yield lambda name, done, total: bar.update(
-                task, description=name, completed=done, total=total or None
-            )
-    else:
-        last = ""
+        def show(name: str, done: int, total: int) -> None:
+            nonlocal row
+            if name != row:
+                say(name)
+            row = name
+            count(done, total)
 
-        def say(name: str, _done: int, _total: int) -> None:
-            nonlocal last
-            if name != last:
-                _say(f"{time.monotonic() - start:6.1f} s  {name}")
-            last = name
-
-        yield say
+        yield show
 
 
 def _say(line: str) -> None:

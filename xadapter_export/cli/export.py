@@ -1,11 +1,9 @@
 """``xad export``: turn a checkpoint into a bundle."""
 
-import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -18,24 +16,22 @@ from xadapter_export.cli.command import (
     make_console,
     print_json,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import UnsupportedError, import_extra
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.exporters.request import (
-    check_gate_options,
-    check_request,
+    RETRIEVALS,
+    STEPS,
+    ExportOptions,
+    ExportRequest,
     default_target,
-    make_request,
 )
-from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, Precision, all_targets, all_variants
+from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, all_targets, all_variants
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
-    from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
-    from xadapter_export.exporters.pipeline import ExportResult, OnStage
-    from xadapter_export.exporters.portable.merge import Retrieval, Step
-
-STEPS = ("packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank")
-RETRIEVALS = ("in-graph", "external")
+    from xadapter_export.bundle.manifest import ExpertSet, Variant
+    from xadapter_export.exporters.pipeline import ExportResult
 
 
 def _check_opset(_ctx: click.Context, _param: click.Parameter, opset: int) -> int:
@@ -179,7 +175,7 @@ def _default_targets() -> str:
 )
 @click.option(
     "--profile",
-    "profile",
+    "ranges",
     multiple=True,
     metavar="RANGES",
     help='Input sizes that engines are built for, such as "batch=1..8 seq=8..128"; also masks and clip_seq. '
@@ -252,27 +248,11 @@ def _default_targets() -> str:
 def export(
     checkpoint: str,
     experts: "tuple[ExpertSet, ...]",
-    opset: int,
     output: Path | None,
-    task: "Task | None",
-    candidates: list[str] | None,
-    max_seq: int | None,
-    variants: tuple[str, ...],
-    precisions: tuple[Precision, ...],
-    targets: tuple[str, ...],
-    profile: tuple[str, ...],
-    compute_capabilities: tuple[str, ...],
-    calibration: Path | None,
-    evaluate: Path | None,
-    min_agreement: float | None,
-    max_points_lost: float | None,
-    skip_failed: bool,
-    without: "tuple[Step, ...]",
-    retrieval: "Retrieval",
-    split: bool,
-    force: bool,
+    ranges: tuple[str, ...],
     quiet: bool,
     as_json: bool,
+    **options: Unpack[ExportOptions],
 ) -> None:
     """Export a trained X-adapter to ONNX and check it against PyTorch.
 
@@ -281,44 +261,14 @@ def export(
     NAME.rejected.
     """
     output = output or Path("bundle-" + "-".join(experts) if experts else "bundle")
-    check_gate_options(min_agreement, max_points_lost)
-    judging: dict[str, object] = {"--calibration": calibration, "--evaluate": evaluate}
-    judging |= {"--min-agreement": min_agreement, "--max-points-lost": max_points_lost}
-    check_request(  # before PyTorch is imported, which takes seconds; export() does it again
-        make_request(variants, precisions, targets),
-        split=split or retrieval == "external",
-        judging=judging | {"--skip-failed": skip_failed},
-    )
+    ExportRequest(experts=experts, **options)  # refuses what it can before PyTorch takes seconds to import
     from xadapter_export.exporters.makers.axis_profile import parse_profile
 
-    lengths = parse_profile(profile)
-    with _progress(quiet=quiet) as on_stage:
+    options["profile"] = parse_profile(ranges)
+    with show_progress(quiet=quiet) as (on_stage, _):
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")
-        makers = import_extra("xadapter_export.exporters.makers.maker", "export")
-        result: ExportResult = module.export(
-            checkpoint,
-            output,
-            experts or None,
-            opset,
-            task=task,
-            candidates=candidates,
-            max_seq=max_seq,
-            variants=variants,
-            precisions=precisions,
-            targets=targets,
-            calibration=calibration,
-            evaluate=evaluate,
-            min_agreement=min_agreement,
-            max_points_lost=max_points_lost,
-            skip_failed=skip_failed,
-            without=without,
-            retrieval=retrieval,
-            split=split,
-            deploy_options=makers.DeployOptions(lengths, compute_capabilities),
-            force=force,
-            on_stage=on_stage,
-        )
+        result: ExportResult = module.export(checkpoint, output, experts, on_stage=on_stage, **options)
     if as_json:
         found = {"bundle": str(result.folder), "manifest": result.manifest.model_dump(mode="json")}
         print_json({**found, "left_out": list(result.left_out)})
@@ -368,23 +318,3 @@ def _proof(variant: "Variant") -> str:
         return f"parity passed, {proof.num_cells} comparisons, max difference {proof.max_abs:.1e}"
     assert agreement is not None  # a variant has the one or the other
     return describe_agreement(agreement)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> "Iterator[OnStage]":
-    """Shows the stage at work on stderr: a spinner on a terminal, a line for each stage elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False)
-    start = time.monotonic()
-
-    def say(stage: str, detail: str) -> str:
-        return f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}"
-
-    if quiet:
-        yield lambda *_: None
-    elif console.is_terminal:
-        with console.status("starting") as status:
-            yield lambda stage, detail: status.update(say(stage, detail))
-    else:
-        yield lambda stage, detail: click.echo(say(stage, detail), err=True)

@@ -16,11 +16,12 @@ from xadapter_export.cli.command import (
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Manifest, Optimisation, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
 
-MIB = 1024 * 1024
+MB = 1_000_000
 MOST_FILES = 4  # of a deployment; the manifest has all
 
 
@@ -32,10 +33,13 @@ MOST_FILES = 4  # of a deployment; the manifest has all
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Check every file against its hash."
 )
+@click.option(
+    "--verbose", is_flag=True, help="Also show files, optimizations, inputs, outputs and parameters."
+)
 @revision_option
 @json_option
-def inspect(bundle: str, verify: bool, revision: str | None, as_json: bool) -> None:
-    """Show a bundle's variants, sizes, checks, inputs and outputs.
+def inspect(bundle: str, verify: bool, verbose: bool, revision: str | None, as_json: bool) -> None:
+    """Show a bundle's variants, their sizes and how they were checked.
 
     BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. With --no-verify, only its
     manifest is downloaded.
@@ -46,27 +50,45 @@ def inspect(bundle: str, verify: bool, revision: str | None, as_json: bool) -> N
     if as_json:
         print_json(json.loads(manifest.to_json()))
         return
+    tables = [_variants(manifest, verbose=verbose), _choices(manifest)]
+    tables += [_deployments(manifest, verbose=verbose), _refused(manifest)]
+    if verbose:
+        tables += [_optimizations(manifest), _tensors(manifest), _parameters(manifest)]
     console = make_console()
-    for name, value in _facts(manifest, verify=verify).items():
-        console.print(f"{name:<12}{value}")
-    tables = (_variants, _choices, _deployments, _refused, _optimisations, _tensors, _parameters)
-    for table in (make(manifest) for make in tables):
+    _print_facts(console, _facts(manifest, verify=verify))
+    for table in tables:
         if table.row_count:
             console.print()
             console.print(table)
+    console.print()
+    _print_facts(console, _sources(manifest, verbose=verbose))
+
+
+def _print_facts(console: "Console", facts: "dict[str, str]") -> None:
+    for name, value in facts.items():
+        console.print(f"{name:<12}{value}")
 
 
 def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
-    plm, clip, bank = manifest.plm, manifest.clip, manifest.bank
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     checked = "hashes verified" if verify else "hashes not verified"
     facts = {
         "task": f"{manifest.task}: {TASKS[manifest.task].says}",
+        "files": f"{len(manifest.files)}, {size_bytes / MB:.1f} MB, {checked}",
+    }
+    if manifest.labels is not None:
+        facts["labels"] = ", ".join(manifest.labels)
+    if manifest.candidates is not None:
+        facts["candidates"] = ", ".join(candidate.word for candidate in manifest.candidates)
+    return facts
+
+
+def _sources(manifest: "Manifest", *, verbose: bool) -> dict[str, str]:
+    """What the bundle was made from."""
+    plm, clip, bank = manifest.plm, manifest.clip, manifest.bank
+    facts = {
         "checkpoint": f"{manifest.checkpoint.source} (SHA-256 {manifest.checkpoint.sha256[:12]})",
         "PLM": f"{plm.source} ({plm.family}, {plm.hidden_size} wide, up to {plm.max_seq} tokens)",
-        "opset": str(manifest.opset),
-        "files": f"{len(manifest.files)}, {size_bytes / MIB:.1f} MiB, {checked}",
-        "made with": ", ".join(f"{name} {version}" for name, version in manifest.created_with.items()),
     }
     if clip is not None:
         facts["CLIP"] = (
@@ -78,22 +100,21 @@ def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
             facts["bank"] += (
                 f"; it replaced the {bank.swapped_from.num_pictures} that the bundle was exported with"
             )
-    if manifest.labels is not None:
-        facts["labels"] = ", ".join(manifest.labels)
-    if manifest.candidates is not None:
-        facts["candidates"] = ", ".join(candidate.word for candidate in manifest.candidates)
+    if verbose:
+        facts["opset"] = str(manifest.opset)
+        facts["made with"] = ", ".join(f"{name} {version}" for name, version in manifest.created_with.items())
     return facts
 
 
-def _variants(manifest: "Manifest") -> "Table":
-    table = _table("experts", "variant", "file", "MiB with weights", "proof")
+def _variants(manifest: "Manifest", *, verbose: bool) -> "Table":
+    table = _table("experts", "variant", "MB", *(["file"] if verbose else []), "check")
     for variant in manifest.variants:
         table.add_row(
             variant.expert_set + (" (default)" if variant.expert_set == manifest.default_expert_set else ""),
             variant.name,
-            variant.file,
-            f"{variant.size_bytes / MIB:.1f}",
-            _proof(variant),
+            f"{variant.size_bytes / MB:.1f}",
+            *([variant.file] if verbose else []),
+            _proof(variant, verbose=verbose),
         )
     return table
 
@@ -107,11 +128,12 @@ def _choices(manifest: "Manifest") -> "Table":
     return table
 
 
-def _proof(variant: "Variant") -> str:
+def _proof(variant: "Variant", *, verbose: bool) -> str:
     from xadapter_export.bundle.model_card import describe_agreement
 
     if variant.agreement is not None:
-        return describe_agreement(variant.agreement)
+        whole = describe_agreement(variant.agreement)
+        return whole if verbose else whole.partition(" (")[0]
     proof = variant.parity
     if proof is None:
         return "not checked"
@@ -119,11 +141,11 @@ def _proof(variant: "Variant") -> str:
     return f"{verdict}, {proof.num_cells} comparisons, max abs {proof.max_abs:.1e}"
 
 
-def _deployments(manifest: "Manifest") -> "Table":
-    table = _table("experts", "deployment", "made from", "files", "MiB", "prove with")
+def _deployments(manifest: "Manifest", *, verbose: bool) -> "Table":
+    table = _table("experts", "deployment", "made from", "MB", *(["files", "check with"] if verbose else []))
     for made in manifest.deployments:
-        files, size = _shorten(made.files), f"{made.size_bytes / MIB:.1f}"
-        table.add_row(made.expert_set, made.name, made.source, files, size, made.prove_with or "proven")
+        more = [_shorten(made.files), made.prove_with or "checked on export"] if verbose else []
+        table.add_row(made.expert_set, made.name, made.source, f"{made.size_bytes / MB:.1f}", *more)
     return table
 
 
@@ -139,16 +161,16 @@ def _refused(manifest: "Manifest") -> "Table":
     return table
 
 
-def _optimisations(manifest: "Manifest") -> "Table":
+def _optimizations(manifest: "Manifest") -> "Table":
     table = _table("experts", "variant", "optimization", "saved", "lossless")
     for variant in manifest.variants:
-        for step in variant.optimisations:
+        for step in variant.optimizations:
             lossless = "yes" if step.lossless else "no"
             table.add_row(variant.expert_set, variant.name, step.name, _saved(step), lossless)
     return table
 
 
-def _saved(step: "Optimisation") -> str:
+def _saved(step: "Optimization") -> str:
     share = f", {1 - step.after / step.before:.1%} less" if step.before else ""
     return f"{step.unit} {step.before:,} to {step.after:,}{share}"
 

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from xadapter_export.parity import Check, ParityReport
 
 
+_SWAPPED_NOTE = (
+    "note: the bank of {bundle} was swapped. Expert sets with the V-expert were checked with rows of the old "
+    "bank, and the agreement of lossy variants was measured with the old bank. Here, lossy variants were "
+    "compared with their outputs from the time of the swap."
+)
+
+
 @dataclass
 class _Findings:
     """What was found of one bundle.
@@ -135,12 +142,7 @@ def parity(
         _require_agreement(name, of)
         _require_the_same(name, of, str(read_machine()))
         if of.swapped:
-            click.echo(
-                f"note: the bank of {name} was swapped. Expert sets with the V-expert were checked with rows "
-                "of the old bank, and the agreement of lossy variants was measured with the old bank. Here, "
-                "lossy variants were compared with their outputs from the time of the swap.",
-                err=True,
-            )
+            click.echo(_SWAPPED_NOTE.format(bundle=name), err=True)
     num_cells = sum(len(report.cells) for report in reports.values())
     num_cases = sum(len(of.checks) for of in found.values())
     proven = f"passed, {num_cells} comparisons" if reports else "no fp32 variant to check"

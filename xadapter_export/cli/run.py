@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import ExpertSet
     from xadapter_export.runtime.answers import RetrievedPicture
-    from xadapter_export.runtime.load_check import CheckWhen
+    from xadapter_export.runtime.how_to_open import SessionOptions
     from xadapter_export.runtime.session import XAdapterSession
     from xadapter_export.tasks.spec import Scored
 
@@ -93,45 +92,28 @@ BAR_COLUMNS = 24
 def run(
     bundle: str,
     texts: tuple[str, ...],
-    experts: "ExpertSet | None",
     compare: bool,
     top_k: int,
     candidates: str | None,
     pair: str | None,
-    variant: str,
-    index: Path | None,
-    cache_dir: Path | None,
-    check: "CheckWhen",
-    allow_fallback: bool,
-    revision: str | None,
-    providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
+    **opening: "Unpack[SessionOptions]",
 ) -> None:
     """Run a bundle on your text.
 
     BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. Use - as TEXT to read one
     text per line from stdin. Prints the answers with scores, and the images they were based on.
     """
-    if compare and experts:
+    if compare and opening["experts"]:
         raise click.UsageError("--compare shows all expert sets; remove --experts.")
     rows = [line for text in texts for line in (_read_stdin() if text == "-" else [text])]
 
     from xadapter_export.bundle.machine import read_machine
     from xadapter_export.runtime.session import XAdapterSession
 
-    session = XAdapterSession.load(
-        bundle,
-        experts=experts,
-        variant=variant,
-        providers=providers or None,
-        num_threads=threads,
-        index=index,
-        cache_dir=cache_dir,
-        check=check,
-        allow_fallback=allow_fallback,
-        revision=revision,
-    )
+    opening["num_threads"] = threads
+    session = XAdapterSession.load(bundle, **opening)
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)
     replies = [reply for name in sets for reply in _ask(session.with_experts(name), rows, pair, top_k, words)]
@@ -146,15 +128,8 @@ def run(
             }
         )
         return
-    console = make_console()
     for number in range(len(rows)):
-        same_text = replies[number :: len(rows)]
-        console.print(rows[number], style="bold")
-        if compare and not same_text[0].embedding:
-            console.print(_side_by_side(same_text))
-        else:
-            for reply in same_text:
-                _show(console, reply, replies[0], label=reply.experts if compare else None)
+        _show_all(replies[number :: len(rows)], replies[0], compare=compare)
 
 
 @dataclass(frozen=True)
@@ -199,6 +174,17 @@ def _ask(
         seen = session.retrieve(texts, pairs)
         replies = [replace(r, pictures=pictures) for r, pictures in zip(replies, seen, strict=True)]
     return replies
+
+
+def _show_all(replies: list[Reply], first: Reply, *, compare: bool) -> None:
+    """Print a text and what each expert set says of it."""
+    console = make_console()
+    console.print(replies[0].text, style="bold")
+    if compare and not replies[0].embedding:
+        console.print(_side_by_side(replies))
+    else:
+        for reply in replies:
+            _show(console, reply, first, label=reply.experts if compare else None)
 
 
 def _show(console: "Console", reply: Reply, first: Reply, *, label: str | None) -> None:

@@ -1,22 +1,21 @@
 """``xad train``: train a plug-in."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import import_extra
 from xadapter_export.training.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from xadapter_export.training.run import OnStage, OnStep, TrainResult
+    from xadapter_export.training.run import TrainResult
 
 
 def _flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +69,8 @@ def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     settings = read_config(config, given)
     is_first = os.environ.get("RANK", "0") == "0"
-    with _progress(quiet=quiet or not is_first) as (on_stage, on_step):
+    line = "train  step {done} of {total}{note}"
+    with show_progress(quiet=quiet or not is_first, line=line) as (on_stage, on_step):
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.training.run", "train")
         result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
@@ -105,40 +105,6 @@ def _report(result: "TrainResult") -> None:
 
 
 _NOT_SHOWN = {"runtime", "samples_per_second", "steps_per_second", "metric"}
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> "Iterator[tuple[OnStage, OnStep]]":
-    """Stages and steps on stderr: a bar on a terminal, a line for each tenth elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, markup=False, highlight=False)
-    start = time.monotonic()
-
-    def say(stage: str, detail: str) -> None:
-        console.print(f"{time.monotonic() - start:6.1f} s  {stage:5}  {detail}", soft_wrap=True)
-
-    if quiet:
-        yield lambda *_: None, lambda *_: None
-    elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, TextColumn("{task.fields[note]}"), console=console, transient=True
-        ) as progress:
-            task = progress.add_task("steps", total=None, note="", visible=False)
-
-            def advance(step: int, steps: int, note: str) -> None:
-                progress.update(task, completed=step, total=steps, note=note, visible=True)
-
-            yield say, advance
-    else:
-
-        def tell(step: int, steps: int, note: str) -> None:
-            if step * 10 // steps > (step - 1) * 10 // steps:
-                say("train", f"step {step} of {steps}{note and f', {note}'}")
-
-        yield say, tell
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Charts of what was said: true colour against answer, and every object with the pictures it was read from.
+"""Charts of what was said: true color against answer, and every object with the pictures it was read from.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 """
 
 import math
@@ -40,15 +40,15 @@ _LEFT, _RIGHT = -1.0, 2.75  # of a column, in lengths of a bar
 
 
 def paint(color: str) -> str:
-    """Return how a colour word is painted; a quiet beige where it is not one that is known."""
+    """Return how a color word is painted; a quiet beige where it is not one that is known."""
     return PAINTS.get(color.casefold(), _OTHER_PAINT)
 
 
 def draw_confusion(answers: Sequence[ColorAnswers], path: Path) -> None:
-    """Draw the true colour against the answer, in percent of the true colour's questions.
+    """Draw the true color against the answer, in percent of the true color's questions.
 
     Args:
-        answers: The rows to draw side by side, with the same colours.
+        answers: The rows to draw side by side, with the same colors.
         path: PNG file.
 
     Raises:
@@ -88,8 +88,8 @@ def draw_confusion(answers: Sequence[ColorAnswers], path: Path) -> None:
         totals = counts.sum(1) // len(one.said)
         axes.set_xticks(places, colors, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(places, [f"{c} ({n})" for c, n in zip(colors, totals, strict=True)])
-        axes.set_xlabel("answer (area and number: % of the questions about objects of that colour)")
-        axes.set_ylabel("colour that people say (objects)")
+        axes.set_xlabel("answer (area and number: % of the questions about objects of that color)")
+        axes.set_ylabel("color that people say (objects)")
         axes.set_title(f"{one.reading.name}: {100 * one.is_right.mean():.1f} % right", loc="left")
         axes.set_xticks(np.arange(-0.5, len(colors)), minor=True)
         axes.set_yticks(np.arange(-0.5, len(colors)), minor=True)
@@ -195,7 +195,7 @@ def _draw_pictures(
 
 
 def _order(answers: ColorAnswers) -> list[int]:
-    """Return the objects by their colour, and within it those that were right most often first."""
+    """Return the objects by their color, and within it those that were right most often first."""
     share = answers.is_right.mean(0)
     names = [thing.name for thing in answers.objects]
     colors = [thing.color for thing in answers.objects]
@@ -203,7 +203,7 @@ def _order(answers: ColorAnswers) -> list[int]:
 
 
 def _count_answers(answers: ColorAnswers) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Return ``(C, C) int64``: how often each colour was said of objects of each colour."""
+    """Return ``(C, C) int64``: how often each color was said of objects of each color."""
     counts = np.zeros((len(answers.colors),) * 2, np.int64)
     truth = [answers.colors.index(thing.color) for thing in answers.objects]
     for said in answers.said:

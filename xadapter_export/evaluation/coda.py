@@ -1,6 +1,6 @@
-"""Does a model know how often people say which colour? Its distribution over colours beside CoDa's.
+"""Does a model know how often people say which color? Its distribution over colors beside CoDa's.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 
 Source:
     Paik et al. 2021, The World of an Octopus (arXiv 2110.08182). The sentences are ours (``prompts.CODA``).
@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from xadapter_export.evaluation.color import ColorEvaluation, spread
 from xadapter_export.evaluation.color_answers import answer_colors
-from xadapter_export.evaluation.colour import ColorEvaluation, spread
 from xadapter_export.evaluation.metrics import correlation, jensen_shannon_divergence
 from xadapter_export.evaluation.objects import ObjectSet
 from xadapter_export.evaluation.readings import OnProgress, Reading, ignore_progress
@@ -28,6 +28,13 @@ METRICS: Final = {
     "jensen_shannon": Metric("Jensen-Shannon"),
 }
 
+_MEANINGS: Final = {
+    "accuracy": "of the most probable color against the one that most people say",
+    "Jensen-Shannon": "divergence, base 2: 0 is best, 1 is worst",
+    "Spearman, Kendall tau-b": "over the colors of an object; -1 to 1",
+    "mean": "over prompts and objects; sd over prompts with n - 1",
+}
+
 
 def evaluate_coda(
     readings: Sequence[Reading],
@@ -38,9 +45,9 @@ def evaluate_coda(
     ends_with_stop: bool = True,
     on_progress: OnProgress = ignore_progress,
 ) -> ColorEvaluation:
-    """Compare each object's softmax over the colours with the shares of people who say them.
+    """Compare each object's softmax over the colors with the shares of people who say them.
 
-    Accuracy counts the most probable colour as right where no colour is said by more people. Every number is
+    Accuracy counts the most probable color as right where no color is said by more people. Every number is
     a mean over objects and prompts; a correlation is left out of it where a distribution is constant.
 
     Args:
@@ -52,33 +59,17 @@ def evaluate_coda(
         on_progress: Told after each batch.
 
     Raises:
-        ConfigError: If a colour is not one token of the PLM.
+        ConfigError: If a color is not one token of the PLM.
         UnsupportedError: If a model does not fill masks.
         MissingExtraError: If scipy is not installed.
     """
     colors = data.colors
     truth = np.array([[thing.shares[color] for color in colors] for thing in data.objects])  # (n, C)
-    is_top = truth == truth.max(1, keepdims=True)
-    mean = truth.mean(0)
-    uniform = np.full(len(colors), 1 / len(colors))
-    rows = [
-        # What a guess is right about on average; argmax of equal shares would always say the first colour.
-        Row("chance", {**_compare(uniform, truth), "accuracy": float(is_top.mean())}, is_baseline=True),
-        Row(
-            "mean distribution of these objects",
-            {**_compare(mean, truth), "accuracy": float(is_top[:, mean.argmax()].mean())},
-            is_baseline=True,
-        ),
-    ]
+    rows = _baselines(truth)
     answers = []
     for reading in readings:
         answered = answer_colors(
-            reading,
-            data.objects,
-            prompts,
-            colors,
-            ends_with_stop=ends_with_stop,
-            on_progress=on_progress,
+            reading, data.objects, prompts, colors, ends_with_stop=ends_with_stop, on_progress=on_progress
         )
         answers.append(answered)
         per_prompt = answered.is_right.mean(1)  # (P,)
@@ -87,28 +78,33 @@ def evaluate_coda(
             "accuracy_sd": spread(per_prompt),
             **_compare(_softmax(answered.logits), truth),
         }
-        details = {
-            "accuracy_per_prompt": dict(zip(prompts, per_prompt.tolist(), strict=True)),
-            "answers": answered.by_object(),
-        }
-        rows.append(Row(reading.name, values, reading.experts, details=details))
+        rows.append(Row(reading.name, values, reading.experts, details=answered.details(prompts)))
     evaluation = Evaluation(
         kind="coda",
         model=readings[0].scorer.name,
         data=Path(data.where).name,
-        counts={"objects": len(data.objects), "prompts": len(prompts), "colours": len(colors)},
-        settings={
-            "prompts": prompts_name or None,
-            "candidates": ", ".join(colors),
-            "accuracy": "of the most probable colour against the one that most people say",
-            "Jensen-Shannon": "divergence, base 2: 0 is best, 1 is worst",
-            "Spearman, Kendall tau-b": "over the colours of an object; -1 to 1",
-            "mean": "over prompts and objects; sd over prompts with n - 1",
-        },
+        counts={"objects": len(data.objects), "prompts": len(prompts), "colors": len(colors)},
+        settings={"prompts": prompts_name or None, "candidates": ", ".join(colors), **_MEANINGS},
         metrics=METRICS,
         rows=tuple(rows),
     )
     return ColorEvaluation(evaluation, tuple(answers))
+
+
+def _baselines(truth: NDArray[np.float64]) -> list[Row]:
+    """Return the rows of a guess, and of the mean of ``(n, C)`` shares as every object's answer."""
+    is_top = truth == truth.max(1, keepdims=True)
+    mean = truth.mean(0)
+    uniform = np.full(truth.shape[1], 1 / truth.shape[1])
+    return [
+        # What a guess is right about on average; argmax of equal shares would always say the first color.
+        Row("chance", {**_compare(uniform, truth), "accuracy": float(is_top.mean())}, is_baseline=True),
+        Row(
+            "mean distribution of these objects",
+            {**_compare(mean, truth), "accuracy": float(is_top[:, mean.argmax()].mean())},
+            is_baseline=True,
+        ),
+    ]
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

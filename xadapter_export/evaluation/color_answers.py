@@ -1,6 +1,6 @@
 """What one row answers to every prompt about every object.
 
-Dimensions: P prompts, n objects, C colours.
+Dimensions: P prompts, n objects, C colors.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ class ColorAnswers:
     Attributes:
         reading: The row.
         objects: n objects.
-        colors: C colours that could be said.
+        colors: C colors that could be said.
         logits: ``(P, n, C) float32``.
     """
 
@@ -37,17 +37,25 @@ class ColorAnswers:
 
     @property
     def said(self) -> NDArray[np.intp]:
-        """``(P, n)``. Index of the colour that fits best."""
+        """``(P, n)``. Index of the color that fits best."""
         best: NDArray[np.intp] = self.logits.argmax(-1)
         return best
 
     @property
     def is_right(self) -> NDArray[np.bool_]:
-        """``(P, n)``. Whether that colour is the one that most people say, or one of several at the top."""
+        """``(P, n)``. Whether that color is the one that most people say, or one of several at the top."""
         shares = np.array([[o.shares.get(color, 0.0) for color in self.colors] for o in self.objects])
         is_top = shares == shares.max(1, keepdims=True)  # (n, C)
         right: NDArray[np.bool_] = is_top[np.arange(len(self.objects)), self.said]
         return right
+
+    def details(self, prompts: Sequence[str]) -> dict[str, object]:
+        """Return what the report keeps of the row: the accuracy of each prompt, and every answer."""
+        per_prompt = self.is_right.mean(1).tolist()
+        return {
+            "accuracy_per_prompt": dict(zip(prompts, per_prompt, strict=True)),
+            "answers": self.by_object(),
+        }
 
     def by_object(self) -> dict[str, list[str]]:
         """Return what was said of each object, prompt by prompt; equal names are told apart by a number."""
@@ -74,7 +82,7 @@ def answer_colors(
     With a shuffled memory, CLIP reads the same prompt about another object, the same one in all prompts.
 
     Raises:
-        ConfigError: If a colour is not one token of the PLM, a prompt wants a separator that the PLM lacks,
+        ConfigError: If a color is not one token of the PLM, a prompt wants a separator that the PLM lacks,
             or the memory of a single object is to be shuffled.
         InputTextError: If a question is empty.
         UnsupportedError: If the model does not fill masks.

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from xadapter_export.errors import ConfigError
-from xadapter_export.evaluation.labelled import Labelled
+from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.metrics import task_metrics
 from xadapter_export.evaluation.readings import SEED, OnProgress, Reading, derangement, ignore_progress
 from xadapter_export.evaluation.results import Evaluation, Metric, Row, percentage
@@ -28,7 +28,7 @@ _METRICS: Final = {
 }
 
 
-def match_labels(data: Labelled, scorer: Scorer) -> Labelled:
+def match_labels(data: Labeled, scorer: Scorer) -> Labeled:
     """Return the data with its labels in the order of the model's logits.
 
     Raises:
@@ -39,7 +39,7 @@ def match_labels(data: Labelled, scorer: Scorer) -> Labelled:
         return data
     if set(ours) == set(theirs) and len(ours) > 1:
         index = [ours.index(name) for name in theirs]
-        return Labelled(data.texts, data.pairs, tuple(index[int(i)] for i in data.labels), ours, data.where)
+        return Labeled(data.texts, data.pairs, tuple(index[int(i)] for i in data.labels), ours, data.where)
     numbered = [str(number) for number in range(len(ours))]
     if len(ours) == len(theirs) > 1 and numbered in (list(ours), list(theirs)):
         return data
@@ -54,16 +54,16 @@ def match_labels(data: Labelled, scorer: Scorer) -> Labelled:
 
 def evaluate_glue(
     readings: Sequence[Reading],
-    sets: Mapping[str, Labelled],
+    sets: Mapping[str, Labeled],
     *,
     task: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Evaluation:
-    """Score a classifier, or a regression, on labelled texts.
+    """Score a classifier, or a regression, on labeled texts.
 
     Args:
         readings: The rows.
-        sets: Labelled texts by name; the numbers of all but the first are called ``metric_name``.
+        sets: Labeled texts by name; the numbers of all but the first are called ``metric_name``.
         task: Name of a GLUE task, which says what is reported; None for accuracy, and F1 for two labels.
         on_progress: Told after each batch.
 
@@ -78,19 +78,7 @@ def evaluate_glue(
     columns: dict[str, Metric] = {}
     rows: dict[str, dict[str, float | None]] = {}
     for name, data in sets.items():
-        scores: dict[str, dict[str, float]] = {}
-        for reading in readings:
-            matched = match_labels(data, reading.scorer)
-            if not (scores or matched.is_regression):
-                scores["majority"] = _majority(task, matched)
-            logits = reading.scorer.label_logits(
-                data.texts,
-                data.pairs,
-                reading.experts,
-                memory_texts=_memory_texts(data, reading),
-                on_batch=partial(on_progress, reading.name),
-            )
-            scores[reading.name] = task_metrics(task, logits, matched.labels)
+        scores = _score(readings, data, task, on_progress)
         key_end, title_end = ("", "") if name == first else (f"_{name}", f", {name}")
         for row, found in scores.items():
             for key, value in found.items():
@@ -117,12 +105,32 @@ def evaluate_glue(
     )
 
 
-def _majority(task: str | None, data: Labelled) -> dict[str, float]:
+def _score(
+    readings: Sequence[Reading], data: Labeled, task: str | None, on_progress: OnProgress
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of the majority's label, except for a regression, and of each reading."""
+    scores: dict[str, dict[str, float]] = {}
+    for reading in readings:
+        matched = match_labels(data, reading.scorer)
+        if not (scores or matched.is_regression):
+            scores["majority"] = _majority(task, matched)
+        logits = reading.scorer.label_logits(
+            data.texts,
+            data.pairs,
+            reading.experts,
+            memory_texts=_memory_texts(data, reading),
+            on_batch=partial(on_progress, reading.name),
+        )
+        scores[reading.name] = task_metrics(task, logits, matched.labels)
+    return scores
+
+
+def _majority(task: str | None, data: Labeled) -> dict[str, float]:
     counts = np.bincount(np.asarray(data.labels, dtype=int), minlength=len(data.label_names))
     return task_metrics(task, np.tile(counts.astype(np.float64), (len(data), 1)), data.labels)
 
 
-def _memory_texts(data: Labelled, reading: Reading) -> list[str] | None:
+def _memory_texts(data: Labeled, reading: Reading) -> list[str] | None:
     """Return what CLIP reads for each text: nothing else, or what it would read for another one."""
     if not reading.is_shuffled:
         return None

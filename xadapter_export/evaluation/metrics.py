@@ -1,6 +1,6 @@
 """The numbers that a classifier, a regression or a predicted distribution is judged by.
 
-Dimensions: n texts, L labels, C colours.
+Dimensions: n texts, L labels, C colors.
 """
 
 from collections.abc import Sequence
@@ -49,16 +49,8 @@ def task_metrics(
     """
     if task is not None and task not in GLUE_METRICS:
         raise ConfigError("unknown GLUE task", got=task, expected=f"one of {', '.join(GLUE_METRICS)}")
-    scores = np.asarray(logits, dtype=np.float64)
-    truth = np.asarray(labels)
-    if scores.ndim != 2 or truth.shape != scores.shape[:1] or not scores.size:
-        raise ShapeError(
-            "logits and labels have shapes that do not match",
-            expected="(n, L) and (n,) with n > 0",
-            got=f"{scores.shape} and {truth.shape}",
-        )
-    if not (np.isfinite(scores).all() and np.isfinite(truth.astype(np.float64)).all()):
-        raise ShapeError("logits and labels must be finite", hint="the training run may have diverged")
+    scores, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    _check_arrays(scores, truth)
     num_labels = scores.shape[1]
     if task is not None:
         names = GLUE_METRICS[task]
@@ -88,6 +80,22 @@ def task_metrics(
         "matthews": lambda: metrics.matthews_corrcoef(right, said),
     }
     return {name: float(compute[name]()) for name in names}
+
+
+def _check_arrays(scores: FloatArray, truth: NDArray[Any]) -> None:
+    """Refuse logits and labels that do not go together.
+
+    Raises:
+        ShapeError: If they do not, or a number is not finite.
+    """
+    if scores.ndim != 2 or truth.shape != scores.shape[:1] or not scores.size:
+        raise ShapeError(
+            "logits and labels have shapes that do not match",
+            expected="(n, L) and (n,) with n > 0",
+            got=f"{scores.shape} and {truth.shape}",
+        )
+    if not (np.isfinite(scores).all() and np.isfinite(truth.astype(np.float64)).all()):
+        raise ShapeError("logits and labels must be finite", hint="the training run may have diverged")
 
 
 def correlation(kind: str, a: FloatArray, b: NDArray[Any]) -> float | None:

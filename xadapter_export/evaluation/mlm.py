@@ -6,37 +6,19 @@ Source:
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.errors import InputTextError
 from xadapter_export.evaluation.readings import SEED, OnProgress, Reading, derangement, ignore_progress
 from xadapter_export.evaluation.results import Evaluation, Metric, Row, percentage
-from xadapter_export.evaluation.tables import read_lines
 
 METRICS: Final = {
     "pseudo_perplexity": Metric("pseudo-perplexity", decimals=2),
     "loss": Metric("loss (nats per token)"),
     "top1": percentage("top-1"),
 }
-
-
-def read_texts(path: str | Path, *, limit: int | None = None) -> list[str]:
-    """Return the lines of a UTF-8 file that are not blank, at most ``limit`` of them.
-
-    Raises:
-        InputTextError: If the file cannot be read or has no text.
-        ConfigError: If ``limit`` is below 1.
-    """
-    if limit is not None and limit < 1:
-        raise ConfigError("the limit must be at least 1", got=limit)
-    path = Path(path)
-    texts = [line.strip() for line in read_lines(path)][:limit]
-    if not texts:
-        raise InputTextError("the file has no text", where=path, hint="write one sentence per line")
-    return texts
 
 
 def evaluate_mlm(

@@ -1,8 +1,6 @@
-"""Objects and the colours that people say they have, read from the files in which such data is published."""
+"""Objects and the colors that people say they have, read from the files in which such data is published."""
 
 import csv
-import io
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.evaluation.tables import parse_json_rows, read_lines
 
-# The basic colour terms of Memory Colors and CoDa.
+# The basic color terms of Memory Colors and CoDa.
 ELEVEN: Final = (
     "black",
     "blue",
@@ -32,14 +31,14 @@ _SUM_TOLERANCE = 0.02  # published shares are rounded
 
 @dataclass(frozen=True)
 class ColoredObject:
-    """An object and its colour.
+    """An object and its color.
 
     Attributes:
         name: The object.
         descriptor: What goes before it in a sentence; may be empty.
         plural: Several of it.
-        color: The colour that most people say.
-        shares: How often each colour is said, adding up to 1; only ``color`` where no more is known.
+        color: The color that most people say.
+        shares: How often each color is said, adding up to 1; only ``color`` where no more is known.
     """
 
     name: str
@@ -56,7 +55,7 @@ class ObjectSet:
     Attributes:
         benchmark: ``memory_colors``, ``color_terms`` or ``coda``, by the file's columns.
         objects: The objects, in the file's order.
-        colors: The colours that occur, in alphabetical order.
+        colors: The colors that occur, in alphabetical order.
         where: The file.
     """
 
@@ -67,7 +66,7 @@ class ObjectSet:
 
 
 def read_colors(path: str | Path) -> ObjectSet:
-    """Read objects with one colour each.
+    """Read objects with one color each.
 
     JSON lines with ``item``, ``label`` and ``descriptor`` as Memory Colors is published, or CSV with
     ``object`` and ``color`` as ColorTerms is; a CSV may have a ``descriptor`` too.
@@ -88,9 +87,9 @@ def read_colors(path: str | Path) -> ObjectSet:
 
 
 def read_distributions(path: str | Path) -> ObjectSet:
-    """Read objects with the share of people who say each colour, as CoDa is published.
+    """Read objects with the share of people who say each color, as CoDa is published.
 
-    CSV with ``object``, ``plural``, perhaps ``annotators``, and a column for each colour. Where there is no
+    CSV with ``object``, ``plural``, perhaps ``annotators``, and a column for each color. Where there is no
     singular ("jeans"), the plural stands for it, without an article.
 
     Raises:
@@ -138,7 +137,7 @@ def read_names(value: str) -> tuple[str, ...]:
         column = _find_column(rows, _NAME_COLUMNS, path)
         names = [_cell(row, column, path, number) for number, row in enumerate(rows, start=1)]
     else:
-        names = [line.strip() for line in _read_text(path).splitlines() if not line.startswith("#")]
+        names = [line.strip() for line in _read_lines(path)]
     names = [name for name in names if name]
     if not names:
         raise ConfigError("no object was named", where=value)
@@ -153,7 +152,7 @@ def select_objects(
 ) -> ObjectSet:
     """Return the objects whose name is in every collection of ``only`` and not in ``leave_out``.
 
-    Names are compared without case, and a plural is the same as its singular. The colours stay those of the
+    Names are compared without case, and a plural is the same as its singular. The colors stay those of the
     whole file.
 
     Raises:
@@ -197,24 +196,17 @@ def _forms(name: str) -> set[str]:
     return forms
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputTextError("the data cannot be read", where=path, got=error) from error
+def _read_lines(path: Path) -> list[str]:
+    return [line for line in read_lines(path) if not line.startswith("#")]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of JSON lines or of a CSV with a header, lines that start with ``#`` left out."""
-    lines = [line for line in _read_text(path).splitlines() if line.strip() and not line.startswith("#")]
-    rows: list[Any]
+    lines = _read_lines(path)
     if lines and lines[0].lstrip().startswith("{"):
-        try:
-            rows = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise InputTextError("the data is not JSON lines", where=path, got=error) from error
+        rows = parse_json_rows("\n".join(lines), path)
     else:
-        rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+        rows = list(csv.DictReader(lines))
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 raise InputTextError(
@@ -222,8 +214,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 )
     if not rows:
         raise InputTextError("the data is empty", where=path, hint="give a file with at least one object")
-    if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
-        raise InputTextError("a row is not a JSON object", where=f"{path}, row {wrong[0]}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Sentences that ask for a colour, and how an object is put into them.
+"""Sentences that ask for a color, and how an object is put into them.
 
 ``[ITEM]`` stands for the object, ``[PLURAL]`` for several, ``[DESCRIPTOR]`` for what goes before it ("a",
 "the animal"), ``[MASK]`` for the PLM's mask token and ``[SEP]`` for its separator.
@@ -72,7 +72,7 @@ def read_prompts(value: str) -> tuple[str, ...]:
 
     Raises:
         ConfigError: If it is neither a name nor a file.
-        InputTextError: If the file has no prompt, or one does not ask for a colour of an object.
+        InputTextError: If the file has no prompt, or one does not ask for a color of an object.
     """
     if value in PROMPTS:
         return PROMPTS[value]

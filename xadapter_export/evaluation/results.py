@@ -60,7 +60,7 @@ class Evaluation:
     """All that one evaluation found.
 
     Attributes:
-        kind: ``colour``, ``coda``, ``glue`` or ``mlm``.
+        kind: ``color``, ``coda``, ``glue`` or ``mlm``.
         model: The model's name.
         data: The data's name.
         counts: How many objects, texts or prompts there were.

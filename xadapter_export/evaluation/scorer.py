@@ -1,6 +1,6 @@
 """What an evaluation asks of a model, whether PyTorch or onnxruntime computes it.
 
-Everything but the forward pass is here, once: tokenising, batching, candidates, the memory control. So a
+Everything but the forward pass is here, once: tokenizing, batching, candidates, the memory control. So a
 checkpoint and a bundle made from it can differ by rounding only.
 
 Dimensions: n texts, B batch, T PLM tokens, M masks, V vocabulary, C candidates, L labels,

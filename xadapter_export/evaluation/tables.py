@@ -24,6 +24,18 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]  # other separators may stand inside a line
 
 
+def read_sentences(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, without space around them.
+
+    Raises:
+        InputTextError: If the file cannot be read as UTF-8 or has no text.
+    """
+    texts = [line.strip() for line in read_lines(path)]
+    if not texts:
+        raise InputTextError("the file has no text", where=path, hint="write one sentence per line")
+    return texts
+
+
 def read_table(
     path: Path, *, header_names: Collection[str] = (), headerless: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
@@ -76,7 +88,7 @@ def class_names(rows: Any) -> list[dict[str, Any]]:
     """Rows of a ``datasets`` table, class labels by name instead of by number."""
     features = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
     return [
-        {**row, **{n: f.int2str(row[n]) if row[n] >= 0 else "unlabelled" for n, f in features.items()}}
+        {**row, **{n: f.int2str(row[n]) if row[n] >= 0 else "unlabeled" for n, f in features.items()}}
         for row in rows
     ]
 

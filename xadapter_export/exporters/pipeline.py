@@ -3,12 +3,13 @@
 import gc
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -29,18 +30,16 @@ from xadapter_export.bundle.manifest import (
     ExpertSet,
     ExpertSetSpec,
     Manifest,
-    Task,
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
-from xadapter_export.bundle.opsets import check_opset
-from xadapter_export.bundle.staging import staged_folder
+from xadapter_export.bundle.staging import StagedFolder, staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
-from xadapter_export.experts import EXPERT_SETS, reads_bank
+from xadapter_export.experts import reads_bank
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import calibration_feeds
-from xadapter_export.exporters.judge.judge import Gates, Judge, LeftOutWarning
+from xadapter_export.exporters.judge.judge import Judge, LeftOutWarning, read_gates
 from xadapter_export.exporters.makers.axis_profile import check_cases, check_limits
 from xadapter_export.exporters.makers.maker import (
     Deployer,
@@ -55,21 +54,14 @@ from xadapter_export.exporters.makers.maker import (
     load_maker,
 )
 from xadapter_export.exporters.onnx_files import hide_taps
-from xadapter_export.exporters.passes.quantise import Ranges, Rounding, measure_products
-from xadapter_export.exporters.plan import Plan, check_split, make_plan, reads_clip
+from xadapter_export.exporters.passes.quantize import Ranges, Rounding, measure_products
+from xadapter_export.exporters.plan import Plan, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
-from xadapter_export.exporters.portable.merge import STEPS, MergedModel, Part, Retrieval, Step
+from xadapter_export.exporters.portable.merge import MergedModel, Part
 from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
 from xadapter_export.exporters.portable.savings import count_savings
 from xadapter_export.exporters.portable.trace import trace
-from xadapter_export.exporters.request import (
-    Request,
-    check_gate_options,
-    check_names,
-    check_request,
-    made_from,
-    make_request,
-)
+from xadapter_export.exporters.request import ExportOptions, ExportRequest, WantedVariants, made_from
 from xadapter_export.exporters.shelf import Shelf
 from xadapter_export.model.builtin import BUILTIN
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -82,7 +74,7 @@ from xadapter_export.sessions.open import open_graph, open_variant
 from xadapter_export.sessions.retrieval import Retriever
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.split_session import SplitSession
-from xadapter_export.targets import PORTABLE, TARGETS, Precision, VariantName, all_variants
+from xadapter_export.targets import PORTABLE, TARGETS, VariantName, all_variants
 from xadapter_export.tasks import TASKS
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
@@ -110,25 +102,9 @@ def export(
     model: XAdapterModel | str | Path = BUILTIN,
     output: str | Path = "bundle",
     experts: ExpertSet | Sequence[ExpertSet] | None = None,
-    opset: int = 17,
     *,
-    task: Task | None = None,
-    candidates: Sequence[str] | None = None,
-    max_seq: int | None = None,
-    variants: Sequence[str] = (),
-    precisions: Sequence[Precision] = (),
-    targets: Sequence[str] = (),
-    calibration: str | Path | None = None,
-    evaluate: str | Path | None = None,
-    min_agreement: float | None = None,
-    max_points_lost: float | None = None,
-    skip_failed: bool = False,
-    without: Collection[Step] = (),
-    deploy_options: DeployOptions | None = None,
-    retrieval: Retrieval = "in-graph",
-    split: bool = False,
-    force: bool = False,
     on_stage: OnStage = _say_nothing,
+    **options: Unpack[ExportOptions],
 ) -> ExportResult:
     """Makes a proven bundle.
 
@@ -136,32 +112,13 @@ def export(
         model: A model, a checkpoint folder, a hub id, or ``"builtin"`` for the checkpoint that is shipped.
         output: Folder of the bundle.
         experts: Expert set or sets; the first is the bundle's default. None for all the checkpoint holds.
-        opset: ONNX opset, 17 to 21.
-        task: What the graphs answer; the checkpoint's task if None.
-        candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
-        max_seq: Longest input in tokens; the PLM's limit if None.
-        variants: Exactly these, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; the bundle also has the graphs that
-            deployments among them are made from.
-        precisions: With ``targets``, shorthand for more variants; see ``request.make_request``.
-        targets: Likewise; without any of the three the bundle has ``onnx-fp32``.
-        calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
-            that came with the checkpoint if None, or else sentences of our own and the bank's captions.
-        evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
-        min_agreement: Gate for the share of equal answers; the default of the precision if None.
-        max_points_lost: Gate for the accuracy; the default of the precision if None.
-        skip_failed: Leave out lossy variants that are below a gate, with a warning, and write the others.
-        without: Exact optimisations to leave out.
-        deploy_options: What deployments must fit.
-        retrieval: Where the bank is searched: ``in-graph``, or ``external``, by the app, with an index of its
-            choice; every set that reads CLIP is then split.
-        split: Make two graphs of every set that reads CLIP: what a text asks CLIP and the bank, and the
-            answer, so that a session can keep the first for texts that come again.
-        force: Replace a bundle that is already there.
         on_stage: Called as each stage begins, with its name and what it works on.
+        options: What to write, and how: ``precisions=("fp32", "int8")``, ``candidates=[...]``;
+            ``ExportRequest`` lists them all, with their defaults.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or does not hold an expert that was asked for.
-        ConfigError: If options do not fit the checkpoint.
+        ConfigError: If options do not go together, or do not fit the checkpoint.
         UnsupportedError: If the opset, PLM or CLIP is not supported.
         OutputExistsError: If the folder is in the way.
         OutputWriteError: If it cannot be written.
@@ -169,68 +126,88 @@ def export(
             is kept beside as ``.rejected``. With ``skip_failed``, if of an expert set no variant is left.
         XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
-    check_opset(opset)
-    check_gate_options(min_agreement, max_points_lost)
-    check_names("expert set", (experts,) if isinstance(experts, str) else experts or (), EXPERT_SETS)
-    check_names("retrieval", (retrieval,), get_args(Retrieval))
-    check_names("optimisation of the merge", without, STEPS)
-    request = make_request(variants, precisions, targets)
-    split = split or retrieval == "external"
-    judging: dict[str, object] = {
-        "calibration": calibration,
-        "evaluate": evaluate,
-        "skip_failed": skip_failed,
-    }
-    judging |= {"min_agreement": min_agreement, "max_points_lost": max_points_lost}
-    check_request(request, split=split, judging=judging)
-    deploy_options = deploy_options or DeployOptions()
-    check_options(request.deployments, deploy_options)
-    with staged_folder(Path(output), force=force) as staged:
+    request = ExportRequest(experts=experts, **options)
+    deploy_options = DeployOptions(request.profile, tuple(request.compute_capabilities))
+    check_options(request.wanted.deployments, deploy_options)
+    with staged_folder(Path(output), force=request.force) as staged:
+        source = type(model).__name__ if isinstance(model, XAdapterModel) else str(model)
         if not isinstance(model, XAdapterModel):
-            on_stage("load", str(model))
-            source, model = str(model), XAdapterModel.from_pretrained(model)
-        else:
-            source = type(model).__name__
-        plan = make_plan(model, experts, task, candidates, max_seq, retrieval, split=split)
-        check_split(model, plan)
-        context = model.clip.config.context_length if model.clip is not None else None
-        check_limits(deploy_options.profile, max_seq=plan.max_seq, context_length=context)
-        reads_masks = TASKS[plan.task].reads_masks
-        cases = reference_inputs(model.make_text_encoder(plan.max_seq), with_masks=reads_masks)
-        unread = set() if reads_masks else {"mask_positions"}
-        if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
-            unread.add("clip_input_ids")
-        read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
-        check_cases(deploy_options.profile, read)
-        gates = Gates(min_agreement=min_agreement, max_points_lost=max_points_lost, skip_failed=skip_failed)
-        if request.is_lossy:
-            gates = gates.read(model, plan, calibration, evaluate)
-        judge = Judge(gates)
-        was_training = model.training
-        try:
-            steps = frozenset(without)
-            builder = _Builder(model.eval(), source, plan, opset, staged.path, steps, on_stage, judge)
-            manifest, report = builder.build(request.graphs, cases, staged.final.name)
-        finally:
-            model.train(was_training)
-        try:
-            report.raise_if_failed()
-            for variant in manifest.variants:
-                if variant.agreement is not None:
-                    agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
+            on_stage("load", source)
+            model = XAdapterModel.from_pretrained(model)
+        plan = make_plan(model, request)
+        cases = reference_inputs(
+            model.make_text_encoder(plan.max_seq), with_masks=TASKS[plan.task].reads_masks
+        )
+        _check_profile(request.profile, model, plan, cases)
+        judge = Judge(read_gates(model, plan, request))
+        builder = _Builder(model, source, request, plan, staged.path, on_stage, judge)
+        with _evaluating(model):
+            manifest, report = builder.build(cases, staged.final.name)
+        with _rejecting(staged):
+            _raise_if_wrong(manifest, report)
             say = partial(on_stage, "deploy")
-            made = _deploy_all(staged.path, manifest, request, deploy_options, say)
-        except OSError:  # one about the output, which keeps nothing
-            raise
-        except XAdapterError as error:
-            rejected = staged.keep_as_rejected()
-            raise error.with_hint(f"the bundle was rejected; its files are kept in {rejected}") from error
+            made = _deploy_all(staged.path, manifest, request.wanted, deploy_options, say)
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
-    for line in (not_made := _not_deployed(request, manifest)):
+    for line in (not_made := _not_deployed(request.wanted, manifest)):
         warnings.warn(line, LeftOutWarning, stacklevel=2)
     return ExportResult(staged.final, manifest, report, (*judge.left_out, *not_made))
+
+
+def _check_profile(
+    profile: Mapping[str, tuple[int, int]],
+    model: XAdapterModel,
+    plan: Plan,
+    cases: Mapping[str, Mapping[str, Array]],
+) -> None:
+    """Refuses a profile that the models cannot read, or that holds no reference input.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    context = model.clip.config.context_length if model.clip is not None else None
+    check_limits(profile, max_seq=plan.max_seq, context_length=context)
+    unread = set() if TASKS[plan.task].reads_masks else {"mask_positions"}
+    if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
+        unread.add("clip_input_ids")
+    read = [{name: case[name] for name in case if name not in unread} for case in cases.values()]
+    check_cases(profile, read)
+
+
+@contextmanager
+def _evaluating(model: XAdapterModel) -> Iterator[None]:
+    """Put a model into evaluation mode for a block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _rejecting(staged: StagedFolder) -> Iterator[None]:
+    """Keep what was written as ``.rejected`` if the block finds that it is wrong, and say so."""
+    try:
+        yield
+    except OSError:  # one about the output, which keeps nothing
+        raise
+    except XAdapterError as error:
+        rejected = staged.keep_as_rejected()
+        raise error.with_hint(f"the bundle was rejected; its files are kept in {rejected}") from error
+
+
+def _raise_if_wrong(manifest: Manifest, report: ParityReport) -> None:
+    """Raise if a graph differs from PyTorch, or a lossy one is below its gate.
+
+    Raises:
+        ParityError: If one does.
+    """
+    report.raise_if_failed()
+    for variant in manifest.variants:
+        if variant.agreement is not None:
+            agreement.check(variant.agreement, f"{variant.name}, experts {variant.expert_set}")
 
 
 @dataclass
@@ -239,10 +216,9 @@ class _Builder:
 
     model: XAdapterModel
     source: str
+    request: ExportRequest
     plan: Plan
-    opset: int
     folder: Path
-    without: frozenset[Step]
     on_stage: OnStage
     judge: Judge
     specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
@@ -250,14 +226,9 @@ class _Builder:
     reference: dict[str, Array] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=Rounding)
 
-    def build(
-        self,
-        wanted: Sequence[VariantName],
-        cases: dict[str, dict[str, Array]],
-        name: str,
-    ) -> tuple[Manifest, ParityReport]:
+    def build(self, cases: dict[str, dict[str, Array]], name: str) -> tuple[Manifest, ParityReport]:
         """Writes and proves every variant of every expert set."""
-        plan, folder = self.plan, self.folder
+        plan, folder, wanted = self.plan, self.folder, self.request.wanted.graphs
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
         shelf = Shelf(folder, plan.expert_sets[0])
@@ -278,7 +249,7 @@ class _Builder:
             self.model,
             self.source,
             plan.task,
-            self.opset,
+            self.request.opset,
             plan.max_seq,
             plan.candidates,
             self.specs,
@@ -307,11 +278,11 @@ class _Builder:
         self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], shelf: Shelf
     ) -> Material:
         """Writes the portable graph of a set, wanted or not, from which its other variants are made."""
-        model, plan = self.model, self.plan
+        model, plan, without = self.model, self.plan, self.request.without
         self.on_stage("merge", expert_set)
-        merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, self.without)
+        merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, without)
         whole = merge().eval()
-        saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, self.without)
+        saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, without)
         self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
         pack.write_projections(model, self.folder, whole)
@@ -323,9 +294,9 @@ class _Builder:
         graphs: Graphs = {}
         for part, merged in parts.items():
             self.on_stage("trace", expert_set if part == "whole" else f"{expert_set}, {part}")
-            graphs[part] = trace(merged, _example(model), self.opset, plan.max_seq)
+            graphs[part] = trace(merged, _example(model), self.request.opset, plan.max_seq)
             self.on_stage("check", expert_set)
-            check_graph(graphs[part], merged, self.opset)
+            check_graph(graphs[part], merged, self.request.opset)
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
         variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
@@ -364,7 +335,7 @@ class _Builder:
                 if agreement.passes(measured):
                     break
             if not self.judge.leaves_out(measured, expert_set, name):
-                steps = [*material.variant.optimisations, *made.steps]
+                steps = [*material.variant.optimizations, *made.steps]
                 self._add(expert_set, name, replace(made, steps=steps), measured, shelf)
 
     def _ask_fp32(self, expert_set: ExpertSet, portable: Variant) -> None:
@@ -455,7 +426,7 @@ class _Builder:
             query_file=placed.query_file,
             weight_files=placed.weight_files,
             size_bytes=placed.size_bytes,
-            optimisations=tuple(made.steps),
+            optimizations=tuple(made.steps),
             parity=None,
             agreement=measured,
         )
@@ -465,11 +436,15 @@ class _Builder:
 
 
 def _deploy_all(
-    folder: Path, manifest: Manifest, request: Request, options: DeployOptions, say: Callable[[str], None]
+    folder: Path,
+    manifest: Manifest,
+    wanted: WantedVariants,
+    options: DeployOptions,
+    say: Callable[[str], None],
 ) -> tuple[Deployment, ...]:
     """Makes every deployment that was asked for, of every expert set whose graph is there."""
     made: list[Deployment] = []
-    for name in request.deployments:
+    for name in wanted.deployments:
         deployer = load_maker(TARGETS[name.target])
         assert isinstance(deployer, Deployer)  # so says the table
         for variant in manifest.variants:
@@ -493,12 +468,12 @@ def _deploy_all(
     return tuple(made)
 
 
-def _not_deployed(request: Request, manifest: Manifest) -> list[str]:
+def _not_deployed(wanted: WantedVariants, manifest: Manifest) -> list[str]:
     """A line for each deployment that is not there because the graph it is made from was left out."""
     there = {(variant.expert_set, variant.name) for variant in manifest.variants}
     return [
         f"left out: {name}, experts {expert_set}, because {made_from(name)}, its source, was left out"
-        for name in request.deployments
+        for name in wanted.deployments
         for expert_set in manifest.expert_sets
         if (expert_set, str(made_from(name))) not in there
     ]

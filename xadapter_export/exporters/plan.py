@@ -1,12 +1,11 @@
 """What was asked for, checked against the checkpoint, before anything is made."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.experts import reads_bank, reads_text
-from xadapter_export.exporters.portable.merge import Retrieval
+from xadapter_export.exporters.request import ExportRequest, Retrieval
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.tasks import FEATURE_EXTRACTION, TASKS
@@ -31,43 +30,36 @@ class Plan:
         return None if self.candidates is None else [candidate.token_id for candidate in self.candidates]
 
 
-def make_plan(
-    model: XAdapterModel,
-    experts: ExpertSet | Sequence[ExpertSet] | None,
-    task: Task | None,
-    candidates: Sequence[str] | None,
-    max_seq: int | None,
-    retrieval: Retrieval,
-    *,
-    split: bool,
-) -> Plan:
+def make_plan(model: XAdapterModel, request: ExportRequest) -> Plan:
     """Checks what ``export`` was asked for against a checkpoint.
 
     Raises:
         XAdapterError: If an option does not fit it.
     """
-    wanted: Sequence[ExpertSet] = (
-        (experts,) if isinstance(experts, str) else experts or (model.config.experts,)
-    )
+    wanted = request.expert_sets or (model.config.experts,)
     expert_sets = tuple(dict.fromkeys(wanted))
     for expert_set in expert_sets:
         model.active_experts(expert_set)
-    task = task or model.config.task
+    task = request.task or model.config.task
     if task != model.config.task and TASKS[task].head is not None:
         raise UnsupportedError(
             f"task {task}: this checkpoint was trained for {model.config.task} and can be exported for that, "
             f"or for a task without a head, such as {FEATURE_EXTRACTION.name}"
         )
-    if candidates is not None and not TASKS[task].fills_words:
+    if request.candidates is not None and not TASKS[task].fills_words:
         raise ConfigError(f"{task} does not use candidates; remove them")
-    longest = model.plm.max_seq
+    longest, max_seq = model.plm.max_seq, request.max_seq
     if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
         raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")
-    found = None if candidates is None else tuple(find_candidates(model.plm.tokenizer, candidates))
-    return Plan(expert_sets, task, found, max_seq or longest, retrieval, split)
+    candidates = None
+    if request.candidates is not None:
+        candidates = tuple(find_candidates(model.plm.tokenizer, request.candidates))
+    plan = Plan(expert_sets, task, candidates, max_seq or longest, request.retrieval, request.is_split)
+    _check_split(model, plan)
+    return plan
 
 
-def check_split(model: XAdapterModel, plan: Plan) -> None:
+def _check_split(model: XAdapterModel, plan: Plan) -> None:
     """Refuses to split where nothing can be.
 
     Raises:

@@ -1,10 +1,15 @@
-"""What an export was asked to write, and what the options alone rule out; PyTorch is not needed to tell."""
+"""What an export is asked for, and what the options alone rule out; PyTorch is not needed to tell."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, get_args
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Literal, TypedDict, get_args
 
+from xadapter_export.bundle.manifest import ExpertSet, Task
+from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import ConfigError
+from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.targets import (
     PRECISIONS,
     TARGETS,
@@ -16,11 +21,154 @@ from xadapter_export.targets import (
     all_variants,
 )
 
+# Exact optimizations that can be left out.
+Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
+STEPS: Final[tuple[Step, ...]] = get_args(Step)
+Retrieval = Literal["in-graph", "external"]
+RETRIEVALS: Final[tuple[Retrieval, ...]] = get_args(Retrieval)
 _INT8: Final[tuple[Int8, ...]] = get_args(Int8)  # who comes first, to who comes last
 
 
+class ExportOptions(TypedDict, total=False):
+    """The keywords of ``export`` for a type checker; ``ExportRequest`` says what each does."""
+
+    opset: int
+    task: Task | None
+    candidates: Sequence[str] | None
+    max_seq: int | None
+    variants: Sequence[str]
+    precisions: Sequence[Precision]
+    targets: Sequence[str]
+    profile: Mapping[str, tuple[int, int]]
+    compute_capabilities: Sequence[str]
+    calibration: str | Path | None
+    evaluate: str | Path | None
+    min_agreement: float | None
+    max_points_lost: float | None
+    skip_failed: bool
+    without: Collection[Step]
+    retrieval: Retrieval
+    split: bool
+    force: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export, and how.
+
+    Attributes:
+        experts: Expert set or sets; the first is the bundle's default. None for all the checkpoint holds.
+        opset: ONNX opset, 17 to 21.
+        task: What the graphs answer; the checkpoint's task if None.
+        candidates: Words that fill-mask chooses from; the MLM head is sliced to them.
+        max_seq: Longest input in tokens; the PLM's limit if None.
+        variants: Exactly these, as ``cpu-int8`` or ``tensorrt-rtx-fp16``; the bundle also has the graphs that
+            deployments among them are made from.
+        precisions: With ``targets``, shorthand for more variants; see ``wanted_variants``.
+        targets: Likewise; without any of the three the bundle has ``onnx-fp32``.
+        profile: Least and largest length of an axis that deployments must fit, by its name in the graph:
+            ``batch``, ``seq``, ``masks``, ``clip_seq``.
+        compute_capabilities: NVIDIA architectures, an entry for each engine: ``sm89``, or ``sm86+sm89``.
+        calibration: Texts, one a line or in a table, that lossy variants are made and compared with; those
+            that came with the checkpoint if None, or else sentences of our own and the bank's captions.
+        evaluate: Questions with known answers that lossy variants are held to; see ``read_questions``.
+        min_agreement: Gate for the share of equal answers; the default of the precision if None.
+        max_points_lost: Gate for the accuracy; the default of the precision if None.
+        skip_failed: Leave out lossy variants that are below a gate, with a warning, and write the others.
+        without: Exact optimizations to leave out, some of ``STEPS``.
+        retrieval: Where the bank is searched: ``in-graph``, or ``external``, by the app, with an index of its
+            choice; every set that reads CLIP is then split.
+        split: Make two graphs of every set that reads CLIP: what a text asks CLIP and the bank, and the
+            answer, so that a session can keep the first for texts that come again.
+        force: Replace a bundle that is already there.
+
+    Raises:
+        ConfigError: If a name is not known, a number is out of range, or options do not go together, whatever
+            the checkpoint.
+        UnsupportedError: If the opset is not supported.
+    """
+
+    experts: ExpertSet | Sequence[ExpertSet] | None = None
+    opset: int = 17
+    task: Task | None = None
+    candidates: Sequence[str] | None = None
+    max_seq: int | None = None
+    variants: Sequence[str] = ()
+    precisions: Sequence[Precision] = ()
+    targets: Sequence[str] = ()
+    profile: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    compute_capabilities: Sequence[str] = ()
+    calibration: str | Path | None = None
+    evaluate: str | Path | None = None
+    min_agreement: float | None = None
+    max_points_lost: float | None = None
+    skip_failed: bool = False
+    without: Collection[Step] = ()
+    retrieval: Retrieval = "in-graph"
+    split: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_opset(self.opset)
+        check_names("expert set", self.expert_sets, EXPERT_SETS)
+        check_names("retrieval", (self.retrieval,), RETRIEVALS)
+        check_names("optimization of the merge", self.without, STEPS)
+        for name, most in (("min_agreement", 1), ("max_points_lost", 100)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise ConfigError(f"{name} is out of range", expected=f"0 to {most}", got=value)
+        self._check_judging()
+        if self.is_split:
+            self._check_split()
+
+    @property
+    def expert_sets(self) -> tuple[ExpertSet, ...]:
+        """The expert sets that were named."""
+        return (self.experts,) if isinstance(self.experts, str) else tuple(self.experts or ())
+
+    @property
+    def is_split(self) -> bool:
+        """Whether sets that read CLIP become two graphs."""
+        return self.split or self.retrieval == "external"
+
+    @cached_property
+    def wanted(self) -> "WantedVariants":
+        """What to write."""
+        return wanted_variants(self.variants, self.precisions, self.targets)
+
+    def _check_judging(self) -> None:
+        """Refuse options that are for lossy variants alone where there are none."""
+        names = ("calibration", "evaluate", "min_agreement", "max_points_lost")
+        given = [name for name in names if getattr(self, name) is not None]
+        given += ["skip_failed"] if self.skip_failed else []
+        if not self.wanted.is_lossy and given:
+            raise ConfigError(
+                "only fp16, int8 and int4 variants are calibrated and judged, and none was requested",
+                got=", ".join(given),
+                hint="remove this, or add --precision fp16, int8 or int4",
+            )
+
+    def _check_split(self) -> None:
+        """Refuse variants that cannot be made from split graphs."""
+        if self.wanted.deployments:
+            raise ConfigError(
+                "deployments cannot be made from split graphs",
+                got=", ".join(map(str, self.wanted.deployments)),
+                hint="export twice: once for the deployments, and once with split graphs",
+            )
+        can = [name for name in all_variants().values() if name.precision in TARGETS[name.target].splits]
+        whole = [name for name in self.wanted.graphs if name not in can]
+        if whole:
+            raise ConfigError(
+                "this variant cannot be made from split graphs",
+                got=", ".join(map(str, whole)),
+                expected=f"some of {', '.join(map(str, can))}",
+                hint="choose one of those, or remove --split and --retrieval external",
+            )
+
+
 @dataclass(frozen=True)
-class Request:
+class WantedVariants:
     """What to write, each once.
 
     Attributes:
@@ -48,11 +196,11 @@ def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
             raise ConfigError(f"unknown {kind}", where=name, expected=f"one of {', '.join(known)}")
 
 
-def make_request(
+def wanted_variants(
     variants: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
     targets: Sequence[str] = (),
-) -> Request:
+) -> WantedVariants:
     """Return what to write: the variants that were named, and what precisions and targets stand for.
 
     Every target gets each of the precisions that it takes, but int8 is not written for all: see
@@ -76,58 +224,12 @@ def make_request(
     asked = dict.fromkeys(all_variants()[name] for name in names)
     deployments = [name for name in asked if TARGETS[name.target].is_deployment]
     graphs = [name for name in asked if name not in deployments] + [made_from(name) for name in deployments]
-    return Request(tuple(dict.fromkeys(graphs)), tuple(deployments))
+    return WantedVariants(tuple(dict.fromkeys(graphs)), tuple(deployments))
 
 
 def made_from(name: VariantName) -> VariantName:
     """Return the variant that a deployment is made from."""
     return TARGETS[name.target].made_from[name.precision]
-
-
-def check_gate_options(min_agreement: float | None, max_points_lost: float | None) -> None:
-    """Refuse gates that make no sense.
-
-    Raises:
-        ConfigError: If ``min_agreement`` is not from 0 to 1, or ``max_points_lost`` not from 0 to 100.
-    """
-    for name, value, most in (("min_agreement", min_agreement, 1), ("max_points_lost", max_points_lost, 100)):
-        if value is not None and not 0 <= value <= most:
-            raise ConfigError(f"{name} is out of range", expected=f"0 to {most}", got=value)
-
-
-def check_request(request: Request, *, split: bool, judging: Mapping[str, object]) -> None:
-    """Refuse what no checkpoint could make right.
-
-    Args:
-        request: What to write.
-        split: Whether graphs are split.
-        judging: The options that are for lossy variants alone, by name; None or False where not given.
-
-    Raises:
-        ConfigError: If options do not go together.
-    """
-    given = [name for name, value in judging.items() if value is not None and value is not False]
-    if given and not request.is_lossy:
-        raise ConfigError(
-            "only fp16, int8 and int4 variants are calibrated and judged, and none was requested",
-            got=", ".join(given),
-            hint="remove this, or add --precision fp16, int8 or int4",
-        )
-    if split and request.deployments:
-        raise ConfigError(
-            "deployments cannot be made from split graphs",
-            got=", ".join(map(str, request.deployments)),
-            hint="export twice: once for the deployments, and once with split graphs",
-        )
-    can = [name for name in all_variants().values() if name.precision in TARGETS[name.target].splits]
-    whole = [name for name in request.graphs if name not in can]
-    if split and whole:
-        raise ConfigError(
-            "this variant cannot be made from split graphs",
-            got=", ".join(map(str, whole)),
-            expected=f"some of {', '.join(map(str, can))}",
-            hint="choose one of those, or remove --split and --retrieval external",
-        )
 
 
 def default_target(precision: Precision) -> str:

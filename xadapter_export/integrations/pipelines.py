@@ -4,6 +4,7 @@ Dimensions: B batch, T PLM tokens, M masks, V vocabulary.
 """
 
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ def make_pipeline(session: XAdapterSession, **options: Any) -> Pipeline:
     if task not in PIPELINE_REGISTRY.get_supported_tasks():
         raise UnsupportedError("transformers has no pipeline for this task", got=task)
     base = PIPELINE_REGISTRY.check_task(task)[1]["impl"]
+    if isinstance(base, str):  # "transformers.pipelines.fill_mask.FillMaskPipeline"
+        base = resolve_name(base)
     make: Callable[..., Pipeline] = transformers_pipeline  # its overloads know no class but their own
     return make(
         task,

@@ -14,6 +14,7 @@ from xadapter_export.bundle.hub import HubRepo, push_files
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
+from xadapter_export.model.checkpoint_card import checkpoint_card
 from xadapter_export.model.clip_text import (
     CONFIG_NAME,
     TOKENIZER_NAME,
@@ -28,6 +29,7 @@ from xadapter_export.model.x_adapter_model import XAdapterModel
 
 RECORD_NAME = "xadapter.json"
 PLUGIN_NAME = "xadapter.safetensors"
+CARD_NAME = "README.md"
 CALIBRATION_NAME = (
     "calibration.jsonl"  # texts as it was trained on: lossy exports are made and judged with them
 )
@@ -202,6 +204,7 @@ def write_checkpoint(
             {name: tensor.contiguous() for name, tensor in model.trained_state().items()},
             staging / PLUGIN_NAME,
         )
+        (staging / CARD_NAME).write_text(checkpoint_card(record, staged.final.name), encoding="utf-8")
         if model.calibration is not None:
             (staging / CALIBRATION_NAME).write_text(model.calibration, encoding="utf-8", newline="")
         for name, text in more_files.items():

@@ -301,7 +301,7 @@ class XAdapterModel(nn.Module):
         return plm, clip, bank
 
     def encode(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Tokenises texts for ``forward``: its arguments by name, int64, padded to the longest.
+        """Tokenizes texts for ``forward``: its arguments by name, int64, padded to the longest.
 
         Raises:
             InputTextError: For a text that is empty or, in fill-mask, has no mask.

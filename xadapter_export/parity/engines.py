@@ -14,7 +14,8 @@ from xadapter_export.bundle.folder import Bundle, read_bundle
 from xadapter_export.bundle.manifest import Deployment, ExpertSet, Variant
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Tolerance
-from xadapter_export.parity.prove import SCORES, compare_case, read_reference, reference_feeds
+from xadapter_export.parity.prove import Expected, compare_case
+from xadapter_export.parity.reference import SCORES, read_reference, reference_feeds
 from xadapter_export.parity.report import ParityReport
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession
@@ -123,9 +124,8 @@ def compare_engine(
         held, reference = measure_graph(bundle, variant, feeds, reference)
         tie = max(TIE, held[SCORES].atol) if SCORES in held else TIE
         used = {f"{made.name}/{name}": tolerance for name, tolerance in held.items()}
-    cells: list[Cell] = []
-    for case, feed in feeds.items():
-        cells += compare_case(session, variant, case, feed, reference, keys, held, tie=tie)
+    expected = Expected(reference, keys, held, tie=tie)
+    cells = [c for case, feed in feeds.items() for c in compare_case(session, variant, case, feed, expected)]
     return [cell.model_copy(update={"variant": made.name}) for cell in cells], used
 
 
@@ -149,8 +149,9 @@ def measure_graph(
     session = open_variant(bundle, variant)
     measured = dict.fromkeys(keys, 0.0)
     said: dict[str, Array] = {}
+    expected = Expected(reference, keys, dict.fromkeys(keys, fp32))
     for case, feed in feeds.items():
-        for cell in compare_case(session, variant, case, feed, reference, keys, dict.fromkeys(keys, fp32)):
+        for cell in compare_case(session, variant, case, feed, expected):
             if cell.problem:
                 raise ParityError("the graph's own output is wrong", where=cell.output, got=cell.problem)
             measured[cell.output] = max(measured[cell.output], cell.smallest_atol or 0.0)

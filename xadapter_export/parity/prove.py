@@ -1,6 +1,5 @@
 """Prove a bundle: run every graph on the inputs in ``reference.npz``, compare with PyTorch's outputs there.
 
-Keys of ``reference.npz``: ``{case}/in/{input}``, ``{case}/{set}/out/{output}``, ``{case}/{set}/tap/{l}.{e}``.
 Every output and tap that the manifest names must have a reference in every case, and there must be as many
 cases as when the bundle was made, so that nothing passes by not being looked at.
 
@@ -13,9 +12,8 @@ is of; see ``parity.proven_bank``. Whether the new one is in the graph is checke
 """
 
 import importlib
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -24,24 +22,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bundle.folder import REFERENCE_NAME, Bundle, read_bundle
+from xadapter_export.bundle.graph_file import extra_outputs
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet, ExpertSetSpec, TapSpec, Variant
-from xadapter_export.errors import BundleError, ConfigError, ParityError
+from xadapter_export.errors import ConfigError, ParityError
 from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Cell, Place, Tolerance, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
 from xadapter_export.parity.recorded import Check, opened_record
-from xadapter_export.parity.reference import take_columns
+from xadapter_export.parity.reference import (
+    SCORES,
+    look_up,
+    read_reference,
+    reference_feeds,
+    take_columns,
+)
 from xadapter_export.parity.report import ParityReport
-from xadapter_export.parity.taps import extra_outputs
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
-SCORES = "retrieved_scores"
-
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a session must give.
+
+    Attributes:
+        reference: What is compared with.
+        keys: The reference's name, ``out/logits``, by the graph's.
+        tolerances: How far a value may be, by the graph's name.
+        tie: Retrieved rows whose scores are as near as this may swap places.
+        bank: What stands for the bank in the session; None where it is the bundle's own.
+    """
+
+    reference: Mapping[str, Array]
+    keys: Mapping[str, str]
+    tolerances: Mapping[str, Tolerance]
+    tie: float = TIE
+    bank: ProvenBank | None = None
 
 
 def prove_bundle(
@@ -83,36 +104,13 @@ def prove_bundle(
     cells: list[Cell] = []
     active: dict[str, None] = {}
     for variant in chosen:
-        spec = bundle.manifest.expert_sets[variant.expert_set]
-        keys = {output.name: f"out/{output.name}" for output in spec.outputs}
-        how, retriever = Opening(providers, num_threads), None
         bank = old_bank if reads_bank(variant.expert_set) else None
-        if bank is not None:
-            how = replace(how, weights=bank.weights_of(bundle, variant))
-            retriever = bank.retriever(bundle)
-        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
-        compared, used = _prove_values(open_graph, variant, spec, reference, keys, bank)
+        compared, used = _prove_variant(bundle, variant, reference, Opening(providers, num_threads), bank)
         active |= dict.fromkeys(used)
-        if taps := _find_taps(bundle, variant, spec):
-            how = replace(how, appended=extra_outputs(tap.name for tap in taps))
-            open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
-            keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
-            compared += _prove_values(open_graph, variant, spec, reference, keys)[0]
-        if compared and variant.parity and len(compared) < variant.parity.num_cells:
-            raise ParityError(
-                "the reference lacks cases that were checked at export",
-                where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
-                expected=f"{variant.parity.num_cells} cells",
-                got=len(compared),
-                hint="copy or export the bundle again",
-            )
         cells += compared
     if not cells:
-        raise ParityError(
-            "there was nothing to compare",
-            where=bundle.folder,
-            got=None if chosen else "no fp32 variant that runs here",
-        )
+        got = None if chosen else "no fp32 variant that runs here"
+        raise ParityError("there was nothing to compare", where=bundle.folder, got=got)
     return ParityReport(
         tolerances=TOLERANCES,
         created_with={"numpy": np.__version__} | _engine_versions(chosen),
@@ -120,6 +118,44 @@ def prove_bundle(
         processor=str(read_machine()),
         cells=tuple(cells),
     )
+
+
+def _prove_variant(
+    bundle: Bundle, variant: Variant, reference: Mapping[str, Array], how: Opening, bank: ProvenBank | None
+) -> tuple[list[Cell], list[str]]:
+    """Return a cell for each case and each output or tap of a variant, and the providers that were active.
+
+    Raises:
+        ParityError: If there are fewer than when the bundle was made.
+    """
+    spec, retriever = bundle.manifest.expert_sets[variant.expert_set], None
+    if bank is not None:
+        how = replace(how, weights=bank.weights_of(bundle, variant))
+        retriever = bank.retriever(bundle)
+    open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
+    keys = {output.name: f"out/{output.name}" for output in spec.outputs}
+    cells, used = _prove_values(open_graph, variant, spec, _exact(variant, reference, keys, bank))
+    if taps := _find_taps(bundle, variant, spec):
+        how = replace(how, appended=extra_outputs(tap.name for tap in taps))
+        open_graph = partial(open_variant, bundle, variant, how, retriever=retriever)
+        keys = {tap.name: f"tap/{tap.layer}.{tap.expert}" for tap in taps}
+        cells += _prove_values(open_graph, variant, spec, _exact(variant, reference, keys, None))[0]
+    if cells and variant.parity and len(cells) < variant.parity.num_cells:
+        raise ParityError(
+            "the reference lacks cases that were checked at export",
+            where=f"{bundle.folder / REFERENCE_NAME}, set {variant.expert_set}",
+            expected=f"{variant.parity.num_cells} cells",
+            got=len(cells),
+            hint="copy or export the bundle again",
+        )
+    return cells, used
+
+
+def _exact(
+    variant: Variant, reference: Mapping[str, Array], keys: Mapping[str, str], bank: ProvenBank | None
+) -> Expected:
+    """Return what is expected of a variant of fp32: the reference, by the rule of its precision."""
+    return Expected(reference, keys, dict.fromkeys(keys, TOLERANCES[variant.precision]), bank=bank)
 
 
 def _choose(
@@ -211,47 +247,21 @@ def _prove_values(
     open_graph: Callable[[], OnnxSession],
     variant: Variant,
     spec: ExpertSetSpec,
-    reference: Mapping[str, Array],
-    keys: Mapping[str, str],
-    bank: ProvenBank | None = None,
+    expected: Expected,
 ) -> tuple[list[Cell], list[str]]:
     """Return a cell for each case and each named value, and the providers that were active.
 
-    ``keys`` maps the graph's name to the reference's. The session is gone before another is opened: each
-    holds the weights.
+    The session is gone before another is opened: each holds the weights.
     """
     session = open_graph()
-    tolerances = dict.fromkeys(keys, TOLERANCES[variant.precision])
     cells: list[Cell] = []
-    for case, feed in reference_feeds(reference, spec).items():
-        cells += compare_case(session, variant, case, feed, reference, keys, tolerances, bank=bank)
+    for case, feed in reference_feeds(expected.reference, spec).items():
+        cells += compare_case(session, variant, case, feed, expected)
     return cells, session.get_providers()
 
 
-def reference_feeds(reference: Mapping[str, Array], spec: ExpertSetSpec) -> dict[str, dict[str, Array]]:
-    """Return the inputs of an expert set, by name, in every case of the reference.
-
-    Raises:
-        ParityError: If one lacks.
-    """
-    cases = sorted({key.split("/")[0] for key in reference if "/in/" in key})
-    return {
-        case: {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
-        for case in cases
-    }
-
-
 def compare_case(
-    session: OnnxSession,
-    variant: Variant,
-    case: str,
-    feed: Mapping[str, Array],
-    reference: Mapping[str, Array],
-    keys: Mapping[str, str],
-    tolerances: Mapping[str, Tolerance],
-    *,
-    tie: float = TIE,
-    bank: ProvenBank | None = None,
+    session: OnnxSession, variant: Variant, case: str, feed: Mapping[str, Array], expected: Expected
 ) -> list[Cell]:
     """Run one case and compare every named value.
 
@@ -260,17 +270,14 @@ def compare_case(
         variant: The variant that it was made from.
         case: Name of the case.
         feed: Its inputs.
-        reference: What is compared with.
-        keys: The reference's name, ``out/logits``, by the graph's.
-        tolerances: How far a value may be, by the graph's name.
-        tie: Retrieved rows whose scores are as near as this may swap places.
-        bank: What stands for the bank in the session; None where it is the bundle's own.
+        expected: What it must give.
 
     Raises:
         ParityError: If the reference lacks a value, or the inputs cannot be computed.
     """
     cells: list[Cell] = []
-    refs = {name: _look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
+    reference, keys, bank = expected.reference, expected.keys, expected.bank
+    refs = {name: look_up(reference, f"{case}/{variant.expert_set}/{key}") for name, key in keys.items()}
     try:
         got = dict(zip(keys, session.run(list(keys), feed), strict=True))
     except Exception as error:  # the engines' own errors have no common base below Exception
@@ -283,32 +290,7 @@ def compare_case(
             got[name] = bank.number(got[name]) if bank is not None else got[name]
             rows = cast("tuple[IntArray, IntArray]", (got[name], refs[name]))
             scores = cast("tuple[FloatArray, FloatArray]", (got[SCORES], refs[SCORES]))
-            cells.append(compare_retrieved(*rows, *scores, place, tie=tie))
+            cells.append(compare_retrieved(*rows, *scores, place, tie=expected.tie))
         else:
-            cells.append(compare(got[name], refs[name], tolerances[name], place))
+            cells.append(compare(got[name], refs[name], expected.tolerances[name], place))
     return cells
-
-
-def read_reference(bundle: Bundle) -> dict[str, Array]:
-    """Read ``reference.npz``, by key.
-
-    Raises:
-        BundleError: If it is missing, or not a plain npz file.
-    """
-    path = bundle.file(REFERENCE_NAME)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError("the reference cannot be read", where=path, got=error) from error
-
-
-def _look_up(reference: Mapping[str, Array], key: str) -> Array:
-    try:
-        return reference[key]
-    except KeyError as error:
-        raise ParityError(
-            "the reference lacks an array",
-            where=key,
-            hint=f"export the bundle again: {REFERENCE_NAME} is incomplete",
-        ) from error

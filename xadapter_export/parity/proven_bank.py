@@ -8,7 +8,6 @@ operator and every other weight is compared with PyTorch as before.
 Dimensions: R rows that the reference retrieved, D CLIP embedding size.
 """
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from xadapter_export.bundle.folder import PROVEN_BANK_NAME, Bundle
 from xadapter_export.bundle.graph_file import GraphFile
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import BundleError
+from xadapter_export.parity.reference import read_arrays
 from xadapter_export.sessions.retrieval import Retriever
 from xadapter_export.sessions.session import Array
 
@@ -103,13 +103,6 @@ def read_proven_bank(bundle: Bundle) -> ProvenBank | None:
     """
     if bundle.manifest.bank is None or bundle.manifest.bank.swapped_from is None:
         return None
-    path = bundle.file(PROVEN_BANK_NAME)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError(
-            "the bank used for the parity check cannot be read", where=path, got=error
-        ) from error
+    arrays = read_arrays(bundle.file(PROVEN_BANK_NAME))
     rows = arrays.pop(_ROWS, None)
-    return ProvenBank(arrays, rows)
+    return ProvenBank(arrays, None if rows is None else rows.astype(np.int64))

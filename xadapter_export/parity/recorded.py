@@ -9,18 +9,15 @@ its roundings; two answers whose roundings have nothing in common are the square
 each is from fp32. So the root mean square of what a variant differs from its record may be ``_FACTOR`` times
 that of what the record differs from PyTorch. The answer that comes first must be the same, or nearly tie.
 
-Keys, besides those of ``parity.prove``: ``{case}/{set}/{variant}/out/{output}``, and ``KEY#noise``, the root
-mean square of its difference from PyTorch. After a swap of the bank, ``reference_swapped.npz`` holds under
-the same keys what graphs with the V-expert give with the new bank, fp32 ones too.
+Keys, besides those of ``parity.reference``: ``{case}/{set}/{variant}/out/{output}``, and ``KEY#noise``, the
+root mean square of its difference from PyTorch. After a swap of the bank, ``reference_swapped.npz`` holds
+under the same keys what graphs with the V-expert give with the new bank, fp32 ones too.
 """
 
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
@@ -33,17 +30,24 @@ from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TIE, TOLERANCES, Place, compare, compare_retrieved
 from xadapter_export.parity.proven_bank import ProvenBank, read_proven_bank
-from xadapter_export.parity.reference import take_columns
+from xadapter_export.parity.reference import (
+    SCORES,
+    Archive,
+    cases_of,
+    feed_of,
+    look_up,
+    reference_feeds,
+    retrieved_rows,
+    take_columns,
+)
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.split_session import SplitSession
 
 TYPICAL: Final = "single_typical"
-SCORES: Final = "retrieved_scores"
 _FACTOR: Final = 1.5  # a little above the square root of 2
 _TIE_FACTOR: Final = (
     6.0  # the difference of two numbers, each off by normal errors, as good as never exceeds it
 )
-_UNREADABLE: Final = (OSError, ValueError, zipfile.BadZipFile, zlib.error)
 _FEW: Final = 64  # of fewer numbers the root mean square says little: those of all cases are taken together
 
 
@@ -116,8 +120,7 @@ def record(
     """
     names = [tensor.name for tensor in spec.outputs]
     arrays: dict[str, Array] = {}
-    for case in cases_of(reference):
-        feed = {tensor.name: _look_up(reference, f"{case}/in/{tensor.name}") for tensor in spec.inputs}
+    for case, feed in reference_feeds(reference, spec).items():
         for name, array in zip(names, session.run(names, feed), strict=True):
             arrays[f"{case}/{variant.expert_set}/{variant.name}/out/{name}"] = array
     return arrays
@@ -134,7 +137,7 @@ def noise(recorded: Mapping[str, Array], reference: Mapping[str, Array]) -> dict
     for key, array in recorded.items():
         case, expert_set, _, _, output = key.split("/")
         if array.dtype.kind == "f":
-            ref = _look_up(reference, f"{case}/{expert_set}/out/{output}")
+            ref = look_up(reference, f"{case}/{expert_set}/out/{output}")
             off[key] = np.square(array.astype(np.float64) - ref).ravel()
     found: dict[str, Array] = {}
     for key, squares in off.items():
@@ -142,11 +145,6 @@ def noise(recorded: Mapping[str, Array], reference: Mapping[str, Array]) -> dict
         size = squares.mean() if squares.size >= _FEW else max(squares.mean(), np.concatenate(same).mean())
         found[f"{key}#noise"] = np.sqrt([size]).astype(np.float32)
     return found
-
-
-def cases_of(reference: Mapping[str, Array]) -> list[str]:
-    """Return the names of the cases, in their order."""
-    return sorted({key.split("/")[0] for key in reference if "/in/" in key})
 
 
 @contextmanager
@@ -157,7 +155,7 @@ def opened_record(bundle: Bundle) -> Iterator["Record"]:
         BundleError: If a file of it is missing or cannot be read.
     """
     with ExitStack() as stack:
-        archives = [_Archive.open(bundle.file(name), stack) for name in files_of_record(bundle)]
+        archives = [Archive.open(bundle.file(name), stack) for name in files_of_record(bundle)]
         if not archives:
             raise BundleError("the bundle has no reference outputs", where=bundle.file(REFERENCE_NAME))
         yield Record(bundle, archives[0], archives[1] if len(archives) > 1 else {})
@@ -167,42 +165,6 @@ def files_of_record(bundle: Bundle) -> tuple[str, ...]:
     """Return the files that ``opened_record`` reads."""
     names = (REFERENCE_NAME, SWAPPED_NAME)
     return tuple(name for name in names if name in bundle.manifest.files)
-
-
-class _Archive(Mapping[str, Array]):
-    """The arrays of an npz file, each read when it is looked at."""
-
-    def __init__(self, path: Path, archive: "np.lib.npyio.NpzFile") -> None:
-        self._path, self._archive = path, archive
-
-    @classmethod
-    def open(cls, path: Path, stack: ExitStack) -> "_Archive":
-        try:
-            archive = np.load(path, allow_pickle=False)
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise _unreadable(path, "no npz file")
-        return cls(path, stack.enter_context(archive))
-
-    def __getitem__(self, key: str) -> Array:
-        try:
-            return cast(Array, self._archive[key])
-        except _UNREADABLE as error:
-            raise _unreadable(self._path, error) from error
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._archive
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._archive)
-
-    def __len__(self) -> int:
-        return len(self._archive)
-
-
-def _unreadable(path: Path, got: object) -> BundleError:
-    return BundleError("the reference cannot be read", where=path, got=got)
 
 
 class Record:
@@ -238,7 +200,7 @@ class Record:
         Raises:
             ParityError: If one is missing.
         """
-        return {t.name: _look_up(self._reference, f"{case}/in/{t.name}") for t in spec.inputs}
+        return feed_of(self._reference, spec, case)
 
     def check(self, session: OnnxSession, variant: Variant, case: str) -> Check:
         """Ask one case and compare.
@@ -277,10 +239,10 @@ class Record:
         except Exception as error:  # the engines' own errors have no common base below Exception
             raise ParityError("the graph cannot compute the reference inputs", got=error) from error
         for name in names:
-            place, ref = Place(variant.expert_set, variant.name, case, name), _look_up(refs, start + name)
+            place, ref = Place(variant.expert_set, variant.name, case, name), look_up(refs, start + name)
             if name == "retrieved":
                 rows = got[name] if bank is None else bank.number(got[name])
-                scores = got[SCORES], _look_up(refs, start + SCORES)
+                scores = got[SCORES], look_up(refs, start + SCORES)
                 yield _find_rows(rows, ref, *scores, place, self._tie(variant, case))
                 continue
             kept = take_columns(got[name], refs, start + name)
@@ -299,8 +261,7 @@ class Record:
             return None
         if (proven := read_proven_bank(self._bundle)) is not None:
             return proven
-        used = [self._reference[key].ravel() for key in self._reference if key.endswith("/out/retrieved")]
-        rows = np.unique(np.concatenate(used)).astype(np.int64)
+        rows = retrieved_rows(self._reference)
         stored = BankRows(self._bundle.file(bank.features))
         return ProvenBank({"bank": cast(Array, stored.take(rows))}, rows)
 
@@ -318,7 +279,7 @@ class Record:
 
     def _noise(self, variant: Variant, case: str, output: str) -> float:
         key = f"{case}/{variant.expert_set}/{variant.name}/out/{output}#noise"
-        return float(_look_up(self._reference, key)[0])
+        return float(look_up(self._reference, key)[0])
 
     def _tie(self, variant: Variant, case: str) -> float:
         if variant.precision in TOLERANCES:
@@ -366,12 +327,3 @@ def _with_top(finding: _Finding, got: Array, refs: Mapping[str, Array], key: str
     ):  # not where it is NaN
         return finding
     return _Finding(finding.output, finding.difference, finding.bound, "another answer comes first")
-
-
-def _look_up(reference: Mapping[str, Array], key: str) -> Array:
-    try:
-        return reference[key]
-    except KeyError as error:
-        raise ParityError(
-            "the bundle has nothing to compare with", where=key, hint="export it again"
-        ) from error

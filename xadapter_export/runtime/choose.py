@@ -148,31 +148,17 @@ def choose(
     by_name = {variant.name: variant for variant in variants}
     on_cpu = set(providers) <= {CPU_PROVIDER}
     if engine := next((made for made in engines if made.name == name), None):
-        if not on_cpu:
-            raise ConfigError(
-                "an engine runs on the GPU without an onnxruntime execution provider",
-                where=name,
-                got=", ".join(providers),
-                hint="remove the provider, or choose another variant",
-            )
+        _check_no_provider(name, providers)
         return Choice(by_name[engine.source], "named", engine, named=True)
     if name == "auto":
         rules = _rules(providers, machine)
-        hint = "name one of those with variant=, or export with --precision fp32"
-        if on_cpu and all(variant.is_for_gpu for variant in variants):
-            hint = (
-                f"every variant of this bundle needs a GPU: export again with --variant {PORTABLE}, or run "
-                "it on a "
-                f"machine with a GPU (--provider {CUDA_PROVIDER})"
-            )
     elif name in PRECISIONS:
         rules = [
             (f"{target}-{name}", f"the fastest {name} here")
             for target in (_cpu_targets(name, machine) if on_cpu else _gpu_targets(providers))
         ]
-        hint = "choose one of those, or export with its --precision and --target"
     else:
-        rules, hint = [(name, "named")], "choose one of those, or export with its --precision and --target"
+        rules = [(name, "named")]
     found = [(wanted, reason) for wanted, reason in rules if wanted in by_name]
     _check_providers(name, providers)
     for wanted, reason in found:
@@ -184,14 +170,44 @@ def choose(
             where=f"{', '.join(wanted for wanted, _ in found)}, experts {variants[0].expert_set}, {machine}",
             hint="copy the bundle again, update onnxruntime, and please report this",
         )
-    raise BundleError(
+    raise _not_there(variants, name, engines, on_cpu=on_cpu)
+
+
+def _not_there(
+    variants: Sequence[Variant], name: str, engines: Sequence[Deployment], *, on_cpu: bool
+) -> BundleError:
+    """Return the error of a set that has nothing that was asked for."""
+    hint = "choose one of those, or export with its --precision and --target"
+    if name == "auto":
+        hint = "name one of those with variant=, or export with --precision fp32"
+        if on_cpu and all(variant.is_for_gpu for variant in variants):
+            hint = (
+                f"every variant of this bundle needs a GPU: export again with --variant {PORTABLE}, or run "
+                f"it on a machine with a GPU (--provider {CUDA_PROVIDER})"
+            )
+    return BundleError(
         "the bundle has no suitable variant for this machine"
         if name == "auto"
         else "the bundle does not have this variant",
         where=f"{name}, experts {variants[0].expert_set}",
-        expected=f"one of {', '.join([*by_name, *(made.name for made in engines)])}",
+        expected=f"one of {', '.join([variant.name for variant in variants] + [e.name for e in engines])}",
         hint=hint,
     )
+
+
+def _check_no_provider(name: str, providers: Sequence[str]) -> None:
+    """Refuse a provider of onnxruntime for an engine.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if set(providers) - {CPU_PROVIDER}:
+        raise ConfigError(
+            "an engine runs on the GPU without an onnxruntime execution provider",
+            where=name,
+            got=", ".join(providers),
+            hint="remove the provider, or choose another variant",
+        )
 
 
 def _check_providers(name: str, providers: Sequence[str]) -> None:

@@ -245,8 +245,8 @@ class TextEncoder:
         for span, mask, size in ((spans[0], masks[0], first), (spans[1], masks[1], budget - first)):
             start = 0
             if mask and mask[-1] >= span[0] + size:
-                centred = (mask[0] + mask[-1] + 1 - size) // 2 - span[0]
-                start = min(centred, len(span) - size)
+                centered = (mask[0] + mask[-1] + 1 - size) // 2 - span[0]
+                start = min(centered, len(span) - size)
             kept = kept + span[start : start + size]
         kept.sort()
         return [ids[i] for i in kept], [type_ids[i] for i in kept]

@@ -2,15 +2,15 @@
 
 import importlib.metadata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+from xadapter_export.bundle.graph_check import check_onnx
 from xadapter_export.bundle.graph_file import read_linked, with_weights
 from xadapter_export.errors import (
     BundleError,
-    ConfigError,
     MissingExtraError,
     ProviderError,
     import_extra,
@@ -22,73 +22,42 @@ from xadapter_export.sessions.cuda import (
     preload,
     silenced,
 )
-from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
+from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER, ONNXRUNTIME
 
 _WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-# onnxruntime fuses a sum and the norm after it into one operator that is not vectorised on the CPU: in
+# onnxruntime fuses a sum and the norm after it into one operator that is not vectorized on the CPU: in
 # BERT-base at 8x32 it took 22 ms of 128, the two operators apart 5 (docs/log.md).
 _SLOW_FUSIONS = ("SkipLayerNormFusion",)
 _ERRORS_ONLY = 3  # onnxruntime's log severity; the warnings of a session are about its own graph passes
 
 
-def open_onnx(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the targets that onnxruntime runs; see ``create_session``."""
-    return create_session(
-        file,
-        providers=how.providers,
-        num_threads=how.num_threads,
-        appended=how.appended,
-        weights=how.weights,
-    )
-
-
-def create_session(
-    model_file: Path,
-    *,
-    providers: Sequence[Provider] | None = None,
-    num_threads: int | None = None,
-    appended: bytes = b"",
-    weights: Mapping[str, Array] | None = None,
-) -> OnnxSession:
+def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load a graph into onnxruntime.
 
     Args:
         model_file: The ``.onnx`` file; its external weights are looked for in its folder.
-        providers: Execution providers in order of preference, as onnxruntime takes them; the CPU if None.
-        num_threads: Threads inside one operator; onnxruntime's choice if None.
-        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
-        weights: Arrays to put in the place of weights of these names, whatever their shape.
+        how: How to open it; a folder for what was compiled is left aside.
 
     Raises:
         MissingExtraError: If onnxruntime is not installed.
         ProviderError: If a provider that was named is not there or does not start.
-        ConfigError: If ``num_threads`` is below 1.
-        BundleError: If onnxruntime cannot load the graph.
+        BundleError: If the graph could do harm (``bundle.graph_check``), or onnxruntime cannot load it.
     """
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError("num_threads must be at least 1", got=num_threads)
+    check_onnx(model_file, how.weight_files)
     ort = _import_onnxruntime()
-    available = ort.get_available_providers()
-    if not providers and CUDA_PROVIDER in available:
-        _warn_that_the_cpu_answers(ort)
-    wanted = [exact_options(provider) for provider in providers or [CPU_PROVIDER]]
+    wanted = _providers(ort, how.providers)
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
-    _check_known(names, available)
-    _check_active(names, available, "is not in this onnxruntime")
-    if CUDA_PROVIDER in names:
-        preload(ort)
-
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
+    if how.num_threads is not None:
+        options.intra_op_num_threads = how.num_threads
     model: str | bytes = str(model_file)
-    if appended or weights or model_file.is_symlink():
+    if how.appended or how.weights or model_file.is_symlink():
         is_link = model_file.is_symlink()
         model, folder = read_linked(model_file) if is_link else (model_file.read_bytes(), model_file.parent)
         options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(folder))
-        model = (with_weights(model, model_file, weights) if weights else model) + appended
+        model = (with_weights(model, model_file, how.weights) if how.weights else model) + how.appended
     try:
         slow = _SLOW_FUSIONS if names == [CPU_PROVIDER] else ()
         # What CUDA misses is said below, in one line.
@@ -108,6 +77,24 @@ def create_session(
         raise _did_not_start(find_missing(ort), names, ", ".join(session.get_providers()))
     _check_active(names, session.get_providers(), "did not start")
     return session if session.get_providers() == [CPU_PROVIDER] else BoundSession(session)
+
+
+def _providers(ort: ModuleType, asked: Sequence[Provider] | None) -> list[Provider]:
+    """Return the providers that were asked for, or the CPU, with their libraries loaded.
+
+    Raises:
+        ProviderError: If this onnxruntime has no such provider.
+    """
+    available = ort.get_available_providers()
+    if not asked and CUDA_PROVIDER in available:
+        _warn_that_the_cpu_answers(ort)
+    wanted = [exact_options(provider) for provider in asked or [CPU_PROVIDER]]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    _check_known(names, available)
+    _check_active(names, available, "is not in this onnxruntime")
+    if CUDA_PROVIDER in names:
+        preload(ort)
+    return wanted
 
 
 def _did_not_start(missing: Sequence[str], names: Sequence[str], got: object) -> ProviderError:
@@ -132,7 +119,7 @@ def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
         f"onnxruntime-gpu is installed, but {why}; using the CPU. Request the GPU with "
         f'providers=["{CUDA_PROVIDER}"] (--provider {CUDA_PROVIDER})',
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -3,21 +3,19 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from xadapter_export.bundle.folder import Bundle
+from xadapter_export.bundle.graph_check import beside
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.sessions.retrieval import Retriever, open_retriever
-from xadapter_export.sessions.session import OnnxSession, Opening
+from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening
 from xadapter_export.sessions.split_session import open_split
 from xadapter_export.targets import TARGETS, load_named
 
-_AS_IT_IS: Final = Opening()
-
 
 def open_variant(
-    bundle: Bundle, variant: Variant, how: Opening = _AS_IT_IS, *, retriever: Retriever | None = None
+    bundle: Bundle, variant: Variant, how: Opening = AS_IT_IS, *, retriever: Retriever | None = None
 ) -> OnnxSession:
     """Open a variant of a bundle; of two graphs, both, as one.
 
@@ -31,9 +29,10 @@ def open_variant(
     Raises:
         UnsupportedError: As ``open_graph``.
         MissingExtraError: If what runs the target is not installed.
-        ProviderError: As ``create_session``.
-        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
-        BundleError: If a file is missing, or its library cannot load the graph.
+        ProviderError: As ``open_onnx``.
+        ConfigError: If ``cache_dir`` cannot be written.
+        BundleError: If a file is missing, the graph could do harm (``bundle.graph_check``), or its library
+            cannot load it.
     """
     if variant.query_file is not None:
 
@@ -48,10 +47,11 @@ def open_variant(
     if how.cache_dir is not None:
         hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
         how = replace(how, cache_dir=how.cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16])
+    how = replace(how, weight_files=beside(variant.file, variant.weight_files))
     return open_graph(variant.target, bundle.file(variant.file), how)
 
 
-def open_graph(target: str, file: Path, how: Opening = _AS_IT_IS) -> OnnxSession:
+def open_graph(target: str, file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Open one graph with the opener of its target.
 
     Args:

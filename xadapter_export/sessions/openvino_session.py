@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from xadapter_export.bundle.graph_check import check_openvino
 from xadapter_export.errors import BundleError, ConfigError, import_extra
-from xadapter_export.sessions.session import Array, KnownValue, OnnxSession, Opening
+from xadapter_export.sessions.session import AS_IT_IS, Array, KnownValue, OnnxSession, Opening
 
 _TELEMETRY: Final = "openvino_telemetry"
 _DTYPES: Final = {"i64": "tensor(int64)", "f32": "tensor(float)"}
@@ -85,14 +86,7 @@ class _OpenVinoSession:
         return [_describe(port) for port in self._compiled.outputs]
 
 
-def open_openvino(file: Path, how: Opening) -> OnnxSession:
-    """Open a graph of the target ``openvino``; see ``create_openvino_session``."""
-    return create_openvino_session(file, num_threads=how.num_threads, cache_dir=how.cache_dir)
-
-
-def create_openvino_session(
-    model_file: Path, *, num_threads: int | None = None, cache_dir: Path | None = None
-) -> OnnxSession:
+def open_openvino(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     """Load OpenVINO's own form of a graph into OpenVINO's CPU engine.
 
     Whatever the file does not hold as int8 or int4 is computed in float32. The weights are mapped from the
@@ -101,27 +95,25 @@ def create_openvino_session(
 
     Args:
         model_file: The ``.xml`` file; its weights are in the ``.bin`` file of the same name.
-        num_threads: Threads for one call; OpenVINO's choice if None.
-        cache_dir: Where the compiled graph is kept, and read the next time instead of being compiled. What
-            another version of OpenVINO or another CPU left there, or what is damaged, is compiled anew.
+        how: How to open it. A compiled graph in ``cache_dir`` is read instead of being compiled; what another
+            version of OpenVINO or another CPU left there, or what is damaged, is compiled anew.
 
     Returns:
         A session for several threads: inputs and outputs are int64 and float32, under the graph's names.
 
     Raises:
         MissingExtraError: If OpenVINO is not installed.
-        ConfigError: If ``num_threads`` is below 1, or ``cache_dir`` cannot be written.
-        BundleError: If OpenVINO cannot load the graph.
+        ConfigError: If ``cache_dir`` cannot be written.
+        BundleError: If the graph could do harm (``bundle.graph_check``), or OpenVINO cannot load it.
     """
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError("num_threads must be at least 1", got=num_threads)
+    check_openvino(model_file)
     ov = import_openvino()
     settings = dict(_SETTINGS)
-    if num_threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = str(num_threads)
-    if cache_dir is not None:
-        _make_writable(cache_dir)
-        settings |= {"CACHE_DIR": str(cache_dir), "CACHE_MODE": "OPTIMIZE_SIZE"}  # without the weights
+    if how.num_threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = str(how.num_threads)
+    if how.cache_dir is not None:
+        _make_writable(how.cache_dir)
+        settings |= {"CACHE_DIR": str(how.cache_dir), "CACHE_MODE": "OPTIMIZE_SIZE"}  # without the weights
     try:
         compiled = ov.Core().compile_model(str(model_file), "CPU", settings)
     except Exception as error:  # OpenVINO raises RuntimeError for most, and its own error for a frontend

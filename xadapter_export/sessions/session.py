@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xadapter_export.errors import ConfigError
 
 Array = NDArray[np.int64] | NDArray[np.float32]
 Provider = str | tuple[str, dict[str, str]]
@@ -19,9 +21,13 @@ class Opening:
     Attributes:
         providers: Execution providers of onnxruntime in order of preference; the CPU if None.
         num_threads: Threads inside one operator; the library's choice if None.
-        appended: Bytes to put after the model's, which protobuf merges into it; see ``parity.taps``.
+        appended: Bytes to put after the model's, which protobuf merges into it; see ``extra_outputs``.
         weights: Arrays to put in the place of weights of these names, whatever their shape.
         cache_dir: A folder for what the library compiled from this graph; None for nowhere.
+        weight_files: Where the graph may have its weights, relative to its folder; None for anywhere.
+
+    Raises:
+        ConfigError: If ``num_threads`` is below 1.
     """
 
     providers: Sequence[Provider] | None = None
@@ -29,6 +35,14 @@ class Opening:
     appended: bytes = b""
     weights: Mapping[str, Array] | None = None
     cache_dir: Path | None = None
+    weight_files: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError("num_threads must be at least 1", got=self.num_threads)
+
+
+AS_IT_IS: Final = Opening()
 
 
 class Value(Protocol):

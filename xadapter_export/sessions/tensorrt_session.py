@@ -183,6 +183,20 @@ class EngineSession:
         return KnownValue(name, list(shape), _TYPES[self._engine.get_tensor_dtype(name).name])
 
 
+def make_logger(library: ModuleType, errors: list[str]) -> Any:
+    """Return a logger for the library that adds what it says of errors to a list."""
+
+    class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # a module that is known only here
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= library.ILogger.Severity.ERROR:
+                errors.append(message)
+
+    return Logger()
+
+
 def open_engine(file: Path, target: str) -> EngineSession:
     """Load an engine onto the GPU of this machine.
 
@@ -197,16 +211,7 @@ def open_engine(file: Path, target: str) -> EngineSession:
     library = import_library(target)
     gpu = find_gpu()
     complaints: list[str] = []
-
-    class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # a module that is known only here
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= library.ILogger.Severity.ERROR:
-                complaints.append(message)
-
-    logger = Logger()
+    logger = make_logger(library, complaints)
     runtime = library.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     if engine is None:

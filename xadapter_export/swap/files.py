@@ -25,7 +25,7 @@ from xadapter_export.errors import BundleError, UnsupportedError
 from xadapter_export.experts import reads_bank
 from xadapter_export.parity import proven_bank
 from xadapter_export.parity.compare import TOLERANCES
-from xadapter_export.parity.prove import read_reference
+from xadapter_export.parity.reference import read_reference, retrieved_rows
 from xadapter_export.runtime.choose import choices_of
 from xadapter_export.sessions.session import Array
 from xadapter_export.swap.weights import AnyArray, BankWeights
@@ -179,9 +179,7 @@ class SwappedFiles:
             return found
         if spec.retrieval == "static":
             return proven_bank.ProvenBank(self._proven_weights(), None)
-        reference = read_reference(self._old)
-        used = [array.ravel() for key, array in reference.items() if key.endswith("/out/retrieved")]
-        rows = np.unique(np.concatenate(used)).astype(np.int64)
+        rows = retrieved_rows(read_reference(self._old))
         if spec.features is not None:
             taken = cast(Array, BankRows(self._old.file(spec.features)).take(rows))
         elif (bank := self._proven_weights().get("bank")) is not None:

@@ -17,9 +17,8 @@ import numpy as np
 
 from xadapter_export.bank.feature_bank import FeatureBank
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bundle.bank_rows import BankRows, Float32, Int64
+from xadapter_export.bundle.bank_rows import Float32, Int64
 from xadapter_export.bundle.folder import (
-    FEATURES_NAME,
     MANIFEST_NAME,
     PROJECTIONS_NAME,
     SWAPPED_NAME,
@@ -27,21 +26,19 @@ from xadapter_export.bundle.folder import (
     list_files,
     read_bundle,
 )
-from xadapter_export.bundle.graph_file import GraphFile
+from xadapter_export.bundle.graph_file import GraphFile, extra_outputs
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.experts import reads_bank
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
-from xadapter_export.parity.prove import SCORES, prove_bundle, read_reference, reference_feeds
+from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.recorded import record
-from xadapter_export.parity.reference import sample_reference
-from xadapter_export.parity.taps import extra_outputs
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.parity.reference import SCORES, read_reference, reference_feeds, sample_reference
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.retrieval import open_retriever
-from xadapter_export.sessions.session import Array, OnnxSession
-from xadapter_export.sessions.split_session import SplitSession
+from xadapter_export.sessions.session import Array, Opening
 from xadapter_export.swap.files import SwappedFiles
 from xadapter_export.swap.weights import BankWeights
 from xadapter_export.targets import TARGETS
@@ -116,19 +113,14 @@ def swap_bank(
         files = SwappedFiles(old, staged.path, kept, make)
         manifest = files.write(spec, reader, staged.final.name)
         new = read_bundle(staged.path, verify=False)
-        has_fp32 = any(variant.precision in TOLERANCES for variant in manifest.variants)
-        cells = prove_bundle(staged.path, verify=False) if has_fp32 else None
-        if cells is not None:
-            cells.raise_if_failed()
+        num_cells = 0
+        if any(variant.precision in TOLERANCES for variant in manifest.variants):
+            report = prove_bundle(staged.path, verify=False)
+            report.raise_if_failed()
+            num_cells = len(report.cells)
         num_searched = _check_answers(new, reader)
         manifest = _record_answers(new)
-    return SwapResult(
-        staged.final,
-        manifest,
-        0 if cells is None else len(cells.cells),
-        num_searched,
-        tuple(dict.fromkeys(leave_out)),
-    )
+    return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)))
 
 
 def _check_only_listed(bundle: Bundle) -> None:
@@ -261,7 +253,6 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
     manifest, num_searched = new.manifest, 0
     bank = manifest.bank
     assert bank is not None  # checked before
-    stored = BankRows(reader.folder / FEATURES_NAME)
     reference = read_reference(new)
     for variant in [v for v in manifest.variants if reads_bank(v.expert_set)]:
         spec = manifest.expert_sets[variant.expert_set]
@@ -270,11 +261,8 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
         retriever = open_retriever(new, None) if spec.searches_outside else None
         searches = bank.retrieval == "topk" and retriever is None
         query = GraphFile(file.read_bytes(), file).query_of_bank() if searches else "query"
-        session: OnnxSession
-        asked = session = create_session(file, appended=extra_outputs([query] if searches else []))
-        if variant.query_file is not None:
-            answer = create_session(new.file(variant.file))
-            session = SplitSession(asked, answer, spec, variant.query_file, retriever)
+        asked = open_onnx(file, Opening(appended=extra_outputs([query] if searches else [])))
+        session = asked if variant.query_file is None else open_variant(new, variant, retriever=retriever)
         for case, feed in reference_feeds(reference, spec).items():
             right = all(np.isfinite(array).all() for array in session.run(outputs, feed))
             if bank.retrieval == "topk":
@@ -286,7 +274,7 @@ def _check_answers(new: Bundle, reader: BankReader) -> int:
                     _, rows, scores = retriever.find(queries)
                 place = Place(variant.expert_set, variant.name, case, "retrieved")
                 right &= _finds(
-                    cast(Int64, rows), cast(Float32, scores), *stored.search(queries, bank.k), place
+                    cast(Int64, rows), cast(Float32, scores), *reader.stored.search(queries, bank.k), place
                 )
                 num_searched += len(queries)
             if not right:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bank.feature_bank import FeatureBank
-from xadapter_export.bank.graph_rows import load_projections, num_candidates, quantise_rows, to_half
+from xadapter_export.bank.graph_rows import load_projections, num_candidates, quantize_rows, to_half
 from xadapter_export.bank.rows import Float32
 from xadapter_export.bundle.folder import PROJECTIONS_NAME, Bundle
 from xadapter_export.bundle.graph_file import Weight
@@ -79,7 +79,7 @@ class BankWeights:
             return folded if weight.dtype == "float32" else to_half(folded)
         if (name, weight.dtype) in _INT8_WEIGHTS:
             if not self._codes:
-                codes, rest, scales = quantise_rows(self._rows)
+                codes, rest, scales = quantize_rows(self._rows)
                 self._codes = {"codes": codes, "rest": rest, "scales": scales}
             return self._codes[_INT8_WEIGHTS[name, weight.dtype]]
         if len(weight.shape) < 2:

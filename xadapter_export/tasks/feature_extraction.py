@@ -8,7 +8,7 @@ from xadapter_export.tasks.spec import Head, Output, Reads, TaskSpec
 class FeatureExtraction(TaskSpec):
     """See the module; an answer is the embedding of a text, ``(H,) float32``."""
 
-    name = "feature-extraction"
+    name = pipeline_tag = "feature-extraction"
     says = "embeddings of texts"
     reads: ClassVar[Reads] = "all"
     head: ClassVar[Head | None] = None

@@ -42,7 +42,7 @@ class FillMaskAnswer:
 class FillMask(TaskSpec):
     """See the module."""
 
-    name = "fill-mask"
+    name = pipeline_tag = "fill-mask"
     says = "which words fill the masks of a text"
     reads: ClassVar[Reads] = "masks"
     head: ClassVar[Head | None] = "mlm"

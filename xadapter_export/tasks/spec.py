@@ -79,6 +79,7 @@ class TaskSpec:
         takes_pairs: Whether a text may have a second one.
         most_texts: How many texts in a batch an engine is planned for.
         example: A text to try it with; ``{mask}`` stands for the mask token.
+        pipeline_tag: What the Hub calls such tasks; None where it has no word for it.
         torch_half: Where its ``model.tasks.TaskHead`` is, as ``module:name``; imported where PyTorch is.
     """
 
@@ -91,6 +92,7 @@ class TaskSpec:
     takes_pairs: ClassVar[bool] = False
     most_texts: ClassVar[int] = 32
     example: ClassVar[str] = "A banana is lying on the table."
+    pipeline_tag: ClassVar[str | None] = None
     torch_half: ClassVar[str]
 
     @property
@@ -110,7 +112,7 @@ class TaskSpec:
 
     @property
     def labels_texts(self) -> bool:
-        """Whether each text, or pair, gets one label or value: then labelled texts train and judge it."""
+        """Whether each text, or pair, gets one label or value: then labeled texts train and judge it."""
         return any(output.axes == ("batch", "labels") for output in self.outputs)
 
     def rows(

@@ -29,7 +29,7 @@ class LabelAnswer:
 class TextClassification(TaskSpec):
     """See the module."""
 
-    name = "text-classification"
+    name = pipeline_tag = "text-classification"
     says = "which label or value a text has, or a pair of texts"
     reads: ClassVar[Reads] = "first"
     head: ClassVar[Head | None] = "labels"

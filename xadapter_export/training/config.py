@@ -111,7 +111,7 @@ class TrainConfig(BaseModel):
     mask_share: Share = Field(
         0.15, description="Fraction of the words in a text to mask; always at least one word."
     )
-    maskings: Positive = Field(1, description="Number of different maskings per text.")
+    maskings: Positive = Field(1, description="Number of maskings per text.")
     favor_words: tuple[str, ...] = Field(
         COLOR_WORDS, description="Words to mask more often. Default: eleven color words."
     )

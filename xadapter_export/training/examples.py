@@ -40,7 +40,7 @@ class MaskedText:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples.
+    """Tokenized examples.
 
     Attributes:
         input_ids: n rows of T ids.
@@ -264,7 +264,7 @@ def answered_texts(rows: Sequence[Mapping[str, Any]], encoder: TextEncoder, wher
 
 
 def encode_masked(encoder: TextEncoder, texts: Sequence[MaskedText]) -> Examples:
-    """Tokenise masked texts.
+    """Tokenize masked texts.
 
     Raises:
         InputTextError: If a text is empty, or loses a mask because its masks are too far apart.
@@ -282,7 +282,7 @@ def encode_masked(encoder: TextEncoder, texts: Sequence[MaskedText]) -> Examples
     return examples
 
 
-def encode_labelled(
+def encode_labeled(
     encoder: TextEncoder,
     texts: Sequence[str],
     pairs: Sequence[str] | None,
@@ -290,7 +290,7 @@ def encode_labelled(
     *,
     regression: bool,
 ) -> Examples:
-    """Tokenise texts with labels.
+    """Tokenize texts with labels.
 
     Raises:
         InputTextError: If a text is empty.

@@ -68,17 +68,30 @@ class FrozenFeatures:
     queries: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where frozen features are kept.
+
+    Attributes:
+        folder: The folder.
+        hashes: Of ``plm``, ``clip``, ``bank`` and ``teacher``, as far as there are such.
+        on_stage: Told what goes on.
+    """
+
+    folder: Path
+    hashes: Mapping[str, str]
+    on_stage: OnStage = lambda *_: None
+
+
 def frozen_features(
     model: XAdapterModel,
     examples: Examples,
-    folder: Path,
+    cache: FeatureCache,
     *,
     pool: int,
     with_hidden: bool,
     teacher: ClipTextTower | None = None,
-    hashes: Mapping[str, str],
     title: str = "texts",
-    on_stage: OnStage = lambda *_: None,
 ) -> FrozenFeatures:
     """Compute, or find on disk, what the frozen models say about the examples.
 
@@ -87,19 +100,17 @@ def frozen_features(
 
     Args:
         model: Its PLM below the first adapter, CLIP and bank are run.
-        examples: n tokenised examples.
-        folder: Where results are kept.
+        examples: n tokenized examples.
+        cache: Where results are kept.
         pool: K, pictures to find for each example.
         with_hidden: Whether to keep hidden states, ``T * H * 4`` bytes for each example.
         teacher: CLIP text tower whose text features are wanted as well.
-        hashes: Of ``plm``, ``clip``, ``bank`` and ``teacher``, as far as there are such.
         title: What the examples are called in messages.
-        on_stage: Told what goes on.
 
     Raises:
         OutputWriteError: If the folder cannot be written.
     """
-    cache = _Cache(model, examples, folder, hashes, title, on_stage)
+    kinds = _Kinds(model, examples, cache, title)
     experts = model.active_experts()
     layer = model.config.layers[0]
     retrieves = reads_bank(experts) and model.config.retrieval.mode == "topk"
@@ -107,33 +118,31 @@ def frozen_features(
     clip_rows = (examples.clip_input_ids,)
     hidden = retrieved = states = queries = None
     if with_hidden:
-        place = cache.get("hidden", plm_rows, ["plm"], [layer], cache.write_hidden)
+        place = kinds.get("hidden", plm_rows, ["plm"], [layer], kinds.write_hidden)
         hidden = _read_ragged(place)
     if retrieves:
-        place = cache.get(
-            "retrieved", clip_rows, ["clip", "bank"], [pool], partial(cache.write_retrieved, pool=pool)
+        place = kinds.get(
+            "retrieved", clip_rows, ["clip", "bank"], [pool], partial(kinds.write_retrieved, pool=pool)
         )
         retrieved = np.load(place / "rows.npy", mmap_mode="r")
     if reads_text(experts):
-        states = _read_ragged(cache.get("token_states", clip_rows, ["clip"], [], cache.write_token_states))
+        states = _read_ragged(kinds.get("token_states", clip_rows, ["clip"], [], kinds.write_token_states))
     if teacher is not None:
-        place = cache.get(
-            "queries", clip_rows, ["teacher"], [], partial(cache.write_queries, teacher=teacher)
+        place = kinds.get(
+            "queries", clip_rows, ["teacher"], [], partial(kinds.write_queries, teacher=teacher)
         )
         queries = np.load(place / "rows.npy", mmap_mode="r")
     return FrozenFeatures(hidden, retrieved, states, queries)
 
 
 @dataclass(frozen=True)
-class _Cache:
-    """Finds or writes the folder of one kind of feature."""
+class _Kinds:
+    """Finds or writes the folder of each kind of feature."""
 
     model: XAdapterModel
     examples: Examples
-    folder: Path
-    hashes: Mapping[str, str]
+    cache: FeatureCache
     title: str
-    on_stage: OnStage
 
     def get(
         self,
@@ -144,7 +153,7 @@ class _Cache:
         write: Callable[[Path], None],
     ) -> Path:
         digest = hashlib.sha256(
-            json.dumps([_FORMAT, kind, [self.hashes[part] for part in parts], list(settings)]).encode()
+            json.dumps([_FORMAT, kind, [self.cache.hashes[part] for part in parts], list(settings)]).encode()
         )
         for column in rows:
             for row in column or ():
@@ -152,9 +161,9 @@ class _Cache:
                 digest.update(np.ascontiguousarray(row).data)
             digest.update(b"|")
         key = digest.hexdigest()
-        place = self.folder / f"{kind}-{key[:16]}"
+        place = self.cache.folder / f"{kind}-{key[:16]}"
         if not (place / _RECORD).is_file():
-            self.on_stage("cache", f"{kind} of {len(self.examples)} {self.title}, into {place}")
+            self.cache.on_stage("cache", f"{kind} of {len(self.examples)} {self.title}, into {place}")
             with (
                 suppress(OutputExistsError),  # another run wrote the same meanwhile
                 staged_folder(place, marker=_RECORD) as staged,
@@ -212,7 +221,7 @@ class _Cache:
             yield order[start : start + _BATCH]
             done = min(start + _BATCH, n)
             if done * 4 // n > start * 4 // n:
-                self.on_stage("cache", f"{done} of {n} {self.title}")
+                self.cache.on_stage("cache", f"{done} of {n} {self.title}")
 
 
 def _read_ragged(place: Path) -> Ragged:

@@ -5,6 +5,8 @@ P masks, A answers, L labels, D CLIP embedding size, W CLIP text width.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class TrainingModel(nn.Module):
         self._distill_weight = distill_weight
         self._distill_temperature = distill_temperature
 
-    def forward(
+    def forward(  # house: transformers' Trainer gives a batch's arrays by these names
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -86,34 +88,32 @@ class TrainingModel(nn.Module):
         v = None
         if reads_bank(active):
             v = model.bank_features[None] if retrieved is None else model.bank_features[retrieved]
+        shown = (input_ids, attention_mask, token_type_ids, None, mask_positions)
+        with self._watching(queries is not None and reads_bank(active)) as attended:
+            output = model(*shown, experts=experts, memory=Memory(v, t, t_mask), first_layer_input=hidden)
+        values = output.answers[model.task.compared]
+        loss = task_head(model.task).loss(values, {"labels": labels, "answers": answers, "shares": shares})
+        for taught, states in attended:
+            assert queries is not None  # nothing is watched otherwise
+            loss = loss + self._distill_weight * self._distillation(taught, states, queries, attention_mask)
+        return {"loss": loss} if labels is None else {"loss": loss, "logits": values}
+
+    @contextmanager
+    def _watching(self, can_distill: bool) -> Iterator[list[tuple[XAdapterLayer, Tensor]]]:
+        """Collect what enters each V-expert while the body runs the model, if that is needed to distill."""
         attended: list[tuple[XAdapterLayer, Tensor]] = []
         handles = []
-        if self.training and self._distill_weight and queries is not None and reads_bank(active):
-            for layer in model.adapters.values():
+        if can_distill and self.training and self._distill_weight:
+            for layer in self.model.adapters.values():
                 expert = layer[V.name]  # type: ignore[index]  # a ModuleDict of experts
                 handles.append(
                     expert.register_forward_pre_hook(lambda m, args: attended.append((m, args[0])))
                 )
         try:
-            output = model(
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                mask_positions=mask_positions,
-                experts=experts,
-                memory=Memory(v, t, t_mask),
-                first_layer_input=hidden,
-            )
+            yield attended
         finally:
             for handle in handles:
                 handle.remove()
-        values = output.answers[model.task.compared]
-        asked = {"labels": labels, "answers": answers, "shares": shares}
-        loss = task_head(model.task).loss(values, asked)
-        for taught, states in attended:
-            assert queries is not None  # the hooks are set only then
-            loss = loss + self._distill_weight * self._distillation(taught, states, queries, attention_mask)
-        return {"loss": loss} if labels is None else {"loss": loss, "logits": values}
 
     def _distillation(
         self, layer: XAdapterLayer, hidden: Tensor, queries: Tensor, attention_mask: Tensor

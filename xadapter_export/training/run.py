@@ -8,7 +8,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from xadapter_export.errors import (
     XAdapterError,
     import_extra,
 )
-from xadapter_export.evaluation.labelled import Labelled, read_labelled
+from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
@@ -50,11 +50,11 @@ from xadapter_export.training.examples import (
     Examples,
     Masker,
     answered_texts,
-    encode_labelled,
+    encode_labeled,
     encode_masked,
     read_texts,
 )
-from xadapter_export.training.frozen_features import frozen_features
+from xadapter_export.training.frozen_features import FeatureCache, frozen_features
 from xadapter_export.training.objective import TrainingModel
 from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError, Progress, XAdapterTrainer
 
@@ -70,6 +70,7 @@ CONTROL_ROWS = 16
 _NOT_OF_THE_RUN = {"output", "run", "cache", "force", "log_every", "tensorboard", "self_contained"}
 _PACKAGES = ("xadapter-export", "torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
 
+_Parts = tuple[FrozenPart, FrozenPart | None, BankPart | None]
 OnStage = Callable[[str, str], None]
 OnStep = Callable[[int, int, str], None]
 
@@ -91,7 +92,7 @@ class TrainResult:
     Attributes:
         folder: The checkpoint.
         model: The trained model, on the CPU, in evaluation mode.
-        steps: Optimiser steps in all.
+        steps: Optimizer steps in all.
         cache: Folder of the frozen features, which another run can use.
         curve: ``{"step": ..., "loss": ...}`` and evaluations, in the order in which they came.
         record: What ``train.json`` holds.
@@ -133,7 +134,7 @@ def train(
         plm: The frozen PLM, where it is already loaded; else ``config.plm`` is.
         frozen_sha256: Hashes that ``plm``, ``clip`` and ``bank`` must have, by these names.
         on_stage: Called as each stage begins, with its name and what it works on.
-        on_step: Called after each optimiser step with the step, the steps of the phase, and a note.
+        on_step: Called after each optimizer step with the step, the steps of the phase, and a note.
 
     Raises:
         ConfigError: If settings make no sense together, or the run folder holds another run.
@@ -161,31 +162,34 @@ def train(
     with arguments.main_process_first(local=False):
         sources, watched = _make_sources(config, model, teacher, rows, before, on_stage)
 
-    phases = _phases(config)
-    curve: list[dict[str, float]] = []
-    steps = 0
-    training_model = TrainingModel(
-        model, distill_weight=config.distill_weight, distill_temperature=config.distill_temperature
-    )
-    for number, phase in enumerate(phases, 1):
-        on_stage(
-            "train", f"experts {', '.join(phase.expert_sets)}" + f" (phase {number})" * (len(phases) > 1)
-        )
-        history, done = _run_phase(config, phase, number, training_model, sources, watched, on_step)
-        curve += [{**entry, "phase": number} for entry in history]
-        steps += done
-
+    curve, steps = _Learner(config, model, sources, watched, on_step).run(_phases(config), on_stage)
     on_stage("prove", "frozen weights unchanged")
     model.to("cpu").eval()
     after = model.frozen_parts()
+    _check_trained(config, model, before, after)
+    if config.retrieval == "static" and not reads_text(config.experts):
+        model.clip = None  # taught, and no longer needed
+        model.text_encoder = model.make_text_encoder(model.plm.max_seq)
+    model.calibration = _calibration(rows, config.seed)
+    record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
+    if is_first:
+        on_stage("save", str(config.output))
+        _save(config, model, record)
+    return TrainResult(config.output, model, steps, config.cache_folder, curve, record)
+
+
+def _check_trained(config: TrainConfig, model: XAdapterModel, before: _Parts, after: _Parts) -> None:
+    """Check that what is frozen did not change, and that what was trained is finite.
+
+    Raises:
+        CheckpointError: If a frozen part changed.
+        DivergedError: If a number is not finite.
+    """
     for name, one, other in zip(("PLM", "CLIP", "bank"), before, after, strict=True):
         if (one and one.sha256) != (other and other.sha256):
             raise CheckpointError(
                 f"the frozen {name} changed in training; nothing was written", where=config.plm
             )
-    if config.retrieval == "static" and not reads_text(config.experts):
-        model.clip = None  # taught, and no longer needed
-        model.text_encoder = model.make_text_encoder(model.plm.max_seq)
     for name, tensor in model.trained_state().items():
         if not torch.isfinite(tensor).all():
             raise DivergedError(
@@ -194,26 +198,19 @@ def train(
                 got="values that are not finite",
                 hint="lower learning_rate",
             )
-    model.calibration = _calibration(rows, config.seed)
-    record = _record(config, before, after, model, curve, steps, time.monotonic() - start, versions)
-    if is_first:
-        on_stage("save", str(config.output))
-        model.save_pretrained(
-            config.output,
-            self_contained=config.self_contained,
-            training={
-                "steps": steps,
-                "seed": config.seed,
-                "control": config.control,
-            },
-            more_files={
-                TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-            },
-        )
-        for folder in config.run_folder.glob("state-*"):
-            shutil.rmtree(folder)
-        (config.run_folder / RUN_NAME).unlink(missing_ok=True)
-    return TrainResult(config.output, model, steps, config.cache_folder, curve, record)
+
+
+def _save(config: TrainConfig, model: XAdapterModel, record: dict[str, Any]) -> None:
+    """Write the checkpoint, and remove what a stopped run would have resumed from."""
+    model.save_pretrained(
+        config.output,
+        self_contained=config.self_contained,
+        training={"steps": record["steps"], "seed": config.seed, "control": config.control},
+        more_files={TRAIN_NAME: json.dumps(record, indent=1, ensure_ascii=False) + "\n"},
+    )
+    for folder in config.run_folder.glob("state-*"):
+        shutil.rmtree(folder)
+    (config.run_folder / RUN_NAME).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------ parts
@@ -295,11 +292,11 @@ def _random_bank(dim: int, seed: int) -> FeatureBank:
 
 def _calibration(rows: "_Rows", seed: int) -> str:
     """Some of the texts as JSON lines: what the exporter makes and judges lossy variants with."""
-    if rows.labelled is not None:
-        pairs = rows.labelled.pairs or [None] * len(rows.labelled.texts)
+    if rows.labeled is not None:
+        pairs = rows.labeled.pairs or [None] * len(rows.labeled.texts)
         lines = [
             {"sentence": text} if pair is None else {"sentence1": text, "sentence2": pair}
-            for text, pair in zip(rows.labelled.texts, pairs, strict=True)
+            for text, pair in zip(rows.labeled.texts, pairs, strict=True)
         ]
     else:
         texts = [text for group in rows.texts for text in group]
@@ -310,16 +307,16 @@ def _calibration(rows: "_Rows", seed: int) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the files hold: labelled texts, or lists of texts."""
+    """What the files hold: labeled texts, or lists of texts."""
 
-    labelled: Labelled | None
-    watched: Labelled | None
+    labeled: Labeled | None
+    watched: Labeled | None
     texts: tuple[list[Any], ...]
     watched_texts: list[Any] | None
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return () if self.labelled is None else self.labelled.label_names
+        return () if self.labeled is None else self.labeled.label_names
 
 
 def _read_rows(config: TrainConfig) -> _Rows:
@@ -338,12 +335,12 @@ def _read_rows(config: TrainConfig) -> _Rows:
     if len(config.train_files) > 1:
         raise ConfigError("training with labels needs exactly one training file", got=len(config.train_files))
     data = config.train_files[0] if config.train_files else config.glue_data
-    labelled = read_labelled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
-    names = {**columns, "labels": None if labelled.is_regression else labelled.label_names}
+    labeled = read_labeled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
+    names = {**columns, "labels": None if labeled.is_regression else labeled.label_names}
     held_out = None
     if config.eval_file is not None or config.glue is not None:
-        held_out = read_labelled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
-    return _Rows(labelled, held_out, (), None)
+        held_out = read_labeled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
+    return _Rows(labeled, held_out, (), None)
 
 
 def _make_sources(
@@ -351,15 +348,13 @@ def _make_sources(
     model: XAdapterModel,
     teacher: ClipTextTower | None,
     rows: _Rows,
-    parts: tuple[FrozenPart, FrozenPart | None, BankPart | None],
+    parts: _Parts,
     on_stage: OnStage,
 ) -> tuple[list[Source], Source | None]:
     encoder = model.text_encoder
 
-    def labelled(entry: Labelled) -> Examples:
-        return encode_labelled(
-            encoder, entry.texts, entry.pairs, entry.labels, regression=entry.is_regression
-        )
+    def labeled(entry: Labeled) -> Examples:
+        return encode_labeled(encoder, entry.texts, entry.pairs, entry.labels, regression=entry.is_regression)
 
     def masked(texts: list[Any], where: str, seed: int) -> Examples:
         answered = [row for row in texts if isinstance(row, dict)]
@@ -379,24 +374,24 @@ def _make_sources(
     if teacher is not None:
         hashes["teacher"] = _hash_of(teacher)
 
+    cache = FeatureCache(config.cache_folder, hashes, on_stage)
+
     def source(examples: Examples, title: str, weight: int = 1) -> Source:
         features = frozen_features(
             model,
             examples,
-            config.cache_folder,
+            cache,
             pool=min(config.pool, _num_rows(model)),
             with_hidden=config.cache_hidden,
             teacher=teacher,
-            hashes=hashes,
             title=title,
-            on_stage=on_stage,
         )
         return Source(examples, features, weight)
 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if rows.labelled is not None:
-        watched = None if rows.watched is None else source(labelled(rows.watched), "held-out texts")
-        return [source(labelled(rows.labelled), "training texts")], watched
+    if rows.labeled is not None:
+        watched = None if rows.watched is None else source(labeled(rows.watched), "held-out texts")
+        return [source(labeled(rows.labeled), "training texts")], watched
     weights = config.train_weights or (1,) * len(rows.texts)
     sources = [
         source(masked(texts, name, config.seed), f"texts of {Path(name).name}", weight)
@@ -436,42 +431,104 @@ def _phases(config: TrainConfig) -> tuple[_Phase, ...]:
     return phases
 
 
-def _run_phase(
-    config: TrainConfig,
-    phase: _Phase,
-    number: int,
-    model: TrainingModel,
-    sources: list[Source],
-    watched: Source | None,
-    on_step: OnStep,
-) -> tuple[list[dict[str, float]], int]:
-    for name, parameter in model.model.adapters.named_parameters():
-        parameter.requires_grad_(_expert_of(name) in experts_of(phase.trained))
-    folder = config.run_folder / f"state-{number}"
-    finished = folder / "finished.json"
-    kept = _read(finished)
-    if kept is not None:  # by an earlier start of this run
-        model.model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
-        return kept["history"], kept["steps"]
+class _Learner:
+    """Runs the phases of a run, each with a trainer of its own.
 
-    arguments = _arguments(config, folder, steps=1, watched=False)
-    per_step = config.batch_size * config.accumulation * arguments.world_size
-    num_examples = sum(len(source.examples) for source in sources)
-    one_set = config.max_steps or math.ceil(config.epochs * num_examples / per_step)
-    steps = config.distill_steps if phase.only_distill else one_set * phase.turns
-    watched = None if phase.only_distill else watched
-    arguments = _arguments(config, folder, steps=steps, watched=watched is not None, phase=phase)
-    pad = model.model.plm.special["pad"]
-    k = config.k
-    with Progress(on_step) as progress:
+    Args:
+        config: All settings.
+        model: The model with a fresh plug-in.
+        sources: What it learns from.
+        watched: Held-out examples.
+        on_step: Called after each step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: XAdapterModel,
+        sources: list[Source],
+        watched: Source | None,
+        on_step: OnStep,
+    ) -> None:
+        self.config, self.sources, self.watched, self.on_step = config, sources, watched, on_step
+        self.model = TrainingModel(
+            model, distill_weight=config.distill_weight, distill_temperature=config.distill_temperature
+        )
+
+    def run(self, phases: Sequence[_Phase], on_stage: OnStage) -> tuple[list[dict[str, float]], int]:
+        """Run the phases, and return the curve and how many steps they took.
+
+        Raises:
+            As ``run_phase``.
+        """
+        curve: list[dict[str, float]] = []
+        steps = 0
+        for number, phase in enumerate(phases, 1):
+            several = f" (phase {number})" if len(phases) > 1 else ""
+            on_stage("train", f"experts {', '.join(phase.expert_sets)}{several}")
+            history, done = self.run_phase(phase, number)
+            curve += [{**entry, "phase": number} for entry in history]
+            steps += done
+        return curve, steps
+
+    def run_phase(self, phase: _Phase, number: int) -> tuple[list[dict[str, float]], int]:
+        """Run a phase, or what is left of it, and return its history and how many steps it took.
+
+        Raises:
+            TrainingStopped: If Ctrl-C or SIGTERM came.
+            OutputWriteError: If the run folder cannot be written.
+        """
+        plugin = self.model.model
+        for name, parameter in plugin.adapters.named_parameters():
+            parameter.requires_grad_(_expert_of(name) in experts_of(phase.trained))
+        folder = self.config.run_folder / f"state-{number}"
+        finished = folder / "finished.json"
+        kept = _read(finished)
+        if kept is not None:  # by an earlier start of this run
+            plugin.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
+            return kept["history"], kept["steps"]
+
+        with Progress(self.on_step) as progress:
+            trainer = self._make_trainer(phase, folder, progress)
+            steps, last = trainer.args.max_steps, _last_state(folder)
+            with _blaming(self.config.run_folder):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            stopped = TrainingStopped(
+                f"stopped after step {trainer.state.global_step} of {steps}",
+                where=self.config.run_folder,
+                hint="run the same command again to resume",
+            )
+            stopped.exit_code = progress.exit_code
+            if progress.stopped and trainer.state.global_step < steps:
+                raise stopped
+        history = [
+            {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
+            for entry in trainer.state.log_history
+        ]
+        if trainer.args.should_save:
+            with _blaming(folder):
+                trainer.save_model(str(folder))
+                _write(finished, {"history": history, "steps": trainer.state.global_step})
+        if progress.stopped:  # in the very last step; what is left is quick, but not what was asked for
+            raise stopped
+        return history, trainer.state.global_step
+
+    def _make_trainer(self, phase: _Phase, folder: Path, progress: Progress) -> XAdapterTrainer:
+        config = self.config
+        watched = None if phase.only_distill else self.watched
+        arguments = _arguments(config, folder, steps=1, watched=False)
+        per_step = config.batch_size * config.accumulation * arguments.world_size
+        num_examples = sum(len(source.examples) for source in self.sources)
+        one_set = config.max_steps or math.ceil(config.epochs * num_examples / per_step)
+        steps = config.distill_steps if phase.only_distill else one_set * phase.turns
         trainer = XAdapterTrainer(
             expert_sets=phase.expert_sets,
             only_distill=phase.only_distill,
-            model=model,
-            args=arguments,
-            data_collator=Collator(pad),
-            train_dataset=TrainingOrder(sources, steps * per_step, k, config.seed),
-            eval_dataset=None if watched is None else EvaluationOrder(watched, k),
+            model=self.model,
+            args=_arguments(config, folder, steps=steps, watched=watched is not None, phase=phase),
+            data_collator=Collator(self.model.model.plm.special["pad"]),
+            train_dataset=TrainingOrder(self.sources, steps * per_step, config.k, config.seed),
+            eval_dataset=None if watched is None else EvaluationOrder(watched, config.k),
             compute_metrics=_metrics(config) if watched and watched.examples.labels is not None else None,
             callbacks=[
                 progress,
@@ -480,28 +537,7 @@ def _run_phase(
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        last = _last_state(folder)
-        with _blaming(config.run_folder):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        stopped = TrainingStopped(
-            f"stopped after step {trainer.state.global_step} of {steps}",
-            where=config.run_folder,
-            hint="run the same command again to resume",
-        )
-        stopped.exit_code = progress.exit_code
-        if progress.stopped and trainer.state.global_step < steps:
-            raise stopped
-    history = [
-        {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
-        for entry in trainer.state.log_history
-    ]
-    if arguments.should_save:
-        with _blaming(folder):
-            trainer.save_model(str(folder))
-            _write(finished, {"history": history, "steps": trainer.state.global_step})
-    if progress.stopped:  # in the very last step; what is left is quick, but not what was asked for
-        raise stopped
-    return history, trainer.state.global_step
+        return trainer
 
 
 @contextmanager
@@ -668,8 +704,8 @@ def _claim(folder: Path, fingerprint: str) -> None:
 
 def _record(
     config: TrainConfig,
-    before: tuple[FrozenPart, FrozenPart | None, BankPart | None],
-    after: tuple[FrozenPart, FrozenPart | None, BankPart | None],
+    before: _Parts,
+    after: _Parts,
     model: XAdapterModel,
     curve: list[dict[str, float]],
     steps: int,

@@ -40,7 +40,7 @@ class XAdapterTrainer(Trainer):
     """Trains the plug-in of a ``TrainingModel``.
 
     Args:
-        expert_sets: Switched on in turn, one for each optimiser step; evaluation takes the last.
+        expert_sets: Switched on in turn, one for each optimizer step; evaluation takes the last.
         only_distill: Whether only the search of a static memory is taught.
         settings: Arguments of ``Trainer``.
     """

@@ -23,7 +23,7 @@ from xadapter_export.bundle.manifest import (
 )
 from xadapter_export.errors import ConfigError, InputTextError, ParityError
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
-from xadapter_export.evaluation.labelled import GLUE_TASKS, read_labelled
+from xadapter_export.evaluation.labeled import GLUE_TASKS, read_labeled
 from xadapter_export.evaluation.objects import read_colors
 from xadapter_export.evaluation.prompts import VALM, ask
 from xadapter_export.evaluation.tables import read_lines, read_table
@@ -41,7 +41,7 @@ from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.text import TextEncoder
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.targets import Precision
-from xadapter_export.tasks import TASKS
+from xadapter_export.tasks import TASKS, TaskSpec
 
 Feed = Mapping[str, Array]
 Runner = Callable[[Feed, Sequence[str]], Sequence[Array]]  # inputs, and names of outputs, to those outputs
@@ -138,9 +138,9 @@ def read_questions(
 
     Args:
         model: The checkpoint.
-        source: For text-classification, labelled texts as ``read_labelled`` reads them, the columns called as
+        source: For text-classification, labeled texts as ``read_labeled`` reads them, the columns called as
             in GLUE. For fill-mask, Memory Colors or ColorTerms, asked with VaLM's prompts, or JSON lines with
-            ``color``, ``sentences`` that ask for it and perhaps a ``distribution`` over the colours that may
+            ``color``, ``sentences`` that ask for it and perhaps a ``distribution`` over the colors that may
             be said, as ``builtin/heldout.jsonl`` has. None for the questions in that file, where the PLM is
             the built-in one; any other has none.
         task: What the graph answers.
@@ -148,13 +148,13 @@ def read_questions(
 
     Returns:
         The questions; None where there is no file and the model has none of its own, or its head was sliced
-        to candidates that lack a colour.
+        to candidates that lack a color.
 
     Raises:
-        ConfigError: If the task has no right and wrong, a column is missing, or a colour is not one token of
+        ConfigError: If the task has no right and wrong, a column is missing, or a color is not one token of
             the PLM, or not among the candidates.
         InputTextError: If the file cannot be read, is empty, or a label is not one of the checkpoint's.
-        UnsupportedError: If colours are asked for and the checkpoint does not fill masks.
+        UnsupportedError: If colors are asked for and the checkpoint does not fill masks.
     """
     spec = TASKS[task]
     if source is None:
@@ -275,13 +275,7 @@ def compare(
             expected=ours.shape,
             got=theirs.shape,
         )
-    default, same_top, task = GATES[precision], None, TASKS[probe.task]
-    if task.has_labels and ours.shape[1] == 1:
-        cosine = float(_cosines((ours - ours.mean()).T, (theirs - theirs.mean()).T)[0])
-    else:
-        cosine = float(_cosines(ours, theirs).mean())
-        if task.head is not None:
-            same_top = float((ours.argmax(1) == theirs.argmax(1)).mean())
+    default, (cosine, same_top) = GATES[precision], _closeness(ours, theirs, TASKS[probe.task])
     default_min = default.min_cosine if same_top is None else default.min_same_top
     minimum = default_min if min_agreement is None else min_agreement
     points = default.max_points_lost if max_points_lost is None else max_points_lost
@@ -302,29 +296,12 @@ def compare(
     )
 
 
-def measure(
-    reference: Runner,
-    candidate: Runner,
-    probe: Probe,
-    precision: Precision,
-    name: str,
-    *,
-    min_agreement: float | None = None,
-    max_points_lost: float | None = None,
-) -> Agreement:
-    """Ask both graphs and compare; see ``collect`` and ``compare``.
-
-    Raises:
-        ParityError: If there is nothing to compare, an answer is not finite, or the shapes differ.
-    """
-    return compare(
-        collect(reference, probe, "fp32"),
-        collect(candidate, probe, name),
-        probe,
-        precision,
-        min_agreement=min_agreement,
-        max_points_lost=max_points_lost,
-    )
+def _closeness(ours: Float32Array, theirs: Float32Array, task: TaskSpec) -> tuple[float, float | None]:
+    """Return the mean cosine of answers, and the share with the same largest entry, if they have one."""
+    if task.has_labels and ours.shape[1] == 1:
+        return float(_cosines((ours - ours.mean()).T, (theirs - theirs.mean()).T)[0]), None
+    cosine = float(_cosines(ours, theirs).mean())
+    return cosine, None if task.head is None else float((ours.argmax(1) == theirs.argmax(1)).mean())
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -436,7 +413,7 @@ def _percent(share: float) -> str:
 
 def _color_questions(model: XAdapterModel, source: Path, candidates: Sequence[Candidate] | None) -> Questions:
     scorer = CheckpointScorer(model, model.plm.source)
-    asked: list[tuple[str, str]] = []  # question and colour
+    asked: list[tuple[str, str]] = []  # question and color
     colors: set[str] = set()
     if f'"{_SENTENCES_KEY}"' in "".join(read_lines(source)[:1]):
         for number, row in enumerate(read_table(source), 1):
@@ -467,7 +444,7 @@ def _color_questions(model: XAdapterModel, source: Path, candidates: Sequence[Ca
 
 
 def _own_questions(row: Mapping[str, Any], where: str) -> tuple[str, list[str], Mapping[str, float]]:
-    """Return the colour, the sentences that ask for it, and the shares of all colours that may be said."""
+    """Return the color, the sentences that ask for it, and the shares of all colors that may be said."""
     color, sentences, shares = row.get("color"), row.get(_SENTENCES_KEY), row.get("distribution", {})
     if not (
         isinstance(color, str)
@@ -486,7 +463,7 @@ def _label_questions(model: XAdapterModel, source: Path) -> Questions:
     columns = list(read_text_table(source)[0])
     text, pair = find_text_columns(columns, source, with_pairs=True)
     known = {name for task in GLUE_TASKS.values() for name in task.label}
-    data = read_labelled(
+    data = read_labeled(
         source,
         text_column=text,
         pair_column=pair,

@@ -13,8 +13,8 @@ import numpy as np
 
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError, InputTextError
-from xadapter_export.evaluation.labelled import GLUE_TASKS
-from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_table
+from xadapter_export.evaluation.labeled import GLUE_TASKS
+from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_sentences, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning, check_texts
 from xadapter_export.sessions.session import Array
@@ -302,12 +302,7 @@ def _caption_sentences(captions: Sequence[str], *, with_mask: bool) -> Iterator[
 
 def _read_texts(path: Path, *, with_pairs: bool) -> list[_Row]:
     if path.suffix not in _TABLES:
-        lines = [line.strip() for line in read_lines(path)]
-        if not lines:
-            raise InputTextError(
-                "the file has no text", where=path, hint="give a file with one text per line"
-            )
-        return [(line, None) for line in lines]
+        return [(text, None) for text in read_sentences(path)]
     return _texts_of(read_text_table(path), path, with_pairs=with_pairs)
 
 

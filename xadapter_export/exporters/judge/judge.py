@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Agreement, ExpertSet, ExpertSetSpec, JudgedOn, Task
@@ -11,6 +10,7 @@ from xadapter_export.errors import ParityError
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import Calibration, read_calibration
 from xadapter_export.exporters.plan import Plan
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TextEncoder
 from xadapter_export.sessions.session import OnnxSession
@@ -46,22 +46,28 @@ class Gates:
         asked = None if self.questions is None else self.questions.source
         return JudgedOn(texts=self.calibration.source, questions=asked, processor=processor)
 
-    def read(
-        self, model: XAdapterModel, plan: Plan, calibration: str | Path | None, evaluate: str | Path | None
-    ) -> Self:
-        """Return the same gates, with texts and questions.
 
-        Raises:
-            XAdapterError: If they cannot be read.
-        """
-        words = [candidate.word for candidate in plan.candidates or ()]
-        source = None if calibration is None else Path(calibration)
-        asked = None if evaluate is None else Path(evaluate)
-        return replace(
-            self,
-            calibration=read_calibration(model, source, plan.task, candidates=words),
-            questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
-        )
+def read_gates(model: XAdapterModel, plan: Plan, request: ExportRequest) -> Gates:
+    """Return the gates that were asked for, with texts and questions where there are lossy variants.
+
+    Raises:
+        XAdapterError: If they cannot be read.
+    """
+    gates = Gates(
+        min_agreement=request.min_agreement,
+        max_points_lost=request.max_points_lost,
+        skip_failed=request.skip_failed,
+    )
+    if not request.wanted.is_lossy:
+        return gates
+    words = [candidate.word for candidate in plan.candidates or ()]
+    source = None if request.calibration is None else Path(request.calibration)
+    asked = None if request.evaluate is None else Path(request.evaluate)
+    return replace(
+        gates,
+        calibration=read_calibration(model, source, plan.task, candidates=words),
+        questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
+    )
 
 
 @dataclass

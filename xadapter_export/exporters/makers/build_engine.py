@@ -15,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from xadapter_export.sessions.tensorrt_session import make_logger
+
 
 def _tell(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
@@ -25,15 +27,7 @@ def _build(job: dict[str, Any]) -> None:
     trt = importlib.import_module(job["library"])
     errors: list[str] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # a module that is known only here
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                errors.append(message)
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # as above
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # a module that is known only here
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
@@ -48,7 +42,7 @@ def _build(job: dict[str, Any]) -> None:
         def phase_finish(self, phase: str) -> None:
             del phase
 
-    logger = Logger()
+    logger = make_logger(trt, errors)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimisation, Variant
+from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimization, Variant
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.makers.axis_profile import check_axes
-from xadapter_export.exporters.passes.quantise import Ranges, Rounding
+from xadapter_export.exporters.passes.quantize import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets, load_named
@@ -114,7 +114,7 @@ class MadeGraph:
             else is in the folder goes with them.
     """
 
-    steps: Sequence[Optimisation] = ()
+    steps: Sequence[Optimization] = ()
     graphs: Graphs = field(default_factory=dict)
     suffix: str = ""
     weights: str = ""

@@ -7,18 +7,16 @@ Source:
 
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from xadapter_export.bundle.folder import REFERENCE_NAME
-from xadapter_export.bundle.manifest import Variant
+from xadapter_export.bundle.folder import Bundle
 from xadapter_export.errors import ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.parity.compare import TOLERANCES, Place, compare
-from xadapter_export.sessions.onnx_session import create_session
-from xadapter_export.sessions.session import Array
+from xadapter_export.parity.reference import read_reference, reference_feeds
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.targets import CPU_PROVIDER
 
 # onnxruntime-android (Maven), onnxruntime-objc and onnxruntime-c (CocoaPods) are full builds: "all types and
@@ -56,7 +54,7 @@ class MobileMaker(Deployer):
                 f"experts {variant.expert_set}, {variant.name}: the stock mobile packages of onnxruntime do "
                 f"not have {', '.join(strangers)}; choose --precision fp32"
             )
-        difference = _prove(job.folder, variant, file)
+        difference = _prove(job, file)
         return Deployed(
             files=tuple(path.relative_to(job.folder).as_posix() for path in (file, operators_file)),
             facts={
@@ -69,7 +67,7 @@ class MobileMaker(Deployer):
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Has onnxruntime save the graph in its own format, weights inside, optimised for any CPU."""
+    """Has onnxruntime save the graph in its own format, weights inside, optimized for any CPU."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -101,7 +99,7 @@ def _write_operators(model: Path, file: Path) -> set[str]:
     return operators
 
 
-def _prove(folder: Path, variant: Variant, target: Path) -> float:
+def _prove(job: DeployJob, target: Path) -> float:
     """Compares file and graph on the inputs of the proof, and returns the largest difference.
 
     The operators' kernels are found when the file is opened: onnxruntime refuses it where one is missing.
@@ -110,12 +108,14 @@ def _prove(folder: Path, variant: Variant, target: Path) -> float:
         ParityError: If an output differs by more than fp32's tolerance; of a lossy graph, if a top answer
             differs.
     """
-    graph, phone = create_session(folder / variant.file), create_session(target)
+    import onnxruntime as ort
+
+    variant, reference = job.variant, read_reference(Bundle(job.folder, job.manifest))
+    graph = open_onnx(job.folder / variant.file)
+    phone = ort.InferenceSession(str(target), providers=[CPU_PROVIDER])
     names = [value.name for value in graph.get_outputs()]
-    takes = [value.name for value in graph.get_inputs()]
     largest = 0.0
-    for case, inputs in _cases(folder).items():
-        feed = {name: inputs[name] for name in takes}
+    for case, feed in reference_feeds(reference, job.manifest.expert_sets[variant.expert_set]).items():
         for name, got, wanted in zip(names, phone.run(names, feed), graph.run(names, feed), strict=True):
             if wanted.dtype.kind == "i":
                 agrees = variant.precision != "fp32" or np.array_equal(got, wanted)
@@ -131,14 +131,3 @@ def _prove(folder: Path, variant: Variant, target: Path) -> float:
                     f"graph says in {case}, {name}"
                 )
     return largest
-
-
-def _cases(folder: Path) -> Mapping[str, dict[str, Array]]:
-    """The inputs of the proof, case by case."""
-    cases: dict[str, dict[str, Array]] = {}
-    with np.load(folder / REFERENCE_NAME) as arrays:
-        for key in arrays.files:
-            case, kind, name = key.split("/", 2)
-            if kind == "in":
-                cases.setdefault(case, {})[name] = arrays[key]
-    return cases

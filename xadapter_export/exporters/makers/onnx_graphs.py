@@ -7,15 +7,15 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ParityError
 from xadapter_export.experts import reads_text
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
 from xadapter_export.exporters.passes.bank_search import search_bank
 from xadapter_export.exporters.passes.fuse import run_pass
 from xadapter_export.exporters.passes.half import FP32_ISLANDS, FP32_SEARCH, to_half
-from xadapter_export.exporters.passes.qdq import quantise_qdq
-from xadapter_export.exporters.passes.quantise import RECIPES, Ranges, Recipe, Rounding, quantise
+from xadapter_export.exporters.passes.qdq import quantize_qdq
+from xadapter_export.exporters.passes.quantize import RECIPES, Ranges, Recipe, Rounding, quantize
 from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.targets import Precision
 
@@ -30,7 +30,7 @@ class Source:
         precision: One that the target takes.
         recipe: How many bits the weights get; None where there is no choice.
         ranges: What goes into the portable graph's products; below fp16.
-        rounding: As ``quantise``.
+        rounding: As ``quantize``.
     """
 
     portable: ir.Model
@@ -65,7 +65,7 @@ class _OnnxMaker(GraphMaker):
         for recipe in self.recipes(precision):
             job.say(recipe.name if recipe else f"{self.target.name}-{precision}")
             graphs: Graphs = {}
-            done: list[Optimisation] = []
+            done: list[Optimization] = []
             for part, merged in material.merged.items():
                 ranges = material.ranges[part] if precision in RECIPES else {}
                 graph = material.graphs[part]
@@ -76,7 +76,7 @@ class _OnnxMaker(GraphMaker):
             yield MadeGraph(add_up(done), graphs, suffix, weights)
 
     @abstractmethod
-    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimization]]:
         """Make one graph.
 
         Returns:
@@ -92,17 +92,17 @@ class PortableMaker(_OnnxMaker):
 
     suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 
-    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimization]]:
         """See ``_OnnxMaker``."""
         if source.precision == "int8":
-            quantised = quantise_qdq(source.portable, source.ranges, source.rounding)
-            return quantised, [_bytes_saved("int8_qdq", source, quantised)]
+            quantized = quantize_qdq(source.portable, source.ranges, source.rounding)
+            return quantized, [_bytes_saved("int8_qdq", source, quantized)]
         half = to_half(source.portable, FP32_ISLANDS)
         return half, [_bytes_saved("fp16_weights", source, half)]
 
 
 class CpuMaker(_OnnxMaker):
-    """Fused for the CPU provider, and quantised by recipes."""
+    """Fused for the CPU provider, and quantized by recipes."""
 
     suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "_cpu", "int8": "_quantized", "int4": "_q4"}
 
@@ -110,7 +110,7 @@ class CpuMaker(_OnnxMaker):
         """See ``_OnnxMaker``."""
         return RECIPES.get(precision, (None,))
 
-    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimization]]:
         """See ``_OnnxMaker``."""
         model, done = _fuse(source)
         recipe = source.recipe
@@ -119,7 +119,7 @@ class CpuMaker(_OnnxMaker):
         if recipe is None:
             done += _fuse_biases(model)
         else:
-            quantise(model, recipe, source.ranges, source.rounding)
+            quantize(model, recipe, source.ranges, source.rounding)
             done.append(_bytes_saved(recipe.name, source, model))
         return model, done
 
@@ -129,7 +129,7 @@ class CudaMaker(_OnnxMaker):
 
     suffixes: ClassVar[Mapping[Precision, str]] = {"fp32": "_cuda", "fp16": "_cuda_fp16"}
 
-    def derive(self, source: Source) -> tuple[ir.Model, list[Optimisation]]:
+    def derive(self, source: Source) -> tuple[ir.Model, list[Optimization]]:
         """See ``_OnnxMaker``."""
         model, done = _fuse(source)
         done += _fuse_biases(model)
@@ -139,7 +139,7 @@ class CudaMaker(_OnnxMaker):
         return model, done
 
 
-def _fuse(source: Source) -> tuple[ir.Model, list[Optimisation]]:
+def _fuse(source: Source) -> tuple[ir.Model, list[Optimization]]:
     """Returns the portable graph with attention and GELU fused, and what was done.
 
     Raises:
@@ -156,15 +156,15 @@ def _fuse(source: Source) -> tuple[ir.Model, list[Optimisation]]:
     return model, [step for step in steps if step is not None]
 
 
-def _fuse_biases(model: ir.Model) -> list[Optimisation]:
+def _fuse_biases(model: ir.Model) -> list[Optimization]:
     """Fuses the GELUs of a fused graph with the bias before them, and returns what was done."""
     step = run_pass("fused_bias_gelu", model, _num_exact_gelus(model))
     return [] if step is None else [step]
 
 
-def add_up(steps: Iterable[Optimisation]) -> list[Optimisation]:
+def add_up(steps: Iterable[Optimization]) -> list[Optimization]:
     """What was done to several graphs, by the name of the step."""
-    total: dict[str, Optimisation] = {}
+    total: dict[str, Optimization] = {}
     for step in steps:
         if (seen := total.get(step.name)) is not None:
             counts = {"before": seen.before + step.before, "after": seen.after + step.after}
@@ -178,9 +178,9 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _bytes_saved(name: str, source: Source, after: ir.Model) -> Optimisation:
+def _bytes_saved(name: str, source: Source, after: ir.Model) -> Optimization:
     before = weight_bytes(source.portable)
-    saved = Optimisation(name=name, lossless=False, unit="bytes", before=before, after=weight_bytes(after))
+    saved = Optimization(name=name, lossless=False, unit="bytes", before=before, after=weight_bytes(after))
     if (
         saved.after >= saved.before and source.merged.answers
     ):  # a query graph has CLIP alone, which may stay fp32

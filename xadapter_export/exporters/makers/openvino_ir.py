@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ConfigError, ParityError, UnsupportedError
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, MadeGraph
-from xadapter_export.exporters.passes.quantise import (
+from xadapter_export.exporters.passes.quantize import (
     KEPT,
     RECIPES,
     Recipe,
@@ -70,7 +70,7 @@ class OpenVinoMaker(GraphMaker):
                 rounding=material.rounding,
             )
             size, before = sum(each.stat().st_size for each in file.parent.iterdir()), portable.size_bytes
-            step = Optimisation(name=name, lossless=False, unit="bytes", before=before, after=size)
+            step = Optimization(name=name, lossless=False, unit="bytes", before=before, after=size)
             yield MadeGraph([step] if precision != "fp32" else [], files={"whole": file})
 
 
@@ -100,10 +100,10 @@ def convert_to_ir(
         calibration: Inputs to measure the ranges of activations with, arrays by name; for ``int8``.
         weights_only: Whether ``int8`` measures no ranges: activations are rounded at each run instead, in
             groups of 64, which is more exact and slower.
-        blocks: A recipe of ``quantise`` for ``int8``, with a scale for each few weights, whose activations
+        blocks: A recipe of ``quantize`` for ``int8``, with a scale for each few weights, whose activations
             stay float32: the most exact, and the slowest. Its ``tables`` and ``clip`` may be 32.
-        rounding: As ``quantise.quantise``: curvatures for ``blocks``, and otherwise the int8 weights that
-            ``quantise.round_products`` found. A weight that is in neither is rounded to the nearest number.
+        rounding: As ``quantize.quantize``: curvatures for ``blocks``, and otherwise the int8 weights that
+            ``quantize.round_products`` found. A weight that is in neither is rounded to the nearest number.
 
     Raises:
         MissingExtraError: If OpenVINO or, below fp32, NNCF is not installed.
@@ -111,9 +111,8 @@ def convert_to_ir(
         UnsupportedError: If the precision is another one.
     """
     if precision not in _RECIPES:
-        raise UnsupportedError(
-            "OpenVINO does not support this precision", expected=" or ".join(_RECIPES), got=precision
-        )
+        known = " or ".join(_RECIPES)
+        raise UnsupportedError("OpenVINO does not support this precision", expected=known, got=precision)
     is_calibrated = precision == "int8" and not weights_only and blocks is None
     if is_calibrated and not calibration:
         raise ConfigError("int8 needs texts for calibration", got="none")
@@ -127,15 +126,7 @@ def convert_to_ir(
     if blocks is not None:
         _compress_blocks(model, blocks, rounding.curvatures)
     elif precision != "fp32":
-        clip = (_CLIP,) if _searches_bank(model) else ()
-        _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
-        _compress_matrices(model, ("",) if precision == "int8" and weights_only else (*_HEADS, *clip))
-        if is_calibrated:
-            weights = _round_products(model, rounding.rows)
-            model = _quantise(model, calibration)
-            _restore_weights(model, weights)
-        elif precision == "int4":
-            model = _compress_int4(model)
+        model = _compress(model, precision, calibration if is_calibrated else (), rounding)
     # Whether activations whose ranges were not measured are rounded on the fly, which is faster.
     is_exact = precision == "fp32" or blocks is not None or (is_calibrated and _searches_bank(model))
     group = "0" if is_exact else str(_GROUP_SIZE)
@@ -143,6 +134,22 @@ def convert_to_ir(
     for old in (output, output.with_suffix(".bin")):  # writing over a file that is mapped can crash
         old.unlink(missing_ok=True)
     ov.save_model(model, str(output), compress_to_fp16=False)
+
+
+def _compress(
+    model: Any, precision: Precision, calibration: Sequence[Mapping[str, Array]], rounding: Rounding
+) -> Any:
+    """Returns the model in int8 or int4; in int8 without calibration only the weights are of few bits."""
+    clip = (_CLIP,) if _searches_bank(model) else ()
+    _compress_tables(model, skip=() if precision == "int8" or clip else (_CLIP,))
+    _compress_matrices(model, ("",) if precision == "int8" and not calibration else (*_HEADS, *clip))
+    if precision == "int4":
+        return _compress_int4(model)
+    if calibration:
+        weights = _round_products(model, rounding.rows)
+        model = _quantize(model, calibration)
+        _restore_weights(model, weights)
+    return model
 
 
 def _fold_transposes(model: Any) -> None:
@@ -174,7 +181,7 @@ def _gather_whole_rows(model: Any) -> None:
 def _select_masks(model: Any) -> None:
     """Writes ``masked * lowest`` as a choice between ``lowest`` and 0, the same numbers.
 
-    OpenVINO takes an integer mask that is converted, subtracted and multiplied for a dequantisation, and
+    OpenVINO takes an integer mask that is converted, subtracted and multiplied for a dequantization, and
     moves its factor of -3.4e38 to the far side of the sum with the attention scores, which are then lost.
     """
     ops = _ops()
@@ -186,7 +193,7 @@ def _select_masks(model: Any) -> None:
 
 
 def _round_products(model: Any, rows: Mapping[str, SmoothRows]) -> dict[str, tuple[Any, Any]]:
-    """Gives products the weights that ``quantise`` rounded, and returns these by the name of the product.
+    """Gives products the weights that ``quantize`` rounded, and returns these by the name of the product.
 
     NNCF would round them anew, and on a processor without int8 dot products sums of such products overflow.
     """
@@ -285,8 +292,8 @@ def _copy_axes(model: Any) -> None:
 def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
     """Makes embedding tables int8 by rows, and a decoder that shares one.
 
-    Rows are looked up in int8 and their scales beside them. A plain dequantised table would be the same, but
-    OpenVINO makes all of it float32 at load where activations are quantised.
+    Rows are looked up in int8 and their scales beside them. A plain dequantized table would be the same, but
+    OpenVINO makes all of it float32 at load where activations are quantized.
     """
     ops = _ops()
     for table, name, lookups in _tables(model):
@@ -359,7 +366,7 @@ def _compress_blocks(model: Any, recipe: Recipe, curvatures: Curvatures) -> None
             _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
 
 
-def _quantise(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:
+def _quantize(model: Any, calibration: Sequence[Mapping[str, Array]]) -> Any:
     """Makes weights and activations of the remaining products int8."""
     nncf, ranges = import_openvino("nncf"), import_openvino("nncf.quantization.range_estimator")
     names = [port.get_any_name() for port in model.inputs]

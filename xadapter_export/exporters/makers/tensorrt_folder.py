@@ -22,7 +22,7 @@ from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.exporters.onnx_files import write_alone
 from xadapter_export.parity.compare import TOLERANCES, Tolerance
 from xadapter_export.parity.engines import measure_graph
-from xadapter_export.parity.prove import read_reference, reference_feeds
+from xadapter_export.parity.reference import read_reference, reference_feeds
 from xadapter_export.sessions.session import Array
 from xadapter_export.sessions.tensorrt_session import find_gpu
 

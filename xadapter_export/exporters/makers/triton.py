@@ -1,6 +1,6 @@
 """A model repository for Triton Inference Server: a proven graph, its weights, and how to serve it.
 
-The graph takes token ids, so that there is no ensemble and no Python in the server; clients tokenise. Its
+The graph takes token ids, so that there is no ensemble and no Python in the server; clients tokenize. Its
 configuration is made as NVIDIA's own protobuf, read back from the text that is written, and compared with
 what onnxruntime, which Triton runs it with, says of the ONNX file.
 
@@ -21,8 +21,8 @@ from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, Variant
 from xadapter_export.errors import ParityError, import_extra
 from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
 from xadapter_export.exporters.onnx_files import write_alone
-from xadapter_export.parity.prove import read_reference
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.parity.reference import read_reference
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, OnnxSession
 
 _MAX_BATCH_SIZE = 32
@@ -98,7 +98,7 @@ def check_repository(home: Path) -> None:
         raise ParityError("config.pbtxt is not Triton's protobuf", where=home, got=error) from error
     _require(_to_text(config), text, "config.pbtxt, read and written again")
     _require(config.name, home.name, "name")
-    session = create_session(home / "1" / "model.onnx")
+    session = open_onnx(home / "1" / "model.onnx")
     for kind, values, tensors in (
         ("input", session.get_inputs(), config.input),
         ("output", session.get_outputs(), config.output),
@@ -158,7 +158,7 @@ def _configure(
 
 
 def _type_outputs(model: ir.Model, spec: ExpertSetSpec) -> None:
-    """Writes the axes of the outputs into the graph: passes that quantise leave some of them out."""
+    """Writes the axes of the outputs into the graph: passes that quantize leave some of them out."""
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
         value.shape = ir.Shape(tensor.axes)
 

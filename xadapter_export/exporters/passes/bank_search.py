@@ -5,16 +5,14 @@ loads. What measured best instead:
 
 - ``fp32``: Gemm over the bank as it is stored. onnxruntime keeps one packed copy; the rows that are read
   afterwards come from a second tensor of the same bytes, which stays memory-mapped and is touched only there.
-- ``fp16``: blocks of a few thousand rows are cast in the processor's cache and multiplied there, so that no
-  float32 copy of the bank is ever made.
 - ``int8``: one byte a number is searched with integer products, the best candidates are rescored from two
   bytes a number: the codes again, and what they leave over, as int8 in steps of 1/254 of a code. Rounding to
-  one byte moves a cosine by up to 2e-3, enough to swap neighbours; with the rest it is 1e-5, where float16
+  one byte moves a cosine by up to 2e-3, enough to swap neighbors; with the rest it is 1e-5, where float16
   rows, at the same two bytes, would be off by 7e-5. onnxruntime keeps a packed copy of the codes; what is
   rescored stays memory-mapped.
 
-Dimensions: B batch, N bank size, D CLIP embedding size, K retrieved pictures, R candidates, C rows of a
-block, G groups of numbers of a row that share a scale, S numbers of a group.
+Dimensions: B batch, N bank size, D CLIP embedding size, K retrieved pictures, R candidates, G groups of
+numbers of a row that share a scale, S numbers of a group.
 """
 
 from collections.abc import Sequence
@@ -26,13 +24,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantise_rows
+from xadapter_export.bank.graph_rows import REST_STEPS, num_candidates, quantize_rows
 from xadapter_export.errors import ParityError
+from xadapter_export.exporters.passes.fuse import CONTRIB, only_user
 
-BankPrecision = Literal["fp32", "fp16", "int8"]
+BankPrecision = Literal["fp32", "int8"]
 
 _BANK = "bank"
-_BLOCK_ROWS = (1024, 2048)  # x 512 numbers: 2 to 4 MiB as float32, which the cache holds
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class _Search:
 def search_bank(model: ir.Model, precision: BankPrecision) -> None:
     """Rewrites the search of the bank in place; inputs and outputs stay as they are.
 
-    The expert reads the rows that the scores were computed from: float32, float16 rows as float32, or what
-    codes and rest add up to. ``int8`` uses ``com.microsoft.MatMulNBits``; the others standard operators.
+    The expert reads the rows that the scores were computed from: float32, or what codes and rest add up to.
+    ``int8`` uses ``com.microsoft.MatMulNBits``, ``fp32`` standard operators.
 
     Args:
         model: A portable graph, its weights in memory or in an external file, that searches a bank
@@ -68,7 +66,7 @@ def search_bank(model: ir.Model, precision: BankPrecision) -> None:
     before = [(str(value.name), value.dtype) for value in model.graph.outputs]
     search = _find(model)
     tape = _Tape(model.graph)
-    build = {"fp32": _search_fp32, "fp16": _search_fp16, "int8": _search_int8}[precision]
+    build = {"fp32": _search_fp32, "int8": _search_int8}[precision]
     results = build(tape, search, _rows(search.bank))
     inputs = {search.bank} | {value for node in search.nodes for value in node.inputs if value is not None}
     ir.convenience.replace_nodes_and_values(
@@ -79,7 +77,7 @@ def search_bank(model: ir.Model, precision: BankPrecision) -> None:
             del model.graph.initializers[str(value.name)]
     tape.register_initializers()
     if precision == "int8":
-        model.opset_imports["com.microsoft"] = 1
+        model.opset_imports[CONTRIB] = 1
     after = [(str(value.name), value.dtype) for value in model.graph.outputs]
     if before != after or _match(model) is not None:
         raise ParityError("the search of the bank was not rewritten", expected=before, got=after)
@@ -138,8 +136,8 @@ def _match(model: ir.Model) -> _Search | None:
     transpose, gather = by_type.get("Transpose"), by_type.get("GatherND") or by_type.get("Gather")
     if len(bank.uses()) != 2 or transpose is None or gather is None:
         return None
-    matmul = _only_user(transpose, "MatMul")
-    topk = None if matmul is None else _only_user(matmul, "TopK")
+    matmul = only_user(transpose.outputs[0], "MatMul")
+    topk = None if matmul is None else only_user(matmul.outputs[0], "TopK")
     if matmul is None or topk is None or topk.inputs[1] is None or topk.inputs[1].const_value is None:
         return None
     places, query, index = topk.outputs[1], matmul.inputs[0], gather.inputs[1]
@@ -155,11 +153,6 @@ def _match(model: ir.Model) -> _Search | None:
         return None
     k = int(topk.inputs[1].const_value.numpy().item())
     return _Search(bank, query, nodes, (topk.outputs[0], places, gather.outputs[0]), k)
-
-
-def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
-    users = [user for user, _ in node.outputs[0].uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
 def _rows(bank: ir.Value) -> NDArray[np.float32]:
@@ -178,57 +171,16 @@ def _search_fp32(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
     return best, places, tape.op("Gather", [search.bank, places], {"axis": 0})
 
 
-def _search_fp16(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Sequence[ir.Value]:
-    n, d = rows.shape
-    c = _block_rows(n)
-    halves = np.zeros(
-        (-(-n // c), c, d), np.float16
-    )  # the last block ends in zeros where c does not divide N
-    halves.reshape(-1, d)[:n] = rows
-    blocks = tape.weight("bank_blocks", halves)
-
-    block = ir.Value(name="bank_block", shape=ir.Shape((c, d)), type=ir.TensorType(ir.DataType.FLOAT16))
-    block_scores = ir.Value(
-        name="bank_block_scores", shape=ir.Shape(("batch", c)), type=ir.TensorType(ir.DataType.FLOAT)
-    )
-    inner = Tape()
-    cast = ir.Value(name="bank_block_fp32")
-    inner.op("Cast", [block], {"to": ir.DataType.FLOAT}, output=cast)
-    inner.op("Gemm", [search.query, cast], {"transB": 1}, output=block_scores)
-    body = ir.Graph([block], [block_scores], nodes=inner.nodes, name="search_block")
-
-    scores = tape.op(  # (B, N / C, C)
-        "Scan", [blocks], {"body": body, "num_scan_inputs": 1, "scan_output_axes": [1]}
-    )
-    scores = tape.op("Reshape", [scores, tape.ints("bank_flat", 0, -1)])
-    if halves.size > rows.size:
-        scores = tape.op(
-            "Slice",
-            [
-                scores,
-                tape.ints("bank_first", 0),
-                tape.ints("bank_end", n),
-                tape.ints("bank_axis", 1),
-            ],
-        )
-    best, places = tape.top(scores, tape.ints("bank_k", search.k))
-    size, last = tape.ints("bank_block_rows", c), tape.ints("bank_last_axis", -1)
-    where = [tape.op(op, [places, size]) for op in ("Div", "Mod")]  # block, row in the block
-    index = tape.op("Concat", [tape.op("Unsqueeze", [part, last]) for part in where], {"axis": -1})
-    pictures = tape.op("GatherND", [blocks, index])
-    return best, places, tape.op("Cast", [pictures], {"to": ir.DataType.FLOAT})
-
-
 def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Sequence[ir.Value]:
     n, d = rows.shape
-    codes, rest, scales = quantise_rows(rows)
+    codes, rest, scales = quantize_rows(rows)
     g, s = codes.shape[1:]
     scale = tape.weight("bank_scales", scales)
     scores = tape.op(  # (B, N)
         "MatMulNBits",
         [search.query, tape.weight("bank_search", codes), scale],
         {"K": d, "N": n, "bits": 8, "block_size": s, "accuracy_level": 4},  # 4: int8 products
-        domain="com.microsoft",
+        domain=CONTRIB,
     )
     count = tape.ints("bank_candidates", num_candidates(n, search.k))
     _, candidates = tape.top(scores, count)  # (B, R)
@@ -253,11 +205,3 @@ def _search_int8(tape: _Tape, search: _Search, rows: NDArray[np.float32]) -> Seq
     retrieved = tape.op("GatherElements", [candidates, places], {"axis": 1})
     index = tape.op("Unsqueeze", [places, last])
     return best, retrieved, tape.op("GatherND", [fine, index], {"batch_dims": 1})
-
-
-def _block_rows(num_rows: int) -> int:
-    """Returns how many rows a block has: the most of those that leave the fewest rows to fill up."""
-    low, high = _BLOCK_ROWS
-    if num_rows <= high:
-        return num_rows
-    return min(range(low, high + 1), key=lambda size: (-num_rows % size, -size))

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 
-from xadapter_export.bundle.manifest import Optimisation
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ParityError
 
 CONTRIB = "com.microsoft"
@@ -40,9 +40,9 @@ def _fuse_one_attention(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value,
     product = _producer(softmax.inputs[0], "MatMul")
     if scores is not None:
         product, mask = _producer(scores.inputs[0], "MatMul"), scores.inputs[1]
-    weighted = _only_user(softmax.outputs[0], "MatMul")
-    back = None if weighted is None else _only_user(weighted.outputs[0], "Transpose")
-    merged = None if back is None else _only_user(back.outputs[0], "Reshape")
+    weighted = only_user(softmax.outputs[0], "MatMul")
+    back = None if weighted is None else only_user(weighted.outputs[0], "Transpose")
+    merged = None if back is None else only_user(back.outputs[0], "Reshape")
     if product is None or weighted is None or merged is None:
         return False
     query = _split_heads(product.inputs[0], _HEADS)
@@ -59,7 +59,7 @@ def _fuse_one_attention(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value,
             masks[mask] = _key_padding(graph, mask, softmax)
         inputs += [None, masks[mask]]
     fused = ir.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB)
-    _replace(graph, merged, fused)
+    replace_node(graph, merged, [fused])
     return True
 
 
@@ -139,7 +139,7 @@ def fuse_quick_gelu(model: ir.Model) -> int:
         if factor is None:
             continue
         fused = ir.node("QuickGelu", [node.inputs[0]], {"alpha": float(factor.item())}, domain=CONTRIB)
-        _replace(model.graph, node, fused)
+        replace_node(model.graph, node, [fused])
         count += 1
     return count
 
@@ -153,7 +153,7 @@ CPU_PASSES: dict[str, Callable[[ir.Model], int]] = {
 }
 
 
-def run_pass(name: str, model: ir.Model, expected: int) -> Optimisation | None:
+def run_pass(name: str, model: ir.Model, expected: int) -> Optimization | None:
     """Runs one of ``CPU_PASSES`` in place.
 
     Returns:
@@ -170,7 +170,7 @@ def run_pass(name: str, model: ir.Model, expected: int) -> Optimisation | None:
         raise ParityError(f"pass {name}", expected=f"{expected} patterns", got=got, hint="please report this")
     if not got:
         return None
-    return Optimisation(name=name, lossless=True, unit="nodes", before=before, after=len(model.graph))
+    return Optimization(name=name, lossless=True, unit="nodes", before=before, after=len(model.graph))
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
@@ -178,7 +178,8 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """Return the node that alone reads a value, if it is of this type."""
     users = [use.node for use in value.uses()]
     return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
@@ -188,8 +189,9 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     return None if constant is None or constant.size > 64 else constant.numpy()
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes, of which the last has one output, in the place of one that has one."""
     graph.insert_before(old, new)
-    new.outputs[0].name = old.outputs[0].name
-    ir.convenience.replace_all_uses_with(old.outputs[0], new.outputs[0])
+    new[-1].outputs[0].name = old.outputs[0].name
+    ir.convenience.replace_all_uses_with(old.outputs[0], new[-1].outputs[0], replace_graph_outputs=True)
     graph.remove(old, safe=True)

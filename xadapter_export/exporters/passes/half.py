@@ -18,7 +18,7 @@ FP32_ISLANDS = ("LayerNormalization", "Softmax", *FP32_SEARCH)
 def to_half(model: ir.Model, islands: Sequence[str], *, fp32_scores: bool = False) -> ir.Model:
     """Returns a copy in fp16, but for operators of these names and, if ``fp32_scores``, the bank's product.
 
-    The bank's rows are fp16 in either case; scores that are rounded to it too swap more neighbours. In the
+    The bank's rows are fp16 in either case; scores that are rounded to it too swap more neighbors. In the
     portable graph they are, because TensorRT has no fp32 products for Turing.
     """
     copy = ir.external_data.load_to_model(model.clone())

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xadapter_export.sessions.onnx_session import create_session
+from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array
 
 Float32Array = NDArray[np.float32]
@@ -84,7 +84,7 @@ def measure_inputs(
         feeds: Inputs of the graph, by name.
         curvatures: Gets those of the products that it lacks. Products of one input share an array.
     """
-    if not inputs:  # a small tower has no product that is quantised
+    if not inputs:  # a small tower has no product that is quantized
         return {}
     values = list(dict.fromkeys(inputs.values()))
     model.graph.outputs.extend(value for value in values if not value.is_graph_output())
@@ -95,7 +95,7 @@ def measure_inputs(
     num_rows = dict.fromkeys(names, 0)
     with TemporaryDirectory() as folder:
         ir.save(model, Path(folder) / "model.onnx", external_data="model.onnx_data")
-        session = create_session(Path(folder) / "model.onnx")
+        session = open_onnx(Path(folder) / "model.onnx")
         needed = [value.name for value in session.get_inputs()]
         for feed in feeds:
             for name, array in zip(names, session.run(names, {n: feed[n] for n in needed}), strict=True):

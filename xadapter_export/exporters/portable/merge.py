@@ -1,14 +1,14 @@
 """Merges the frozen PLM, the active experts, the bank and the CLIP text tower into the module that is traced.
 
 Only what the expert set and the task need is in it, so nothing of an inactive expert can reach the graph, and
-each thing is computed only where it is read. ``STEPS`` are the steps that save work and can be left out.
+each thing is computed only where it is read. The steps that can be left out are ``request.STEPS``.
 
 Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text, H hidden size, V vocabulary, C candidates,
 R adapter width, K retrieved pictures, N bank size, D CLIP embedding size.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
 from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
+from xadapter_export.exporters.request import Retrieval, Step
 from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.plm import additive_mask
 from xadapter_export.model.pooling import take_positions, unit_length
@@ -26,11 +27,7 @@ from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.tasks import TASKS
 
-Step = Literal["packed_projections", "last_layer_at_positions", "clip_last_block_at_end", "folded_bank"]
-STEPS: tuple[Step, ...] = get_args(Step)
-
 Part = Literal["whole", "query", "answer"]
-Retrieval = Literal["in-graph", "external"]
 
 
 def tap_name(layer: int, expert: Expert) -> str:

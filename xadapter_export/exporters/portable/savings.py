@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from xadapter_export.bundle.manifest import ExpertSet, Optimisation, Task
-from xadapter_export.exporters.portable.merge import MergedModel, Step
+from xadapter_export.bundle.manifest import ExpertSet, Optimization, Task
+from xadapter_export.exporters.portable.merge import MergedModel
+from xadapter_export.exporters.request import Step
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 _NUM_TOKENS = 32
@@ -24,7 +25,7 @@ def count_savings(
     task: Task,
     candidate_ids: Sequence[int] | None,
     without: Collection[Step],
-) -> list[Optimisation]:
+) -> list[Optimization]:
     """What each step of the merge saved, those that saved nothing left out.
 
     Args:
@@ -64,14 +65,14 @@ def count_savings(
         if merged.folds_bank:
             found.append(("folded_bank", _multiply_adds(plain("folded_bank"), example), after))
         saved = [
-            Optimisation(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
+            Optimization(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
             for name, before, less in found
             if less < before
         ]
         num_attentions, num_products = merged.projection_counts
         if num_products < 3 * num_attentions:
             counts = {"before": 3 * num_attentions, "after": num_products}
-            saved.append(Optimisation(name="packed_projections", lossless=True, unit="products", **counts))
+            saved.append(Optimization(name="packed_projections", lossless=True, unit="products", **counts))
         return saved
 
 

@@ -1,1 +1,0 @@
-"""MLM adaptation for colour on any PLM, CLIP and bank: splits, controls, ablations, published test sets."""
