@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.feeds import Feed
-from benchmarks.prepare import MODEL
+from benchmarks.field import PTE, TFLITE
+from benchmarks.prepare import APART, MODEL
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet, Task, Variant
 from xadapter_export.sessions.openvino_session import import_openvino
-from xadapter_export.sessions.session import Opening
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
 
 Answer = NDArray[np.float32]
 Run = Callable[[Feed], Answer]
-Kind = Literal["torch", "exporter", "plm", "ours"]
+Kind = Literal["torch", "exporter", "plm", "encoder", "ours"]
 _GPU_PREPARATIONS: Final = ("plain", "fused", "transformers", "fp16", "fused-fp16")
 
 
@@ -65,7 +65,7 @@ class Contestant:
         name: Name on the command line and in the tables.
         title: What it is, in words.
         precision: Precision of its matrix products.
-        kind: ``torch``, another ``exporter``, the ``plm`` alone, or ``ours``.
+        kind: ``torch``, another ``exporter``, the ``plm`` alone, its ``encoder`` without a head, or ``ours``.
         preparation: What it needs, a kind of ``prepare``; None for nothing.
         load: Makes it ready and returns what runs it: a feed to its first output.
         is_for_gpu: Whether it takes part on a GPU alone.
@@ -78,6 +78,11 @@ class Contestant:
     preparation: str | None
     load: Callable[[Place], Run]
     is_for_gpu: bool = False
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its engine lives in the environment that ``benchmarks.field`` makes."""
+        return self.preparation in APART
 
     def runs_with(self, provider: str) -> bool:
         """Whether it takes part with an execution provider: on a GPU, what computes in floats."""
@@ -144,8 +149,10 @@ def _torch_run(place: Place, *, is_compiled: bool = False, is_half: bool = False
     def run(feed: Feed) -> Answer:
         with torch.inference_mode():
             tensors = {name: tensor.to(device) for name, tensor in torch_feed(feed).items()}
-            answer = forward(**tensors, experts=place.experts).answers["logits"]
-            if device != "cpu" and "mask_positions" not in feed:
+            output = forward(**tensors, experts=place.experts)
+            logits = output.answers.get("logits")
+            answer = output.last_hidden_state if logits is None else logits
+            if device != "cpu" and "mask_positions" not in feed and logits is not None:
                 answer = answer.argmax(-1)  # its user takes the words, not the whole vocabulary
             return np.asarray(answer.float().cpu().numpy(), np.float32)
 
@@ -159,6 +166,7 @@ def _load_onnxruntime(place: Place) -> Run:
     import onnxruntime as ort
 
     from xadapter_export.sessions.onnx_session import open_onnx
+    from xadapter_export.sessions.session import Opening
 
     assert place.folder is not None
     options = ort.SessionOptions()
@@ -167,9 +175,8 @@ def _load_onnxruntime(place: Place) -> Run:
     if place.provider == CPU_PROVIDER:
         session = ort.InferenceSession(place.folder / MODEL, options, providers=[CPU_PROVIDER])
     else:  # as a bundle is opened: a provider that does not start is an error
-        session = open_onnx(
-            place.folder / MODEL, Opening(providers=[place.provider], num_threads=place.threads)
-        )
+        how = Opening(providers=[place.provider], num_threads=place.threads)
+        session = open_onnx(place.folder / MODEL, how)
     names = [value.name for value in session.get_inputs()]
 
     def run(feed: Feed) -> Answer:
@@ -202,6 +209,61 @@ def _openvino_run(place: Place, settings: dict[str, str]) -> Run:
 
     def run(feed: Feed) -> Answer:
         return np.asarray(request.infer({name: feed[name] for name in names})[0], np.float32)
+
+    return run
+
+
+# ------------------------------------------------------------------------------ the rest of the field
+
+
+def _load_executorch(place: Place) -> Run:
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    assert place.folder is not None
+    portable_lib._unsafe_reset_threadpool(place.threads)
+    method = Runtime.get().load_program(place.folder / PTE).load_method("forward")
+    names = ("input_ids", "attention_mask", "token_type_ids", "clip_input_ids")
+
+    def run(feed: Feed) -> Answer:
+        arrays = [feed[name] for name in names if name in feed][: method.metadata.num_inputs()]
+        return np.asarray(method.execute([torch.from_numpy(array) for array in arrays])[0], np.float32)
+
+    return run
+
+
+def _load_litert(place: Place) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    assert place.folder is not None
+    interpreter = Interpreter(str(place.folder / TFLITE), num_threads=place.threads)
+    runners: dict[str, Any] = {}
+
+    def run(feed: Feed) -> Answer:
+        name = "{}x{}".format(*feed["input_ids"].shape)
+        if name not in runners:
+            runners[name] = interpreter.get_signature_runner(name)
+        inputs = {key: feed[key].astype(np.int32) for key in runners[name].get_input_details()}
+        outputs = runners[name](**inputs)
+        return np.asarray(outputs["output_0"], np.float32)
+
+    return run
+
+
+def _load_ctranslate2(place: Place) -> Run:
+    import ctranslate2
+
+    encoder = ctranslate2.Encoder(str(place.folder), device="cpu", intra_threads=place.threads)
+
+    def run(feed: Feed) -> Answer:
+        ids, lengths = (
+            ctranslate2.StorageView.from_array(array.astype(np.int32))
+            for array in (feed["input_ids"], feed["attention_mask"].sum(1))
+        )
+        types = feed["token_type_ids"].tolist()
+        output = encoder.forward_batch(ids, lengths=lengths, token_type_ids=types)
+        return np.asarray(output.last_hidden_state, np.float32)
 
     return run
 
@@ -273,6 +335,22 @@ THEIRS: Final = (
         "exporter",
         "openvino-transformers",
         _OPENVINO,
+    ),
+    Contestant(
+        "executorch", "ExecuTorch XNNPACK, transformers", "fp32", "exporter", "executorch", _load_executorch
+    ),
+    Contestant("litert", "LiteRT", "fp32", "exporter", "litert", _load_litert),
+    Contestant("litert-int8", "LiteRT, dynamic int8", "int8", "exporter", "litert-int8", _load_litert),
+    Contestant(
+        "ctranslate2", "CTranslate2, PLM's encoder alone", "fp32", "encoder", "ctranslate2", _load_ctranslate2
+    ),
+    Contestant(
+        "ctranslate2-int8",
+        "CTranslate2 int8, PLM's encoder alone",
+        "int8",
+        "encoder",
+        "ctranslate2-int8",
+        _load_ctranslate2,
     ),
     Contestant("plm-ort", "PLM alone, onnxruntime", "fp32", "plm", "plain", _ORT),
     Contestant("plm-transformers", "PLM alone, transformers, fused", "fp32", "plm", "transformers", _ORT),

@@ -10,9 +10,9 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.bundle.manifest import ExpertSet, Task
 
-Head = Literal["full", "candidates"]
+Head = Literal["full", "candidates", "features"]
 Feeding = Literal["user", "equal"]
 Feed = dict[str, NDArray[np.int64]]
 
@@ -39,6 +39,20 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.case} {self.experts} {self.shape} {self.head}"
+
+
+def task_of(head: Head) -> Task:
+    """Return the task that gives this kind of answer."""
+    return "feature-extraction" if head == "features" else "fill-mask"
+
+
+def heads_of(case: str) -> tuple[Head, ...]:
+    """Return the kinds of answer that a case has.
+
+    MiniLM has no MLM head, and the tokenizer of the RoBERTa case knows bytes, so no word is one token of it.
+    """
+    special: dict[str, tuple[Head, ...]] = {"minilm": ("features",), "roberta-base": ("full", "features")}
+    return special.get(case, ("full", "candidates", "features"))
 
 
 def feed_as(feed: Mapping[str, NDArray[np.int64]], feeding: Feeding, clip_context: int | None) -> Feed:

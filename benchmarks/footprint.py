@@ -27,6 +27,9 @@ _IMPORTS = {
     "compile": ("benchmarks.cases",),
     "ort": ("onnxruntime",),
     "openvino": ("openvino",),
+    "executorch": ("torch", "executorch.runtime"),
+    "litert": ("ai_edge_litert.interpreter",),
+    "ctranslate2": ("ctranslate2",),
     "ours": ("xadapter_export", "xadapter_export.runtime.session", "onnxruntime"),
 }
 
@@ -51,12 +54,17 @@ class Footprint:
 
 
 def measure(
-    contestant: str, place: Place, feed: Path, context: int | None, env: Mapping[str, str]
+    contestant: str,
+    place: Place,
+    feed: Path,
+    context: int | None,
+    env: Mapping[str, str],
+    python: Path | None = None,
 ) -> Footprint:
-    """Measure in a child process."""
+    """Measure in a child process, of another interpreter if ``python`` names one."""
     arguments = json.dumps([contestant, place.as_json(), str(feed), context])
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.footprint", arguments],
+        [str(python or sys.executable), "-m", "benchmarks.footprint", arguments],
         cwd=ROOT, env=dict(env), check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     return Footprint(**json.loads(child.stdout.splitlines()[-1]))

@@ -10,7 +10,8 @@ cell that has too few quiet ones is marked.
 
 Every other exporter's graph is fed twice: as its user feeds it (CLIP ids padded to CLIP's context, logits at
 every position) and at our lengths (CLIP at its true length). It computes the same for the full vocabulary and
-for 11 candidates, so that its times stand in both tables. torch.compile is fed at our lengths alone.
+for 11 candidates, so that its times stand in both tables. torch.compile is fed as its user feeds it only with
+``--full``.
 """
 
 import os
@@ -35,29 +36,27 @@ from rich.table import Table
 
 from benchmarks import footprint, limits, report
 from benchmarks.contestants import THEIRS, Contestant, Place, find, ours
-from benchmarks.feeds import CANDIDATES, SHAPES, Cell, Feeding, Head
+from benchmarks.feeds import CANDIDATES, SHAPES, Cell, Feeding, Head, heads_of, task_of
 from benchmarks.machine import CpuTime, Pick, cpu, has_bf16, picks_of
-from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, prepare, quiet_environment
+from benchmarks.prepare import NEEDS, ROOT, Cost, Preparation, find_python, prepare, quiet_environment
 from benchmarks.rounds import DISTURBED, Rounds, Turn
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, judge
 from benchmarks.work import ModelShape, Work
 from benchmarks.worker import Worker
 from xadapter_export.bundle.folder import read_bundle
-from xadapter_export.bundle.manifest import Deployment, ExpertSet, Manifest, Variant
+from xadapter_export.bundle.manifest import Deployment, ExpertSet, Manifest, Task, Variant
 from xadapter_export.errors import XAdapterError
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.sessions.cuda import find_missing
 from xadapter_export.targets import CPU_PROVIDER, CUDA_PROVIDER
-from xadapter_export.tasks import FILL_MASK
 
-CASES: Final = ("bert-base", "builtin")
-HEADS: Final[tuple[Head, ...]] = ("full", "candidates")
+CASES: Final = ("bert-base", "minilm", "roberta-base", "builtin")
+HEADS: Final[tuple[Head, ...]] = ("full", "candidates", "features")
 OURS: Final = ("ours", "ours-openvino")  # bundles, as ``benchmarks.prepare`` makes them
 OURS_GPU: Final = ("ours-gpu", "ours-engines")
 COMPARED: Final = ("plain", "transformers", "ours-portable")  # whose seconds and memory are
-_TASK: Final = FILL_MASK.name
-_STATIC: Final = Preparation("ours", "bert-base-static", "v", _TASK)  # for its size
-_UNTIMED = ("fp16", "int4")  # for size, or for GPUs
+_STATIC: Final = Preparation("ours", "bert-base-static", "v", "fill-mask")  # for its size
+_UNTIMED = ("fp16", "int4")  # for size, or for GPUs; timed with --full
 _FEW_ROUNDS, _LONG_CELL_S = 3, 120.0  # rounds that do where they take that long
 _LONG_RUN_MS = 2000.0
 _TURN_MS = 40.0  # of timed runs in a turn, where a run is shorter
@@ -69,7 +68,7 @@ _MIB = 1 << 20
 class Settings:
     """What was asked for."""
 
-    case: str
+    cases: tuple[str, ...]
     experts: tuple[ExpertSet, ...]
     shapes: tuple[tuple[int, int], ...]
     heads: tuple[Head, ...]
@@ -78,6 +77,7 @@ class Settings:
     seconds_per_cell: float
     threads: int
     cache: Path
+    full: bool
     provider: str = CPU_PROVIDER
 
 
@@ -123,10 +123,12 @@ class Benchmark:
         self.say("limits of this machine")
         machine = self._measure_limits()
         self._prepare_everything()
-        self._run()
-        is_sized = self.settings.case == "bert-base" and self._is_on_cpu
-        if is_sized and "ours" in self.settings.contestants and self._prepare(_STATIC):
-            self._note_sizes(_STATIC, "full")
+        for case in self.settings.cases:
+            for task, heads in self._tasks(case):
+                self._run_task(case, task, heads)
+            is_sized = case == "bert-base" and self._is_on_cpu and "ours" in self.settings.contestants
+            if is_sized and self._prepare(_STATIC):
+                self._note_sizes(_STATIC, "full", None)
         self.say("limits of this machine once more")
         machine = machine.best(self._measure_limits())
         found = self.found
@@ -164,13 +166,23 @@ class Benchmark:
         Seconds and memory of an export stand beside each other for ``COMPARED``, which are made one by one.
         """
         wanted = [
-            preparation for experts in self.settings.experts for preparation in self._preparations(experts)
+            preparation
+            for case in self.settings.cases
+            for task, heads in self._tasks(case)
+            for experts in self.settings.experts
+            for preparation in self._preparations(case, experts, task, heads)
         ]
         for preparation in wanted:
             if preparation.kind in COMPARED and preparation.experts == wanted[0].experts:
                 self._prepare(preparation)
         with ThreadPoolExecutor(max_workers=2) as pool:
             list(pool.map(self._prepare, wanted))
+
+    def _tasks(self, case: str) -> list[tuple[Task, tuple[Head, ...]]]:
+        """What a case is asked, and the answers of each task."""
+        heads = [head for head in self.settings.heads if head in heads_of(case)]
+        tasks = dict.fromkeys(task_of(head) for head in heads)
+        return [(task, tuple(head for head in heads if task_of(head) == task)) for task in tasks]
 
     def _theirs(self, experts: ExpertSet) -> Iterator[tuple[Contestant, ExpertSet]]:
         """The other contestants of a group, each with the expert set that it runs."""
@@ -179,9 +191,9 @@ class Benchmark:
             is_double = (contestant.kind, experts) == ("plm", "none")
             is_double |= contestant.name == "openvino-bf16" and not has_bf16()  # is its fp32 there
             # On a GPU each shape takes it minutes of a machine that is paid for by the minute.
-            is_slow = contestant.name == "compile" and not self._is_on_cpu
+            is_slow = contestant.name == "compile" and not self._is_on_cpu and not self.settings.full
             if is_wanted and not is_double and not is_slow and contestant.runs_with(self.settings.provider):
-                yield contestant, "none" if contestant.kind == "plm" else experts
+                yield contestant, "none" if contestant.kind in ("plm", "encoder") else experts
 
     @property
     def _kinds_of_ours(self) -> tuple[str, ...]:
@@ -190,50 +202,55 @@ class Benchmark:
             return ()
         return OURS if self._is_on_cpu else OURS_GPU
 
-    def _preparations(self, experts: ExpertSet) -> Iterator[Preparation]:
+    def _preparations(
+        self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...]
+    ) -> Iterator[Preparation]:
         """What the contestants of a group need."""
-        case, heads = self.settings.case, self.settings.heads
         for contestant, runs in self._theirs(experts):
             if contestant.preparation is not None:
-                yield Preparation(contestant.preparation, case, runs, _TASK)
+                yield Preparation(contestant.preparation, case, runs, task)
         for head, kind in product(heads, self._kinds_of_ours):
-            yield Preparation(kind, case, experts, _TASK, head == "candidates")
+            yield Preparation(kind, case, experts, task, head == "candidates")
         has_costs = self._kinds_of_ours and self._is_on_cpu
-        if has_costs:
-            yield Preparation("ours-portable", case, experts, _TASK)
+        if has_costs and case == self.settings.cases[0]:
+            yield Preparation("ours-portable", case, experts, task)
         if has_costs and case == _STATIC.case.removesuffix("-static"):
             yield _STATIC
 
-    def _run(self) -> None:
-        shape, feeds = self._feeds()
+    def _run_task(self, case: str, task: Task, heads: tuple[Head, ...]) -> None:
+        shape, feeds = self._feeds(case, task)
         with tempfile.TemporaryDirectory() as temporary:
             files = {key: Path(temporary) / f"{key[0]}x{key[1]}.npz" for key in feeds}
             for key, feed in feeds.items():
                 np.savez(files[key], **feed)  # type: ignore[arg-type]  # numpy types any keyword as its flag allow_pickle
             for experts in self.settings.experts:
-                entries = self._entries(experts)
-                group = _Group(self.settings.case, experts, entries, shape, self)
+                entries = self._entries(case, experts, task, heads, shape)
+                group = _Group(case, experts, entries, shape, self)
                 group.measure(files, Path(temporary))
-            if self._is_on_cpu:
-                self._footprints(entries, next(iter(files.values())), shape)
+            is_first = case == self.settings.cases[0] and task == task_of(self.settings.heads[0])
+            if is_first and self._is_on_cpu:
+                self._footprints(case, task, entries, next(iter(files.values())), shape)
 
-    def _feeds(self) -> tuple[ModelShape, dict[tuple[int, int], Mapping[str, np.ndarray]]]:
+    def _feeds(
+        self, case: str, task: Task
+    ) -> tuple[ModelShape, dict[tuple[int, int], Mapping[str, np.ndarray]]]:
         """Make the texts of every shape; the model is not kept."""
         from benchmarks.cases import make_feed, make_model
 
-        model = make_model(self.settings.case)
+        model = make_model(case, task)
         fitting = [(batch, seq) for batch, seq in self.settings.shapes if seq <= model.plm.max_seq]
         return ModelShape.of(model), {(b, t): make_feed(model, b, t) for b, t in fitting}
 
-    def _entries(self, experts: ExpertSet) -> list[Entry]:
+    def _entries(
+        self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
+    ) -> list[Entry]:
         """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
         threads, provider = self.settings.threads, self.settings.provider
-        case, heads = self.settings.case, self.settings.heads
         entries: list[Entry] = []
         for contestant, runs in self._theirs(experts):
             folder = None
             if contestant.preparation is not None:
-                preparation = Preparation(contestant.preparation, case, runs, _TASK)
+                preparation = Preparation(contestant.preparation, case, runs, task)
                 cost = self._prepare(preparation)
                 if cost is None:
                     continue
@@ -242,25 +259,27 @@ class Benchmark:
             feedings: tuple[Feeding, ...] = ("user", "equal")
             if contestant.kind != "torch" and runs == "none":
                 feedings = ("user",)  # the two are the same
-            if contestant.name == "compile":
+            if contestant.name == "compile" and not self.settings.full:
                 feedings = ("equal",)
-            place = Place(case, runs, _TASK, folder, threads, None, provider)
+            if contestant.kind == "exporter" and contestant.name.startswith("litert"):
+                feedings = ("equal",) if runs != "none" else ("user",)  # a signature has one length
+            place = Place(case, runs, task, folder, threads, None, provider)
             entries.append(Entry(contestant, place, feedings, heads))
         for head, kind in product(heads, self._kinds_of_ours):
-            preparation = Preparation(kind, case, experts, _TASK, head == "candidates")
+            preparation = Preparation(kind, case, experts, task, head == "candidates")
             cost = self._prepare(preparation)
             if cost is None:
                 continue
             self.found.costs.setdefault(kind, cost)
-            manifest = self._note_sizes(preparation, head)
+            manifest = self._note_sizes(preparation, head, shape)
             folder = preparation.folder(self.settings.cache)
             timed: Sequence[Variant | Deployment] = manifest.variants_of(experts)
             if kind == "ours-engines":
                 timed = manifest.deployments
             for variant in timed:
-                is_timed = variant.precision not in _UNTIMED or not self._is_on_cpu
+                is_timed = variant.precision not in _UNTIMED or self.settings.full or not self._is_on_cpu
                 if is_timed and ours(variant.name).runs_with(provider):
-                    place = Place(case, experts, _TASK, folder, threads, variant.name, provider)
+                    place = Place(case, experts, task, folder, threads, variant.name, provider)
                     known = variant if isinstance(variant, Variant) else None
                     entries.append(Entry(ours(variant.name), place, ("equal",), (head,), known))
         return entries
@@ -284,9 +303,10 @@ class Benchmark:
             self.say(f"prepared {preparation.name}: {cost.seconds:.0f} s, peak {cost.peak_mib:.0f} MiB")
         return cost
 
-    def _note_sizes(self, preparation: Preparation, head: Head) -> Manifest:
+    def _note_sizes(self, preparation: Preparation, head: Head, shape: ModelShape | None) -> Manifest:
         manifest = read_bundle(preparation.folder(self.settings.cache) / "bundle", verify=False).manifest
         counts = manifest.expert_sets[preparation.experts].component_parameters
+        left = counts.get("head", 0) - (shape.transform if shape else 0)
         for variant in manifest.variants_of(preparation.experts):
             self.found.sizes.append(
                 Size(
@@ -296,12 +316,15 @@ class Benchmark:
                     variant=variant.name,
                     size_bytes=variant.size_bytes,
                     parameters=sum(counts.values()),
+                    decoder_share=max(0, left) / shape.decoder if shape and shape.decoder else 0.0,
                     below_gate=_below_gate(variant) if preparation.case == "builtin" else "",
                 )
             )
         return manifest
 
-    def _footprints(self, entries: Sequence[Entry], feed: Path, shape: ModelShape) -> None:
+    def _footprints(
+        self, case: str, task: Task, entries: Sequence[Entry], feed: Path, shape: ModelShape
+    ) -> None:
         """Load, memory and export of the last expert set, whose graphs hold most."""
         for entry in entries:
             name = entry.contestant.name
@@ -318,14 +341,15 @@ class Benchmark:
                     self.found.file_mib[title] = size / _MIB
                 try:
                     for _ in range(1 if place.cache_dir is None else 2):  # the first keeps it
+                        python = find_python(entry.contestant.preparation, self.settings.cache)
                         self.found.footprints[title] = footprint.measure(
-                            name, place, feed, shape.clip_context, self.environment
+                            name, place, feed, shape.clip_context, self.environment, python
                         )
                 except XAdapterError as error:
                     self.note(f"footprint of {title}", error)
         if "ours" in self.settings.contestants and entries:
             experts = entries[-1].place.experts
-            preparation = Preparation("ours-portable", self.settings.case, experts, _TASK)
+            preparation = Preparation("ours-portable", case, experts, task)
             if cost := self._prepare(preparation):
                 self.found.costs["ours-portable"] = cost
                 bundle = read_bundle(preparation.folder(self.settings.cache) / "bundle", verify=False)
@@ -368,7 +392,8 @@ class _Group:
         """Start a contestant, which compiles what it must; one that cannot start is noted and left out."""
         name = entry.contestant.name
         try:
-            worker = Worker(name, entry.place, self.benchmark.environment)
+            python = find_python(entry.contestant.preparation, self.benchmark.settings.cache)
+            worker = Worker(name, entry.place, self.benchmark.environment, python)
             if name == "compile":  # each shape takes it half a minute on one core, while others load
                 for file, feeding in product(files, entry.feedings):
                     worker.first(file, feeding, self.shape.clip_context)
@@ -393,7 +418,7 @@ class _Group:
         reference = answers[named["eager"]]
         for number, answer in answers.items():
             entry = self.entries[number]
-            if entry.contestant.kind == "plm" or answer.shape != reference.shape:
+            if entry.contestant.kind in ("plm", "encoder") or answer.shape != reference.shape:
                 continue  # another model; or a head that is sliced
             cosine = np.sum(answer * reference) / np.linalg.norm(answer) / np.linalg.norm(reference)
             name = f"{self.case} {self.experts} {'/'.join(entry.heads)} {entry.contestant.name}"
@@ -504,7 +529,7 @@ class _Group:
         only_masks = kind == "ours" or (kind == "torch" and feeding == "equal")
         return self.shape.work(
             entry.place.experts,
-            head,
+            "features" if kind == "encoder" else head,
             batch=batch,
             seq=seq,
             clip_seq=(self.shape.clip_context or 0) if feeding == "user" else clip_seq,
@@ -609,13 +634,13 @@ def _check_provider(provider: str) -> None:
     type=_Listed(HEADS),
     default="full,candidates",
     show_default=True,
-    help=f"Answers: the full vocabulary, {len(CANDIDATES)} candidates.",
+    help=f"Answers: the full vocabulary, {len(CANDIDATES)} candidates, features.",
 )
 @click.option(
     "--contestants",
     type=_Listed(report.all_names()),
-    default=",".join(report.all_names()),
-    help="[default: all]",
+    default=",".join(report.usual_names()),
+    help="[default: all but LiteRT, ExecuTorch and CTranslate2: make bench-field]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds at least.")
 @click.option(
@@ -641,13 +666,18 @@ def _check_provider(provider: str) -> None:
     default=ROOT / "build" / "bench",
     help="Where graphs are kept from run to run. [default: build/bench]",
 )
-def main(output: Path, **options: object) -> None:
-    """Time a bundle against what a user would pick instead, and say which targets are met.
+@click.option("--full", is_flag=True, help="Every case, expert set, shape and answer.")
+def main(case: str, output: Path, full: bool, **options: object) -> None:
+    """Time a bundle against what a user would pick instead, and say what is shown and what is not.
 
     The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
     """
-    settings = Settings(**options)  # type: ignore[arg-type]  # click gives each option the type of its field
+    settings = Settings(cases=(case,), full=full, **options)  # type: ignore[arg-type]  # click gives each option the type of its field
     _check_provider(settings.provider)
+    if full:
+        settings = Settings(
+            **{**vars(settings), "cases": CASES, "experts": EXPERT_SETS, "shapes": SHAPES, "heads": HEADS}
+        )
     output.mkdir(parents=True, exist_ok=True)
     settings.cache.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(settings)
@@ -687,7 +717,7 @@ def _print(tables: Sequence[Table], verdicts: Sequence[Verdict], found: Found) -
     if worst is not None:
         console.print(f"lowest cosine of an answer to PyTorch eager's: {worst[1]:.4f}, {worst[0]}")
     if verdicts:
-        console.print("\ntargets")
+        console.print("\nmust show")
     for verdict in verdicts:
         console.print(str(verdict), soft_wrap=True)
 

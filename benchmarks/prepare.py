@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks import field
 from benchmarks.feeds import CANDIDATES
 from xadapter_export.bundle.manifest import ExpertSet, Task
 from xadapter_export.errors import XAdapterError
@@ -42,6 +43,7 @@ _MIB = 1 << 20
 _OPSET = 18
 _PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
 _THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
+_FIELD_CODE = ("benchmarks/field.py", "benchmarks/feeds.py")
 OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 
 
@@ -75,7 +77,7 @@ class Preparation:
 
     def folder(self, cache: Path) -> Path:
         """Where it is, or will be."""
-        code = OUR_CODE if self.kind.startswith("ours") else ()
+        code = OUR_CODE if self.kind.startswith("ours") else _FIELD_CODE if self.kind in APART else ()
         return cache / key(self.case, code) / self.name
 
 
@@ -133,7 +135,8 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
     folder = preparation.folder(cache)
     if not (folder / DONE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
+        python = find_python(preparation.kind, cache)
+        command = [str(python), "-m", "benchmarks.prepare", json.dumps(asdict(preparation)), str(folder)]
         child = subprocess.run(
             command, cwd=ROOT, env=dict(environment), check=False, capture_output=True, text=True
         )
@@ -141,6 +144,15 @@ def prepare(preparation: Preparation, cache: Path, environment: Mapping[str, str
             reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
             raise PreparationError("a contestant could not be prepared", where=preparation.name, got=reason)
     return Cost(**json.loads((folder / DONE).read_text(encoding="utf-8")))
+
+
+def find_python(kind: str | None, cache: Path) -> Path:
+    """Return the Python that makes and runs a kind of preparation.
+
+    Raises:
+        FieldError: If it has to be made first, and that fails.
+    """
+    return field.find_python(cache) if kind in APART else Path(sys.executable)
 
 
 # ------------------------------------------------------------------------------------- in the child
@@ -285,7 +297,7 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
     ov, nncf = import_openvino(), import_openvino("nncf")
     converted = ov.Core().read_model(of("openvino", preparation, folder) / "model.xml")
     names = {name for port in converted.inputs for name in port.get_names()}
-    context = model.clip.config.context_length if model.clip is not None else None
+    context = model.clip.context_length if model.clip is not None else None
     feeds = [
         {name: array for name, array in feed_as(feed, "user", context).items() if name in names}
         for feed in calibration_feeds(model)
@@ -359,6 +371,10 @@ MAKERS: Final[dict[str, Maker]] = {
     "transformers": _transformers,
     "openvino-transformers": _openvino_transformers,
     "openvino-int8": _openvino_int8,
+    "executorch": field.make_executorch,
+    "litert": field.make_litert,
+    "ctranslate2": field.make_ctranslate2,
+    "ctranslate2-int8": field.make_ctranslate2,
     "ours": _ours,
     "ours-openvino": _ours_openvino,
     "ours-portable": _ours_portable,
@@ -372,6 +388,7 @@ CONVERTERS: Final[dict[str, Callable[[Preparation, Path], None]]] = {  # of a gr
     "int8": _int8,
     "fused-int8": _int8,
     "openvino": _openvino,
+    "litert-int8": field.make_litert_int8,
 }
 NEEDS: Final = {
     "fused": "plain",
@@ -381,7 +398,15 @@ NEEDS: Final = {
     "fused-int8": "fused",
     "openvino": "plain",
     "openvino-int8": "openvino",
+    "litert-int8": "litert",
 }
+APART: Final = (
+    "executorch",
+    "litert",
+    "litert-int8",
+    "ctranslate2",
+    "ctranslate2-int8",
+)  # by ``field``'s Python
 
 
 def of(kind: str, preparation: Preparation, folder: Path) -> Path:
@@ -390,7 +415,7 @@ def of(kind: str, preparation: Preparation, folder: Path) -> Path:
 
 
 def _limits(model: "XAdapterModel") -> dict[str, int | None]:
-    context = model.clip.config.context_length if model.clip is not None else None
+    context = model.clip.context_length if model.clip is not None else None
     return {"batch": None, "seq": model.plm.max_seq, "clip_seq": context}
 
 

@@ -68,7 +68,7 @@ def _caption(results: Results, cells: Sequence[Cell]) -> str:
     first = results.cells[cells[-1]]
     mine = next((each.gflop for row, each in first.items() if row.contestant.startswith("ours")), 0.0)
     for row, each in first.items():
-        if find(row.contestant).kind == "plm" and mine:
+        if find(row.contestant).kind in ("plm", "encoder") and mine:
             lines.append(f"{label(row)}: {each.gflop / mine:.0%} of our operations at {cells[-1].shape}")
     shares = [f"{cell.shape} {results.disturbed[cell]:.0%}" for cell in cells if cell in results.disturbed]
     if shares:
@@ -228,7 +228,7 @@ def as_json(
         "costs": {name: asdict(cost) for name, cost in results.costs.items()},
         "agreement_with_eager": dict(agreement),
         "not_measured": dict(missing),
-        "targets": [{**asdict(verdict), "status": verdict.status} for verdict in verdicts],
+        "must_show": [{**asdict(verdict), "status": verdict.status} for verdict in verdicts],
     }
 
 
@@ -306,3 +306,8 @@ def is_main(row: Row) -> bool:
 def all_names() -> tuple[str, ...]:
     """Names of the contestants that are not ours, and ``ours`` for all of ours."""
     return (*(contestant.name for contestant in THEIRS), "ours")
+
+
+def usual_names() -> tuple[str, ...]:
+    """Those that ``make bench`` times; the engines of ``benchmarks.field`` take minutes to prepare."""
+    return (*(contestant.name for contestant in THEIRS if not contestant.is_apart), "ours")

@@ -37,15 +37,22 @@ class Worker:
         contestant: Its name.
         place: What it runs.
         environment: Environment of the process.
+        python: Its interpreter.
 
     Raises:
         ContestantError: If it cannot be loaded.
     """
 
-    def __init__(self, contestant: str, place: Place, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, contestant: str, place: Place, environment: Mapping[str, str], python: Path | None = None
+    ) -> None:
         self.contestant = contestant
-        setup = json.dumps([contestant, place.as_json()])
-        command = [sys.executable, "-m", "benchmarks.worker", setup]
+        command = [
+            str(python or sys.executable),
+            "-m",
+            "benchmarks.worker",
+            json.dumps([contestant, place.as_json()]),
+        ]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open until ``close``: a pipe that fills up would stop the process
         self._process = subprocess.Popen(
             command,
@@ -173,7 +180,7 @@ def _time_ms(run: Run, feed: Feed) -> float:
 
 
 def _at_masks(answer: np.ndarray, positions: np.ndarray | None, feed: Feed) -> np.ndarray:
-    """``(B, P, V)`` at the masks, from logits there or at all T positions."""
+    """``(B, P, V)`` at the masks, from logits there or at all T positions; features are left as they are."""
     if positions is None or answer.shape[1] == positions.shape[1] != feed["input_ids"].shape[1]:
         return answer
     return np.take_along_axis(answer, positions[:, :, None], axis=1)

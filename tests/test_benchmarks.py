@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import bank, latency, limits, masked_cpu, prepare, report, training
+from benchmarks import bank, field, latency, limits, masked_cpu, prepare, report, training
 from benchmarks.cases import make_feed, make_model, torch_feed
 from benchmarks.contestants import Place
 from benchmarks.feeds import Cell, Feeding, feed_as
@@ -295,13 +295,13 @@ def test_what_auto_takes_is_held_against_the_fastest_that_it_could_take() -> Non
 
 def test_tables_are_written_as_markdown_too() -> None:
     rows = {_row("ort"): _measured(4, 4, 4), _row("ours-onnx-fp32", "equal"): _measured(2, 2, 2)}
-    rows[_row("plm-ort")] = _measured(1, 1, 1, gflop=0.5)
+    rows[_row("ctranslate2")] = _measured(1, 1, 1, gflop=0.5)
     results = Results({CELL: rows}, disturbed={CELL: 0.3}, cpu=Cpu("Some CPU", "AVX2"))
     text = report.as_markdown(report.latency_tables(results))
     assert text.startswith("### builtin, experts t, full, on Some CPU, AVX2: median ms")
     assert "| contestant | 1x12 * |\n| --- | ---: |\n" in text
     assert "x2.00 25% |" in text
-    assert "- PLM alone, onnxruntime, as its user feeds it: 50% of our operations at 1x12" in text
+    assert "- CTranslate2, PLM's encoder alone, as its user feeds it: 50% of our operations at 1x12" in text
     assert "- * disturbed, others took of the CPU: 1x12 30%" in text
 
 
@@ -319,6 +319,7 @@ def test_avx2_is_asked_for_more_at_our_lengths_where_there_is_nothing_else() -> 
         _row("ort-int8", "user"): _measured(11, 11, 11),
         _row("openvino", "equal"): _measured(17, 17, 17),
         _row("openvino", "user"): _measured(11, 11, 11),
+        _row("ctranslate2", "user"): _measured(1, 1, 1),  # the encoder alone: no other way to do the same
         _row("ours-cpu-int8", "equal"): _measured(10, 10, 10),
     }
     cells = {CELL: rows}
@@ -372,6 +373,12 @@ def test_what_others_took_is_what_is_busy_beyond_our_processes() -> None:
     assert before.others_share(before) == 0
 
 
+def test_engines_that_cannot_be_installed_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(field, "PACKAGES", (f"nothing @ file://{tmp_path}/nothing-0-py3-none-any.whl",))
+    with pytest.raises(field.FieldError, match=r"could not be installed.*nothing-0-py3-none-any"):
+        prepare.prepare(Preparation("litert", "builtin", "t", "fill-mask"), tmp_path, {})
+
+
 def test_one_variant_is_judged_in_all_cells() -> None:
     longer = Cell("builtin", "t", 32, 64, "full")
     cells = {
@@ -391,14 +398,15 @@ def test_one_variant_is_judged_in_all_cells() -> None:
 
 
 def test_sizes_and_footprints_are_held_to_their_targets() -> None:
-    def size(variant: str, size_bytes: int, case: str = "c") -> Size:
-        return Size(case, "t", "full", variant, size_bytes, 1000)
+    def size(variant: str, size_bytes: int, head: str = "full", share: float = 1.0, case: str = "c") -> Size:
+        return Size(case, "t", head, variant, size_bytes, 1000, share)
 
     results = Results(
         sizes=[
             size("onnx-fp32", 4020),
             size("cpu-int8", 1020),
             size("cpu-int4", 700),
+            size("onnx-fp32", 4020, "candidates", 0.001),
             size("cpu-int8", 113_000_000, case="bert-base-static"),
         ],
         footprints={"ours-cpu-int8": Footprint(0.4, 0.1, one_mib=120, two_mib=180, total_mib=200)},
@@ -411,6 +419,7 @@ def test_sizes_and_footprints_are_held_to_their_targets() -> None:
     assert found["int8 beside one byte a parameter"] == (1.02, "PASS")
     assert found["int4 beside fp32"] == (pytest.approx(700 / 4020), "MISS")
     assert found["fp32 beside four bytes a parameter"] == (1.005, "PASS")
+    assert found["what is left of the decoder with 11 candidates"] == (0.001, "PASS")
     assert found["static V-bundle of BERT-base in int8, MB"] == (113, "MISS")
     assert found["ours-cpu-int8: seconds to load"] == (0.4, "PASS")
     assert found["ours-cpu-int8: resident memory beside its files"] == (1.2, "PASS")
@@ -421,9 +430,9 @@ def test_sizes_and_footprints_are_held_to_their_targets() -> None:
 
 
 def test_a_small_file_that_is_below_its_gate_shows_nothing() -> None:
-    sizes = [Size("c", "t", "full", "onnx-fp32", 4000, 1000)]
+    sizes = [Size("c", "t", "full", "onnx-fp32", 4000, 1000, 1.0)]
     for below, status in (("", "PASS"), ("85.3% the same, 3.1 points lost", "MISS")):
-        results = Results(sizes=[*sizes, Size("c", "t", "full", "cpu-int4", 600, 1000, below)])
+        results = Results(sizes=[*sizes, Size("c", "t", "full", "cpu-int4", 600, 1000, 1.0, below)])
         (found,) = _verdicts(results, "int4 beside fp32")
         assert (found.figure, found.status) == (0.15, status)
         assert below in str(found)
@@ -434,7 +443,7 @@ def test_what_is_prepared_stands_under_its_code_versions_and_case(tmp_path: Path
     assert one.folder(tmp_path).parent == other.folder(tmp_path).parent
     assert one.folder(tmp_path) != other.folder(tmp_path)
     assert prepare.key("builtin") != prepare.key("minilm")
-    assert prepare.key("builtin") != prepare.key("builtin", ("benchmarks/feeds.py",))
+    assert prepare.key("builtin") != prepare.key("builtin", ("benchmarks/field.py",))
     broken = Preparation("tvm", "builtin", "t", "fill-mask")
     with pytest.raises(prepare.PreparationError, match=r"tvm-builtin-t-fill-mask.*KeyError"):
         prepare.prepare(broken, tmp_path, prepare.quiet_environment(1, tmp_path))
@@ -479,7 +488,7 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
     options += ["--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
     result = CliRunner().invoke(latency.main, options, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "targets" in result.stdout
+    assert "must show" in result.stdout
     assert "PyTorch eager, as its user feeds it" in result.stdout
     found = json.loads((tmp_path / "results" / "latency.json").read_text())
     assert set(found) == {
@@ -494,7 +503,7 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
         "costs",
         "agreement_with_eager",
         "not_measured",
-        "targets",
+        "must_show",
     }
     assert not found["not_measured"]
     assert f", on {cpu()}: median ms" in " ".join(result.stdout.split())
@@ -512,8 +521,8 @@ def test_the_benchmark_measures_and_judges_the_built_in_case(
     loaded = found["footprints"]["ours-onnx-fp32"]
     assert 0 < loaded["one_mib"] < loaded["total_mib"]
     assert found["costs"]["ours-portable"]["size_bytes"] > 1e6
-    assert {verdict["status"] for verdict in found["targets"]} <= {"PASS", "MISS", "not measured"}
-    judged = {verdict["text"]: verdict for verdict in found["targets"]}
+    assert {verdict["status"] for verdict in found["must_show"]} <= {"PASS", "MISS", "not measured"}
+    judged = {verdict["text"]: verdict for verdict in found["must_show"]}
     assert judged["fp32 times PyTorch eager at 1x12"]["status"] == "not measured"  # no such shape here
     assert judged["export: seconds"]["status"] in ("PASS", "MISS")
     assert f", on {cpu()}: median ms" in (tmp_path / "results" / "latency.md").read_text()
