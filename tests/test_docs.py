@@ -2,6 +2,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 import pytest
@@ -57,6 +58,13 @@ def unknown_options(command: click.Command, arguments: list[str]) -> list[str]:
 
 def test_the_command_reference_is_what_help_says() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == render(), "run: make docs"
+
+
+def test_every_command_is_installed_and_the_package_by_its_own_name() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    for name, command in COMMANDS.items():
+        assert resolve_name(scripts[name]) is command
+    assert scripts["xadapter-export"] == scripts["xad"]  # uvx xadapter-export, pipx run xadapter-export
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

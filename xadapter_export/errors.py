@@ -95,6 +95,10 @@ class HashMismatchError(CheckpointError, BundleError):
     """A file or a set of weights that is not the one that was recorded."""
 
 
+class HubError(CheckpointError, BundleError):
+    """The Hugging Face Hub could not give or take what was asked of it."""
+
+
 class ShapeError(XAdapterError, ValueError):
     """An array whose shape or dtype is not the one in the contract."""
 

@@ -146,6 +146,13 @@ def session_options(function: F) -> F:
     )(function)
 
 
+def revision_option(function: F) -> F:
+    """Add ``--revision``."""
+    return click.option(
+        "--revision", metavar="NAME", help="Branch, tag or commit of a bundle on the Hub. [default: main]"
+    )(function)
+
+
 def json_option(function: F) -> F:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)

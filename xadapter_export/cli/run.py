@@ -14,6 +14,7 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    revision_option,
     session_options,
 )
 from xadapter_export.errors import InputTextError
@@ -38,7 +39,7 @@ BAR_COLUMNS = 24
         'xad-run bundle "The color of a banana is [MASK]."',
     ),
 )
-@click.argument("bundle", type=NamedPath(path_type=Path))
+@click.argument("bundle", type=NamedPath())
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @click.option(
     "--experts", type=click.Choice(EXPERT_SETS), help="Expert set to use. [default: the bundle's first]"
@@ -86,10 +87,11 @@ BAR_COLUMNS = 24
     is_flag=True,
     help="Fall back to the CPU, with a warning, if --provider does not start or an engine cannot run.",
 )
+@revision_option
 @session_options
 @json_option
 def run(
-    bundle: Path,
+    bundle: str,
     texts: tuple[str, ...],
     compare: bool,
     top_k: int,
@@ -101,8 +103,8 @@ def run(
 ) -> None:
     """Run a bundle on your text.
 
-    Prints the answers with scores, and the images they were based on. Use - as TEXT to read one text per line
-    from stdin.
+    BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. Use - as TEXT to read one
+    text per line from stdin. Prints the answers with scores, and the images they were based on.
     """
     if compare and opening["experts"]:
         raise click.UsageError("--compare shows all expert sets; remove --experts.")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.hub import HubRepo, push_files
 from xadapter_export.bundle.small_files import LARGEST_TEXT, check_files, read_model, read_text
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
@@ -45,32 +46,52 @@ def read_record(folder: Path) -> CheckpointRecord:
     return read_model(path, CheckpointRecord, "the checkpoint's record", CheckpointError)
 
 
-def find_checkpoint(source: str | Path) -> Path:
-    """Finds a checkpoint folder, fetching it from the hub where ``source`` is a hub id.
+def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+    """Finds a checkpoint folder, downloading it where ``source`` is ``org/name`` on the Hub.
 
     Raises:
-        CheckpointError: If it is neither a folder nor a reachable hub id.
+        CheckpointError: If it is neither a folder nor a name on the Hub.
+        HubError: If it cannot be downloaded.
+        ConfigError: If there is a revision, and it is a folder.
     """
     if str(source) == BUILTIN:
         return builtin_folder()
+    if (repo := HubRepo.find(source, revision)) is not None:
+        return repo.at_commit(repo.fetch_first(RECORD_NAME)).fetch(_FILES)
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    raise CheckpointError(
+        f"checkpoint {source} is neither a folder nor a reachable hub id; "
+        "give a folder written by save_pretrained, or nothing for the built-in checkpoint"
+    )
 
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
-        raise CheckpointError(
-            f"checkpoint {source} is neither a folder nor a reachable hub id; "
-            "give a folder written by save_pretrained, or nothing for the built-in checkpoint"
-        ) from error
+
+def push_checkpoint(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Uploads a checkpoint folder; see ``XAdapterModel.push_to_hub``."""
+    read_record(folder)
+    _refuse_pickles(folder)
+    patterns = (*_FILES, "README.md")
+    files = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return push_files(folder, names, repo, private=private, revision=revision, message=message)
 
 
 def read_checkpoint(
-    source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None
+    source: str | Path,
+    *,
+    plm: str | Path | None = None,
+    clip: str | Path | None = None,
+    revision: str | None = None,
 ) -> XAdapterModel:
     """Reads a checkpoint; see ``XAdapterModel.from_pretrained``."""
-    folder = find_checkpoint(source)
+    folder = find_checkpoint(source, revision)
     record = read_record(folder)
     _refuse_pickles(folder)
     plm_source = plm or _local_or(folder / "plm", record.plm.source)
@@ -221,6 +242,11 @@ def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
     finally:
         nn.Module.to(model.plm.model, torch.float32)
     model.plm.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_tokenizer_config(model, folder)
+
+
+def write_tokenizer_config(model: XAdapterModel, folder: Path) -> None:
+    """Writes ``tokenizer_config.json``, without which transformers and transformers.js read no tokenizer."""
     mask = {"mask_token": model.text_encoder.mask_token} if model.text_encoder.mask_token else {}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

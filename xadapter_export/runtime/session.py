@@ -77,7 +77,9 @@ class XAdapterSession:
         """Load a bundle.
 
         Args:
-            bundle: Its folder.
+            bundle: Its folder, or its name on the Hugging Face Hub, ``org/name``. From there a file is
+                downloaded when it is needed, into the Hub's own cache: the graphs of another expert set when
+                that is first asked.
             options: How: ``experts="v"``, ``variant="cpu-int8"``, ``num_threads=2``; ``HowToOpen`` lists
                 them all, with their defaults.
 
@@ -86,6 +88,7 @@ class XAdapterSession:
             ParityError: If the variant that was named gives wrong answers on this processor, or all that
                 suit do.
             HashMismatchError: If a file was changed.
+            HubError: If a file cannot be downloaded.
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
             MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
@@ -94,7 +97,7 @@ class XAdapterSession:
                 of the bundle's bank.
         """
         how = HowToOpen(**options)
-        found = read_bundle(bundle, verify=False)
+        found = read_bundle(bundle, revision=how.revision, verify=False, on_demand=True)
         try:
             return cls(found, how)
         except (ProviderError, MissingExtraError) as error:
@@ -355,6 +358,15 @@ class XAdapterSession:
         """
         return _retrieves(self._spec(experts))
 
+    def text_encoder(self, experts: ExpertSet | None = None) -> TextEncoder:
+        """Return the encoder that makes what ``run`` takes with an expert set, and nothing that it does not.
+
+        Raises:
+            BundleError: If the bundle does not hold the expert set.
+        """
+        takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
+        return self._clip_encoder if takes_clip else self._encoder
+
     def run(
         self,
         inputs: Mapping[str, Array],
@@ -408,11 +420,6 @@ class XAdapterSession:
         self.manifest.variants_of(name)  # says clearly that a set is not there
         return self.manifest.expert_sets[name]
 
-    def _encoder_for(self, experts: ExpertSet | None) -> TextEncoder:
-        """Return the encoder that makes what the expert set takes, and nothing that it does not."""
-        takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
-        return self._clip_encoder if takes_clip else self._encoder
-
     def _batches(
         self,
         texts: list[str],
@@ -422,7 +429,7 @@ class XAdapterSession:
         require_mask: bool = False,
     ) -> Iterator[tuple[list[int], dict[str, Int64Array]]]:
         """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
-        encoder = self._encoder_for(experts)
+        encoder = self.text_encoder(experts)
         tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
         engine = self._graphs.choice(experts or self.experts).engine
         size = self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))
