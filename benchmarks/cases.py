@@ -18,7 +18,6 @@ from export.parity import random_bank, randomize_plugin
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.model.config import RetrievalConfig
-from xadapter_export.model.plm import FrozenPlm
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
 from xadapter_export.tasks import FILL_MASK, TASKS
@@ -55,7 +54,7 @@ def _rebuild(
     """Return the same parts with another task, bank or retrieval."""
     plm, bank = model.plm, model.bank
     if TASKS[task].head is None and model.config.task != task:
-        plm = FrozenPlm(plm.encoder, plm.tokenizer, plm.special, plm.source)  # type: ignore[arg-type]  # typed as its base, nn.Module
+        plm = type(plm)(plm.encoder, plm.tokenizer, plm.special, plm.source)
     if num_pictures is not None and bank is not None:
         bank = random_bank(bank.features.shape[1], num_pictures)
     config = model.config.model_copy(update={"task": task, **changes})

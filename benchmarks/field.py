@@ -100,9 +100,7 @@ def make_executorch(preparation: "Preparation", model: "XAdapterModel", folder: 
     dims = {
         "batch": torch.export.Dim("batch", max=_MOST_TEXTS),
         "seq": torch.export.Dim("seq", max=min(_MOST_TOKENS, model.plm.max_seq)),
-        "clip_seq": torch.export.Dim(
-            "clip_seq", max=model.clip.config.context_length if model.clip else None
-        ),
+        "clip_seq": torch.export.Dim("clip_seq", max=model.clip.context_length if model.clip else None),
     }
     shapes = {name: {0: dims["batch"], 1: dims[second_axis(name)]} for name in inputs}
     exporter = ExecutorchExporter()  # type: ignore[no-untyped-call]  # transformers annotates no constructor here

@@ -297,7 +297,7 @@ def _openvino_int8(preparation: Preparation, model: "XAdapterModel", folder: Pat
     ov, nncf = import_openvino(), import_openvino("nncf")
     converted = ov.Core().read_model(of("openvino", preparation, folder) / "model.xml")
     names = {name for port in converted.inputs for name in port.get_names()}
-    context = model.clip.config.context_length if model.clip is not None else None
+    context = model.clip.context_length if model.clip is not None else None
     feeds = [
         {name: array for name, array in feed_as(feed, "user", context).items() if name in names}
         for feed in calibration_feeds(model)
@@ -415,7 +415,7 @@ def of(kind: str, preparation: Preparation, folder: Path) -> Path:
 
 
 def _limits(model: "XAdapterModel") -> dict[str, int | None]:
-    context = model.clip.config.context_length if model.clip is not None else None
+    context = model.clip.context_length if model.clip is not None else None
     return {"batch": None, "seq": model.plm.max_seq, "clip_seq": context}
 
 

@@ -40,10 +40,12 @@ from benchmarks.machine import cpu
 from export.parity import random_bank
 from train.minilm import minilm_folder
 from xadapter_export.cli.command import make_console, print_json
-from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm, load_plm
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.post_norm import Bert
 from xadapter_export.model.tasks import ClassificationHead
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.runtime.text import TruncationWarning
@@ -86,7 +88,7 @@ class _FineTuning(nn.Module):
         return {"loss": F.cross_entropy(logits, labels)}
 
 
-def _load_plm(name: str) -> FrozenPlm:
+def _load_plm(name: str) -> PlmFamily:
     if name == "minilm":
         return load_plm(minilm_folder(), "text-classification")
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))  # BERT's own vocabulary
@@ -94,13 +96,13 @@ def _load_plm(name: str) -> FrozenPlm:
     tokenizer.no_truncation()
     torch.manual_seed(_SEED)
     model = BertModel(BertConfig(), add_pooling_layer=False)
-    return FrozenPlm(model, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
+    return Bert(model, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
 
 
-def _make_model(plm: FrozenPlm) -> XAdapterModel:
+def _make_model(plm: PlmFamily) -> XAdapterModel:
     """A fresh plug-in with a CLIP of one layer: its depth is paid once, before training."""
     torch.manual_seed(_SEED)
-    clip = ClipTextTower(ClipTextConfig(embed_dim=512, layers=1), clip_tokenizer(), "random CLIP")
+    clip = OpenClipTower(ClipTextConfig(embed_dim=512, layers=1), clip_tokenizer(), "random CLIP")
     with torch.no_grad():
         for parameter in clip.parameters():
             if parameter.ndim == 2:
@@ -117,7 +119,7 @@ def _make_model(plm: FrozenPlm) -> XAdapterModel:
             "labels": ("no", "yes"),
         }
     )
-    return XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim))
+    return XAdapterModel(config, plm, clip, random_bank(clip.feature_dim))
 
 
 def _make_source(shape: _Shape, model: XAdapterModel, cache: Path, *, with_features: bool) -> Source:

@@ -82,19 +82,18 @@ class ModelShape:
         """Read the sizes off a model with top-k retrieval."""
         plm, clip, config = model.plm, model.clip, model.config
         fills = model.task.fills_words
-        decoder = _weights(plm.model.get_submodule(plm.family.decoder)) if fills else 0
-        clip_shape = clip.config if clip is not None else None
+        decoder = _weights(plm.decoder) if fills else 0
         return cls(
             hidden=plm.hidden_size,
             layers=len(plm.layers),
             layer=_weights(plm.layers[0]),
             transform=_weights(plm.model) - _weights(plm.encoder) - decoder if fills else 0,
             decoder=decoder,
-            clip_width=clip_shape.width if clip_shape else 0,
-            clip_layers=clip_shape.layers if clip_shape else 0,
-            clip_layer=_weights(clip) // clip_shape.layers if clip is not None and clip_shape else 0,
-            projection=clip_shape.width * clip_shape.embed_dim if clip_shape else 0,
-            clip_context=clip_shape.context_length if clip_shape else None,
+            clip_width=clip.width if clip else 0,
+            clip_layers=len(clip.layers) if clip else 0,
+            clip_layer=sum(w.numel() for w in clip.layers[0].parameters() if w.ndim == 2) if clip else 0,
+            projection=clip.width * clip.feature_dim if clip else 0,
+            clip_context=clip.context_length if clip else None,
             adapter_layers=len(config.layers),
             adapter_width=config.adapter_width,
             per_token=2 * plm.hidden_size * config.adapter_width,
@@ -102,7 +101,7 @@ class ModelShape:
                 "v": 2
                 * (model.bank_features.shape[1] if "v" in config.experts else 0)
                 * config.adapter_width,
-                "t": 2 * (clip_shape.width if clip_shape else 0) * config.adapter_width,
+                "t": 2 * (clip.width if clip else 0) * config.adapter_width,
             },
             k=config.retrieval.k,
             bank=model.bank_features.numel() if "v" in config.experts else 0,

@@ -21,10 +21,11 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import ParityError
 from xadapter_export.model.builtin import builtin_folder
-from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.post_norm import Bert, Roberta
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.parity.table import parity_table
 
@@ -52,11 +53,11 @@ def random_bank(dim: int, num_pictures: int = _NUM_PICTURES, seed: int = 0) -> F
     )
 
 
-def random_clip(width: int = 512, layers: int = 12, seed: int = 0) -> ClipTextTower:
+def random_clip(width: int = 512, layers: int = 12, seed: int = 0) -> OpenClipTower:
     """A text tower of the shape that ViT-B/16 and ViT-B/32 share, with random weights."""
     torch.manual_seed(seed)
     config = ClipTextConfig(embed_dim=512, width=width, heads=8, layers=layers)
-    tower = ClipTextTower(config, clip_tokenizer(), "random text tower")
+    tower = OpenClipTower(config, clip_tokenizer(), "random text tower")
     with torch.no_grad():
         for parameter in tower.parameters():
             if parameter.ndim == 2:
@@ -81,7 +82,7 @@ def _bert_base() -> XAdapterModel:
     tokenizer.no_truncation()
     torch.manual_seed(0)
     plm = BertForMaskedLM(BertConfig())
-    frozen = FrozenPlm(plm, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
+    frozen = Bert(plm, tokenizer, {"pad": 0, "mask": 103}, "random BERT-base")
     return _with_random_plugin(frozen, random_clip(), layers=(8, 10))
 
 
@@ -89,7 +90,7 @@ def _roberta() -> XAdapterModel:
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     plm = RobertaForMaskedLM(config)
-    frozen = FrozenPlm(plm, byte_tokenizer(), {"pad": 1, "mask": 4}, "random RoBERTa-base")
+    frozen = Roberta(plm, byte_tokenizer(), {"pad": 1, "mask": 4}, "random RoBERTa-base")
     return _with_random_plugin(frozen, random_clip(seed=1), layers=(10, 11))
 
 
@@ -101,9 +102,9 @@ def _minilm() -> XAdapterModel:
     )
 
 
-def _with_random_plugin(plm: FrozenPlm, clip: ClipTextTower, layers: tuple[int, ...]) -> XAdapterModel:
+def _with_random_plugin(plm: PlmFamily, clip: OpenClipTower, layers: tuple[int, ...]) -> XAdapterModel:
     config = XAdapterConfig(experts="vt", layers=layers, adapter_width=64, num_heads=4)
-    return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.config.feature_dim)))
+    return randomize_plugin(XAdapterModel(config, plm, clip, random_bank(clip.feature_dim)))
 
 
 CASES: dict[str, Callable[[], XAdapterModel]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xadapter_export.training import make_config, run
+from xadapter_export.training import read_config, run
 from xadapter_export.training.trainer import Progress
 
 
@@ -29,6 +29,6 @@ class KeepGradients(Progress):
 
 kept: dict[str, Any] = {}
 setattr(run, "Progress", KeepGradients)  # noqa: B010  # to look inside
-run.train(make_config(json.loads(Path(sys.argv[1]).read_text()), "test"))
+run.train(read_config(None, json.loads(Path(sys.argv[1]).read_text())))
 if os.environ.get("RANK", "0") == "0":
     np.savez(sys.argv[2], **kept)

@@ -37,7 +37,6 @@ from xadapter_export.errors import (
     OutputWriteError,
 )
 from xadapter_export.model.builtin import builtin_folder
-from xadapter_export.model.checkpoint import save_clip_text
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
@@ -137,7 +136,7 @@ def test_the_clip_is_recorded_by_name_and_hash(tmp_path: Path, tower: ImageTower
 
 def test_clips_that_cannot_encode_pictures(tmp_path: Path) -> None:
     source = fill(tmp_path / "pictures", 1)
-    save_clip_text(make_clip(), tmp_path / "text-only")
+    make_clip().save(tmp_path / "text-only")
     damaged = Path(shutil.copytree(builtin_folder() / "clip", tmp_path / "damaged"))
     (damaged / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 8}}')
     poisoned = Path(shutil.copytree(builtin_folder() / "clip", tmp_path / "poisoned"))

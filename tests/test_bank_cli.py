@@ -17,7 +17,6 @@ from tests.tiny_checkpoint import make_clip
 from xadapter_export.bank import BankClip, FeatureBank
 from xadapter_export.cli.bank import bank
 from xadapter_export.model.builtin import builtin_folder
-from xadapter_export.model.checkpoint import save_clip_text
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 
@@ -138,7 +137,7 @@ def test_search_knows_whose_the_bank_is(built: Path, tmp_path: Path) -> None:
 
 def test_search_refuses_another_clip(built: Path, tmp_path: Path) -> None:
     other = make_clip(embed_dim=128)
-    save_clip_text(other, tmp_path / "other")
+    other.save(tmp_path / "other")
     assert re.match(
         r"Error: the bank was made with another CLIP: .*\(expected built-in/clip \(88d4087e1981\), "
         r"got .*/other \(\w{12}\)\); ",
@@ -157,7 +156,7 @@ def test_search_refuses_another_clip(built: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("always:the bank does not record")  # which the command prints
 def test_search_of_a_bank_of_another_width(built: Path, tmp_path: Path) -> None:
-    save_clip_text(make_clip(), tmp_path / "narrow")
+    make_clip().save(tmp_path / "narrow")
     unknown = Path(shutil.copytree(built, tmp_path / "unknown"))
     (unknown / "bank.json").unlink()
     result = call("search", unknown, "banana", "--clip", tmp_path / "narrow")

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoint import make_clip
 from xadapter_export.errors import CheckpointError, UnsupportedError
-from xadapter_export.model.checkpoint import save_clip_text
-from xadapter_export.model.clip_text import ClipTextConfig, load_clip
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer
 from xadapter_export.torchvision_cure import cure_torchvision
 
@@ -52,7 +51,7 @@ def build(*, quick_gelu: bool = False, custom: bool = False, **text_cfg: object)
 )
 def test_features_and_token_states_are_those_of_open_clip(settings: dict[str, object]) -> None:
     model = build(**settings)  # type: ignore[arg-type]  # a row of the table
-    tower = load_clip(model)
+    tower = OpenClipTower.load(model)
     ids = SIMPLE(WORDS)
     with torch.no_grad():
         expected = model.encode_text(ids)  # type: ignore[operator]  # open_clip's method
@@ -66,7 +65,7 @@ def test_features_and_token_states_are_those_of_open_clip(settings: dict[str, ob
 
 
 def test_true_length_gives_what_77_gives() -> None:
-    tower = load_clip(build())
+    tower = OpenClipTower.load(build())
     ids = SIMPLE(WORDS[:3])
     length = int(tower.end_position(ids).max()) + 1
     short = ids[:, :length]
@@ -96,27 +95,27 @@ def test_tokenizer_gives_the_ids_of_open_clip(text: str) -> None:
 
 def test_folder_round_trip(tmp_path: Path) -> None:
     tower = make_clip(proj_bias=True, quick_gelu=True)
-    save_clip_text(tower, tmp_path / "clip")
-    again = load_clip(tmp_path / "clip")
+    tower.save(tmp_path / "clip")
+    again = OpenClipTower.load(tmp_path / "clip")
     assert again.config == tower.config
-    for name, tensor in tower.open_clip_state().items():
-        assert torch.equal(again.open_clip_state()[name], tensor)
+    for name, tensor in tower.weights.items():
+        assert torch.equal(again.weights[name], tensor)
     assert again.tokenizer.encode("a banana").ids == tower.tokenizer.encode("a banana").ids
 
 
 @pytest.mark.parametrize("inner", [54, 64, 99, 202])
 def test_the_inner_width_of_a_model_is_kept_though_its_ratio_is_rounded(inner: int, tmp_path: Path) -> None:
     width = 98  # 98 * (99 / 98) is a little less than 99
-    save_clip_text(load_clip(build(width=width, layers=1, mlp_ratio=(inner + 0.5) / width)), tmp_path)
-    assert load_clip(tmp_path).open_clip_state()["transformer.resblocks.0.mlp.c_fc.bias"].shape == (inner,)
+    OpenClipTower.load(build(width=width, layers=1, mlp_ratio=(inner + 0.5) / width)).save(tmp_path)
+    assert OpenClipTower.load(tmp_path).weights["transformer.resblocks.0.mlp.c_fc.bias"].shape == (inner,)
 
 
 def test_a_model_with_another_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever tokenizer.json is in the current folder is not its own."""
-    save_clip_text(make_clip(), tmp_path)
+    make_clip().save(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        load_clip(build(vocab_size=600))
+        OpenClipTower.load(build(vocab_size=600))
     assert (caught.value.where, caught.value.got) == ("CLIP", 600)
 
 
@@ -132,7 +131,7 @@ def test_a_folder_that_open_clip_writes_is_read(tmp_path: Path, mlp_ratio: float
         {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors"
     )
     ids = SIMPLE(WORDS[:2])
-    tower = load_clip(tmp_path)
+    tower = OpenClipTower.load(tmp_path)
     with torch.no_grad():
         expected = model.encode_text(ids)  # type: ignore[operator]  # open_clip's method
         torch.testing.assert_close(tower.pool(tower.token_states(ids), ids), expected, rtol=1e-5, atol=1e-5)
@@ -157,26 +156,26 @@ def test_other_text_towers_are_one_clear_error(text_cfg: dict[str, object], mess
 
 def test_siglip_of_open_clip_is_one_clear_error() -> None:
     with pytest.raises(UnsupportedError, match="without causal attention"):
-        load_clip(build(custom=True, no_causal_mask=True))
+        OpenClipTower.load(build(custom=True, no_causal_mask=True))
 
 
 def test_missing_and_mismatched_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a reachable hub id"):
-        load_clip(tmp_path / "nowhere")
+        OpenClipTower.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"expected open_clip_config\.json"):
-        load_clip(tmp_path / "empty")
+        OpenClipTower.load(tmp_path / "empty")
     clip = tmp_path / "clip"
-    save_clip_text(make_clip(), clip)
+    make_clip().save(clip)
     weights = load_file(clip / "open_clip_model.safetensors")
     weights["text.ln_final.weight"] = torch.zeros(3)
     save_file(weights, clip / "open_clip_model.safetensors")
     with pytest.raises(CheckpointError, match=r"text\.ln_final\.weight expected \(16,\), found \(3,\)"):
-        load_clip(clip)
+        OpenClipTower.load(clip)
     (clip / "open_clip_model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_clip(clip)
+        OpenClipTower.load(clip)
     (clip / "open_clip_model.safetensors").unlink()
     (clip / "open_clip_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match="a pickle is refused"):
-        load_clip(clip)
+        OpenClipTower.load(clip)

@@ -110,7 +110,7 @@ def test_the_training_guide_names_only_options_that_exist() -> None:
 def test_the_training_guide_shows_a_config_that_is_valid() -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL)
     config = make_config(tomllib.loads(block), "docs/training.md")
-    assert config.train_files == ("answers.jsonl", "ordinary.txt")
+    assert config.data.train_files == ("answers.jsonl", "ordinary.txt")
 
 
 def test_the_readme_quotes_the_results() -> None:

@@ -293,7 +293,7 @@ def test_a_checkpoint_without_a_record_has_no_trained_control(run: Run, tmp_path
 
 
 def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -> None:
-    from xadapter_export.training import make_config, train
+    from xadapter_export.training import read_config, train
 
     def train_for(seed: int) -> None:
         plm, clip, bank = (str(tmp_path / "parts" / name) for name in ("plm", "clip", "bank"))
@@ -302,7 +302,7 @@ def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -
             **{"experts": "vt", "layers": [1, 2], "adapter_width": 8, "num_heads": 2, "k": 3, "force": True},
             **{"max_steps": 2, "batch_size": 2, "learning_rate": 5e-2, "seed": seed},
         }
-        train(make_config(settings, "test"))
+        train(read_config(None, settings))
 
     write_parts(tmp_path / "parts")
     train_for(1)
@@ -329,7 +329,7 @@ def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -
 
 
 def test_the_control_of_a_distilled_checkpoint_is_found_again(run: Run, tmp_path: Path) -> None:
-    from xadapter_export.training import make_config, train
+    from xadapter_export.training import read_config, train
 
     plm, clip, bank = write_parts(tmp_path / "parts")
     settings = {
@@ -338,7 +338,7 @@ def test_the_control_of_a_distilled_checkpoint_is_found_again(run: Run, tmp_path
         **{"adapter_width": 8, "num_heads": 2, "max_steps": 1, "batch_size": 2},
         **{"distill_weight": 1.0, "distill_steps": 2},
     }
-    train(make_config(settings, "test"))
+    train(read_config(None, settings))
     text = ["mlm", "checkpoint", "--data", "text.txt", "--controls", "--experts", "v", "--quiet", "--json"]
     assert "trained control: checkpoint-control" in run(*text).stderr
     assert TRAINED_CONTROL in rows(run(*text))

@@ -36,9 +36,8 @@ def test_a_fresh_plugin_leaves_every_family_exactly_as_it_was(family: str, tmp_p
 
 
 def make_clip_model(folder: Path) -> Path:
-    from xadapter_export.model.checkpoint import save_clip_text
 
-    save_clip_text(make_clip(), folder / "clip")
+    make_clip().save(folder / "clip")
     return folder / "clip"
 
 

@@ -23,7 +23,7 @@ from xadapter_export.model.tasks import States, TaskHead, TextClassificationHead
 from xadapter_export.tasks import TASKS
 from xadapter_export.tasks.spec import Asked, Output, TaskSpec, best
 from xadapter_export.tasks.text_classification import LabelAnswer, TextClassification
-from xadapter_export.training import make_config, train
+from xadapter_export.training import read_config, train
 
 ROOT = Path(__file__).parent.parent
 ROOM = ROOT / "xadapter_export" / "tasks"
@@ -272,7 +272,7 @@ def test_a_classifier_of_another_kind_is_trained_exported_and_asked(tmp_path: Pa
     }
     settings |= {"layers": [1, 2], "adapter_width": 16, "num_heads": 2, "max_steps": 2, "experts": "vt"}
     settings |= {"output": str(tmp_path / "checkpoint"), "task": "mean-classification"}
-    model = train(make_config(settings, "test")).model
+    model = train(read_config(None, settings)).model
     assert any(name.startswith("head.") for name in model.trained_state())
     session = proven(export(tmp_path / "checkpoint", tmp_path / "bundle", "vt"), "logits")
     with torch.no_grad():
@@ -282,4 +282,4 @@ def test_a_classifier_of_another_kind_is_trained_exported_and_asked(tmp_path: Pa
             dict(zip(("no", "yes"), row.tolist(), strict=True)), abs=1e-4
         )
     with pytest.raises(ConfigError, match="task: token-classification has nothing to train"):
-        make_config({**settings, "task": "token-classification"}, "test")
+        read_config(None, {**settings, "task": "token-classification"})

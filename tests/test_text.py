@@ -5,9 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny_bundle import WORDS, clip_tokenizer, plm_tokenizer
+from tests.tiny_bundle import WORDS, TowerRules, clip_tokenizer, plm_tokenizer
 from xadapter_export.errors import ConfigError, InputTextError
-from xadapter_export.runtime.text import Int64Array, TextEncoder, TruncationWarning, clip_text
+from xadapter_export.runtime.text import (
+    Int64Array,
+    TextEncoder,
+    TowerTokens,
+    TruncationWarning,
+    clip_text,
+)
 
 MASK = WORDS.index("[MASK]")
 
@@ -18,10 +24,9 @@ def make_encoder(max_seq: int = 16, context: int = 12, **changes: Any) -> TextEn
         "mask_token": "[MASK]",
         "pad_token_id": 0,
         "has_token_type_ids": True,
-        "clip_context_length": context,
-        "clip_end_token_id": 2,
     }
-    return TextEncoder(plm_tokenizer(), clip_tokenizer(), **(settings | changes))
+    clip = TowerTokens(clip_tokenizer(), TowerRules(context, 2))
+    return TextEncoder(plm_tokenizer(), clip, **(settings | changes))
 
 
 def words(ids: Int64Array) -> str:
@@ -286,10 +291,22 @@ def test_not_one_pair_to_each_text() -> None:
     [
         ({"mask_token": "<mask>"}, "does not know the mask token: <mask>"),
         ({"max_seq": 2}, r"max_seq leaves no room \(expected more than 2, got 2\)"),
-        ({"clip_end_token_id": None}, "needs clip_context_length and clip_end_token_id"),
-        ({"clip_end_token_id": 7}, r"does not put a start and an end.*expected \[start, 7\].*got \[1, 2\]"),
     ],
 )
 def test_rules_that_do_not_fit_the_tokenizers(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_encoder(**changes)
+
+
+@pytest.mark.parametrize("rules", [TowerRules(12, 7), TowerRules(1, 2)])
+def test_facts_of_a_tower_that_do_not_fit_its_tokenizer(rules: TowerRules) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TowerTokens(clip_tokenizer(), rules)
+    assert caught.value.got == [1, 2]
+
+
+def test_where_padding_matters_every_text_is_padded_to_the_context() -> None:
+    tokens = TowerTokens(clip_tokenizer(), TowerRules(9, 2, pad_token_id=5, exact_at_true_length=False))
+    short, long = tokens.encode(["a banana", "a banana is yellow and green and red"])
+    assert short == [*clip_tokenizer().encode("a banana").ids, 5, 5, 5, 5, 5]
+    assert (len(long), long[0], long[-1]) == (9, 1, 2)

@@ -1,6 +1,7 @@
 """``xad-train`` as its user sees it: settings from file and flags, progress, results, and what goes wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,22 +19,27 @@ from xadapter_export import XAdapterModel
 from xadapter_export.cli.main import xad
 from xadapter_export.cli.train import train
 from xadapter_export.exporters.judge.calibration import read_calibration
-from xadapter_export.training.config import TrainConfig
+from xadapter_export.training.config import TABLES, TrainConfig, all_flags
+from xadapter_export.training.trainer import XAdapterTrainer
 
 TEXTS = "the color of a banana is green.\na fruit is very very green.\nthe banana is a fruit.\n"
 CONFIG = """
 plm = "plm"
 clip = "clip"
 bank = "bank"
+max_steps = 2
+batch_size = 4
+log_every = 1
+
+[plugin]
 experts = "v"
 layers = [1, 2]
 adapter_width = 16
 num_heads = 2
 k = 3
+
+[data]
 train_files = ["text.txt"]
-max_steps = 2
-batch_size = 4
-log_every = 1
 """
 LABELED = "a fruit\tno\ngreen banana\tyes\nvery green\tyes\n"
 
@@ -111,9 +117,14 @@ def test_flags_win_over_the_config(run: Run) -> None:
     result = run("-o", "plugin", *flags, "--json", "--quiet")
     assert result.exit_code == 0, result.stderr
     used = json.loads(result.stdout)["record"]["config"]
-    assert (used["layers"], used["max_steps"], used["seed"]) == ([2], 3, 11)
-    assert (used["cache_hidden"], used["favor_words"]) == (False, ["green"])
-    assert (used["adapter_width"], used["k"], used["learning_rate"]) == (16, 3, 1e-3)  # of file and defaults
+    plugin = used["plugin"]
+    assert (plugin["layers"], used["max_steps"], used["seed"]) == ([2], 3, 11)
+    assert (used["cache_hidden"], used["data"]["favor_words"]) == (False, ["green"])
+    assert (plugin["adapter_width"], plugin["k"], used["learning_rate"]) == (
+        16,
+        3,
+        1e-3,
+    )  # of file and defaults
     assert not list(Path("plugin.run/cache").glob("hidden-*"))
 
 
@@ -133,7 +144,7 @@ def test_everything_can_be_said_by_flags(run: Run) -> None:
         config=None,
     )
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["record"]["config"]["train_weights"] == [2, 1]
+    assert json.loads(result.stdout)["record"]["config"]["data"]["train_weights"] == [2, 1]
     assert calibration() == sorted(
         [{"sentence": text} for text in (*TEXTS.splitlines(), "a [MASK] fruit")], key=str
     )
@@ -175,9 +186,11 @@ print("modules:", *sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shown, _, modules = done.stdout.partition("modules:")
     options = set(re.findall(r"--[a-z][a-z-]*", shown))
-    assert {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields} <= options
+    assert {f"--{name.replace('_', '-')}" for name in all_flags()} <= options
+    held = [TrainConfig.model_fields, *(TABLES[table].model_fields for table in TABLES)]
+    assert len(all_flags()) == sum(map(len, held)) - len(TABLES) - 1  # the tables themselves, and [trainer]
     words = " ".join(shown.split())
-    for name, field in TrainConfig.model_fields.items():
+    for name, (_, _, field) in all_flags().items():
         assert str(field.description).split(".")[0][:40].split("-")[0].strip() in words, name
     assert not set(modules.split()) & {*HEAVY, "numpy", "datasets", "accelerate"}
 
@@ -231,21 +244,60 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(run: Run, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("table", "line", "message"),
     [
-        ("learning_rte = 0.1", "unknown setting: bad.toml, learning_rte; did you mean learning_rate?"),
-        ("batchsize = 4", "unknown setting: bad.toml, batchsize; did you mean batch_size?"),
-        ('batch_size = "many"', "batch_size: Input should be a valid integer"),
-        ("epochs = 0.0", "epochs: Input should be greater than 0"),
-        ("patience = 3", "patience needs an eval_file: bad.toml"),
-        ("layers = [9]", "layer 9: PLM plm has layers 0 to 2"),
-        ("k = 1000", "retrieval k=1000, but the bank has 30 pictures"),
-        ("k = ", "the config cannot be read: bad.toml"),
+        ("", "learning_rte = 0.1", "unknown setting: bad.toml, learning_rte; did you mean learning_rate?"),
+        ("", "batchsize = 4", "unknown setting: bad.toml, batchsize; did you mean batch_size?"),
+        ("", "num_heads = 4", "setting: bad.toml, num_heads; did you mean num_heads in [plugin]?"),
+        ("", "distill_steps = 4", "bad.toml, distill_steps; did you mean steps in [distill]?"),
+        ("plugin", "widht = 4", "unknown setting: bad.toml, plugin.widht; did you mean "),
+        ("plugin", "batch_size = 4", "plugin.batch_size; did you mean batch_size above the first table?"),
+        ("data", "mask_shar = 0.1", "unknown setting: bad.toml, data.mask_shar; did you mean mask_share?"),
+        ("distill", "weigth = 0.1", "unknown setting: bad.toml, distill.weigth; did you mean weight?"),
+        ("", 'batch_size = "many"', "batch_size: Input should be a valid integer"),
+        ("", "epochs = 0.0", "epochs: Input should be greater than 0"),
+        ("", "patience = 3", "patience needs an eval_file: bad.toml"),
+        ("", "plugin = 3", "the config cannot be read: bad.toml"),
+        ("plugin", "layers = [9]", "layer 9: PLM plm has layers 0 to 2"),
+        ("plugin", "k = 1000", "retrieval k=1000, but the bank has 30 pictures"),
+        ("plugin", "k = ", "the config cannot be read: bad.toml"),
+        ("trainer", 'optm = "sgd"', "unknown setting of the trainer: [trainer], optm; did you mean optim?"),
+        (
+            "trainer",
+            "learning_rate = 1.0",
+            "has another name here: [trainer], learning_rate; use learning_rate",
+        ),
+        ("trainer", "per_device_train_batch_size = 2", "another name here: [trainer], per_device_train"),
+        ("trainer", 'output_dir = "/tmp"', "another name here: [trainer], output_dir; use run"),
+        (
+            "trainer",
+            "push_to_hub = true",
+            "xad-train decides this setting of the trainer: [trainer], push_to",
+        ),
+        ("trainer", 'hub_model_id = "a/b"', "xad-train decides this setting of the trainer: [trainer], hub_"),
+        (
+            "trainer",
+            'deepspeed = "ds.json"',
+            "xad-train decides this setting of the trainer: [trainer], deep",
+        ),
+        ("trainer", 'resume_from_checkpoint = "x"', "xad-train decides this setting of the trainer"),
+        (
+            "trainer",
+            'report_to = "nothing"',
+            "transformers refuses the settings: [trainer] (got nothing is not",
+        ),
+        ("trainer", "label_smoothing_factor = 0.1", "xad-train decides this setting of the trainer"),
+        ("trainer", 'optim = "nothing"', "transformers refuses the settings: [trainer] (got "),
     ],
 )
-def test_a_setting_that_makes_no_sense(line: str, message: str, run: Run) -> None:
+def test_a_setting_that_makes_no_sense(table: str, line: str, message: str, run: Run) -> None:
     kept = [entry for entry in CONFIG.splitlines() if entry.split(" ")[0] != line.split(" ")[0]]
-    Path("bad.toml").write_text("\n".join([*kept, line]), encoding="utf-8")
+    place = kept.index(f"[{table}]") + 1 if f"[{table}]" in kept else 0
+    if table and not place:
+        kept.append(f"[{table}]")
+        place = len(kept)
+    kept.insert(place, line)
+    Path("bad.toml").write_text("\n".join(kept), encoding="utf-8")
     assert message in failed(run("-o", "plugin", "--quiet", config="bad.toml"))
     assert not Path("plugin").exists()
 
@@ -303,6 +355,114 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     before = sorted(Path().iterdir())
     assert message in failed(run("-o", "plugin", "--quiet", *arguments.split()))
     assert sorted(Path().iterdir()) == before
+
+
+def test_the_trainer_table_goes_to_the_trainer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    made = XAdapterTrainer.__init__
+
+    def watch(self: XAdapterTrainer, **settings: Any) -> None:
+        made(self, **settings)
+        seen.append((self.args, dict(os.environ)))
+
+    monkeypatch.setattr(XAdapterTrainer, "__init__", watch)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    table = '[trainer]\noptim = "sgd"\nlr_scheduler_type = "polynomial"\nadam_beta2 = 0.9\n'
+    Path("run.toml").write_text(f"{CONFIG}{table}", encoding="utf-8")
+    result = run("-o", "plugin", "--quiet", "--json")
+    assert result.exit_code == 0, result.stderr
+    ((arguments, environment),) = seen
+    assert (arguments.optim, arguments.lr_scheduler_type, arguments.adam_beta2) == ("sgd", "polynomial", 0.9)
+    assert environment["WANDB_DIR"] == str(Path("plugin.run").resolve())
+    assert "WANDB_DIR" not in os.environ
+    trainer = json.loads(result.stdout)["record"]["config"]["trainer"]
+    assert trainer == {"optim": "sgd", "lr_scheduler_type": "polynomial", "adam_beta2": 0.9}
+    assert sorted(path.name for path in Path().iterdir() if "plugin" in path.name) == ["plugin", "plugin.run"]
+
+
+# ------------------------------------------------------------------------------------------ ablations
+
+ARMS = """
+[[arm]]
+name = "K = 3"
+
+[[arm]]
+name = "wide, no cache"
+cache_hidden = false
+plugin = { adapter_width = 32 }
+
+[[arm]]
+name = "control"
+control = true
+"""
+
+
+def test_arms_are_trained_with_each_seed_and_compared(run: Run) -> None:
+    config = CONFIG.replace("[data]", '[data]\neval_file = "text.txt"')
+    Path("arms.toml").write_text(f"seeds = [1, 2]\n{config}{ARMS}", encoding="utf-8")
+    result = run("-o", "ablation", config="arms.toml")
+    assert result.exit_code == 0, result.stderr
+    assert "ablation: plm on text.txt (3 arms, 2 seeds)" in result.stdout
+    assert [name in result.stdout for name in ("K = 3", "wide, no cache", "control")] == [True] * 3
+    assert result.stdout.endswith("results: ablation\n")
+    found = json.loads(Path("ablation/results.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in found["rows"]}
+    for name, folder in (("K = 3", "k-3"), ("wide, no cache", "wide-no-cache"), ("control", "control")):
+        losses = []
+        for seed in (1, 2):
+            record = json.loads(Path(f"ablation/{folder}/seed-{seed}/train.json").read_text("utf-8"))
+            assert record["config"]["seed"] == seed
+            losses.append([entry["eval_loss"] for entry in record["curve"] if "eval_loss" in entry][-1])
+            assert rows[name]["seeds"][str(seed)] == {"loss": losses[-1]}
+        assert rows[name]["loss"] == pytest.approx(sum(losses) / 2)
+        assert rows[name]["loss_sd"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert rows["wide, no cache"]["trained_parameters"] > rows["K = 3"]["trained_parameters"]
+    assert rows["wide, no cache"]["changes"]["plugin"] == {"adapter_width": 32}
+    table = Path("ablation/results.md").read_text("utf-8")
+    assert f"| K = 3 | {rows['K = 3']['loss']:.4f} | {rows['K = 3']['loss_sd']:.4f} | 2 |" in table
+    # The same command again trains nothing, and one more arm trains that one alone.
+    before = Path("ablation/k-3/seed-1/xadapter.safetensors").stat().st_mtime_ns
+    text = Path("arms.toml").read_text("utf-8")
+    Path("arms.toml").write_text(f'{text}\n[[arm]]\nname = "K = 1"\nplugin = {{ k = 1 }}\n', encoding="utf-8")
+    again = run("-o", "ablation", "--json", config="arms.toml")
+    assert again.exit_code == 0, again.stderr
+    assert again.stderr.count("  save ") == 2
+    more = {row["name"]: row for row in json.loads(again.stdout)["rows"]}
+    assert {name: more[name] for name in rows} == rows
+    assert Path("ablation/k-3/seed-1/xadapter.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ("seeds = [1, 1]", "seeds is no list of different numbers: arms.toml (got [1, 1])"),
+        ("seeds = []", "seeds is no list of different numbers"),
+        (
+            '[[arm]]\nname = "a"\n[[arm]]\nname = "A!"',
+            "an arm needs a name that no other has: arms.toml, arm 5",
+        ),
+        ("[[arm]]\ncontrol = true", "an arm needs a name that no other has: arms.toml, arm 4"),
+        ('[[arm]]\nname = "x"\nseed = 3', "output, run and seed are the same for all arms: arms.toml, arm x"),
+        ('[[arm]]\nname = "x"\nk = 3', "unknown setting: arms.toml, arm x, k; did you mean k in [plugin]?"),
+        ('[[arm]]\nname = "x"\nplugin = { k = 1000 }', "retrieval k=1000, but the bank has 30 pictures"),
+    ],
+)
+def test_arms_that_make_no_sense(arms: str, message: str, run: Run) -> None:
+    first = arms if arms.startswith("seeds") else ""
+    text = f"{first}\nmax_steps = 1\n{CONFIG.replace('max_steps = 2', '')}"
+    text += ARMS if first or "1000" not in arms else ""
+    Path("arms.toml").write_text(text + ("" if first else arms), encoding="utf-8")
+    assert message in failed(run("-o", "ablation", "--quiet", config="arms.toml"))
+    assert not Path("ablation").exists()
+
+
+def test_what_an_ablation_would_not_write_stays(run: Run) -> None:
+    Path("arms.toml").write_text(CONFIG + ARMS, encoding="utf-8")
+    Path("ablation").mkdir()
+    Path("ablation/letter.txt").write_text("dear", encoding="utf-8")
+    line = failed(run("-o", "ablation", "--quiet", config="arms.toml"))
+    assert "the output path holds something else: ablation/letter.txt" in line
+    assert [path.name for path in Path("ablation").iterdir()] == ["letter.txt"]
 
 
 def test_data_that_is_not_named_or_not_there(run: Run) -> None:

@@ -27,7 +27,7 @@ from xadapter_export.errors import (
     OutputWriteError,
 )
 from xadapter_export.model.identity import weights_sha256
-from xadapter_export.training import TrainingStopped, TrainResult, make_config, train, train_control
+from xadapter_export.training import TrainingStopped, TrainResult, read_config, train, train_control
 from xadapter_export.training.control import is_control_of
 from xadapter_export.training.examples import read_texts
 from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError
@@ -69,7 +69,7 @@ def settings(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 
 def run(parts: Path, output: Path, **more: Any) -> TrainResult:
-    return train(make_config(settings(parts, output, **more), "test"))
+    return train(read_config(None, settings(parts, output, **more)))
 
 
 def change_weights(plm: Path) -> None:
@@ -105,7 +105,7 @@ def test_nothing_frozen_moves_and_only_the_plugin_is_kept(parts: Path, tmp_path:
 def test_a_weight_that_should_be_frozen_and_moves_is_found_out(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(settings(parts, tmp_path / "ck"), "test")
+    config = read_config(None, settings(parts, tmp_path / "ck"))
 
     def meddle(step: int, _steps: int, _note: str) -> None:
         if step == 1:
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(parts: Path, tmp_path: Pa
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    config = make_config(settings(parts, tmp_path / "part", max_steps=4), "test")
+    config = read_config(None, settings(parts, tmp_path / "part", max_steps=4))
     with pytest.raises(
         TrainingStopped, match=r"stopped after step \d+ of 12.*run the same command again to resume"
     ):
@@ -146,7 +146,7 @@ def test_other_settings_do_not_go_on_with_an_unfinished_run(parts: Path, tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(TrainingStopped):
-        train(make_config(settings(parts, tmp_path / "ck"), "test"), on_step=stop)
+        train(read_config(None, settings(parts, tmp_path / "ck")), on_step=stop)
     with pytest.raises(ConfigError, match="unfinished run with other settings"):
         run(parts, tmp_path / "ck", learning_rate=1e-3)
 
@@ -203,7 +203,7 @@ def test_one_expert_after_the_other(parts: Path, tmp_path: Path) -> None:
         if finished.is_file():  # gone when the run ends
             first.update(load_file(finished))
 
-    config = make_config(settings(parts, tmp_path / "ck", order="sequential"), "test")
+    config = read_config(None, settings(parts, tmp_path / "ck", order="sequential"))
     result = train(config, on_step=keep_first_phase)
     assert {entry["phase"] for entry in result.curve} == {1, 2}
     assert result.steps == 4
@@ -236,7 +236,7 @@ def task(parts: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 def test_a_classifier_from_table_to_bundle(parts: Path, tmp_path: Path) -> None:
     more = {"eval_file": str(parts / "train.tsv"), "patience": 2, "max_steps": 6, "tensorboard": True}
-    result = train(make_config(task(parts, tmp_path / "ck", **more), "test"))
+    result = train(read_config(None, task(parts, tmp_path / "ck", **more)))
     assert any("eval_metric" in entry for entry in result.curve)
     assert list((tmp_path / "ck.run" / "tensorboard").glob("events*"))
     kept = load_file(tmp_path / "ck" / "xadapter.safetensors")
@@ -256,7 +256,7 @@ def test_a_classifier_from_table_to_bundle(parts: Path, tmp_path: Path) -> None:
 
 
 def test_the_head_alone_is_the_baseline(parts: Path, tmp_path: Path) -> None:
-    result = train(make_config(task(parts, tmp_path / "ck", head_only=True), "test"))
+    result = train(read_config(None, task(parts, tmp_path / "ck", head_only=True)))
     state = result.model.trained_state()
     assert all(not tensor.any() for name, tensor in state.items() if ".out." in name)
     assert state["head.out_proj.weight"].std() > 0
@@ -266,7 +266,7 @@ def test_a_regression(parts: Path, tmp_path: Path) -> None:
     rows = "".join(f"{text}\t{0.5 * number}\n" for number, text in enumerate(TEXTS * 2))
     (tmp_path / "values.tsv").write_text(rows, encoding="utf-8")
     more = {"train_files": [str(tmp_path / "values.tsv")], "labels": None, "regression": True, "max_steps": 3}
-    result = train(make_config(task(parts, tmp_path / "ck", **more), "test"))
+    result = train(read_config(None, task(parts, tmp_path / "ck", **more)))
     assert len(result.model.config.labels) == 1
     session = XAdapterSession.load(export(tmp_path / "ck", tmp_path / "bundle", "vt").folder)
     answer = session.classify(TEXTS[0])[0]
@@ -375,7 +375,7 @@ def test_settings_that_make_no_sense(parts: Path, tmp_path: Path, more: dict[str
     if torch.cuda.is_available() and "precision" in more:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match=message):
-        train(make_config({**settings(parts, tmp_path / "ck"), **more}, "test"))
+        train(read_config(None, {**settings(parts, tmp_path / "ck"), **more}))
     assert not (tmp_path / "ck").exists()
 
 
@@ -394,7 +394,7 @@ def test_texts_that_cannot_be_learned_from(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputTextError, match=r"a label is out of range.*row 2.*expected one of no, yes.*got 7"
     ):
-        train(make_config(task(parts, tmp_path / "ck", train_files=[str(tmp_path / "labels.tsv")]), "test"))
+        train(read_config(None, task(parts, tmp_path / "ck", train_files=[str(tmp_path / "labels.tsv")])))
 
 
 def test_long_and_odd_lines_are_read(parts: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from xadapter_export import XAdapterModel, XAdapterSession, export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.errors import ConfigError
 from xadapter_export.exporters.pipeline import ExportResult
-from xadapter_export.model.clip_text import load_clip
-from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.pooling import unit_length
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.text import clip_text
-from xadapter_export.training import TrainResult, make_config, train
+from xadapter_export.training import TrainResult, read_config, train
 
 ANSWERS = {
     "the color of a banana is [MASK].": "green",
@@ -168,7 +168,7 @@ def run(parts: Path, output: Path, **more: Any) -> TrainResult:
         "log_every": 1,
         **more,
     }
-    return train(make_config(settings, "test"))
+    return train(read_config(None, settings))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -74,8 +74,9 @@ PARTS: Spec = {
         "source": "tiny",
         "sha256": SHA,
         "context_length": CONTEXT,
-        "start_token_id": 1,
         "end_token_id": 2,
+        "pad_token_id": 0,
+        "exact_at_true_length": True,
         "embed_dim": D,
         "text_width": D,
     },
@@ -95,6 +96,15 @@ def plm_tokenizer() -> Tokenizer:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return tokenizer
+
+
+class TowerRules(NamedTuple):
+    """Facts of a text tower."""
+
+    context_length: int
+    end_token_id: int
+    pad_token_id: int = 0
+    exact_at_true_length: bool = True
 
 
 def clip_tokenizer() -> Tokenizer:
@@ -343,7 +353,7 @@ def write_bundle(
 
 def _write_companions(folder: Path, task: str, sets: tuple[str, ...], columns: list[int] | None) -> Arrays:
     """Write tokenizers, pictures and reference, and return the arrays of the reference."""
-    from xadapter_export.runtime.text import TextEncoder
+    from xadapter_export.runtime.text import TextEncoder, TowerTokens
 
     (folder / "onnx").mkdir(parents=True)
     plm_tokenizer().save(str(folder / "tokenizer.json"))
@@ -352,13 +362,11 @@ def _write_companions(folder: Path, task: str, sets: tuple[str, ...], columns: l
     (folder / "bank.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     encoder = TextEncoder(
         plm_tokenizer(),
-        clip_tokenizer(),
+        TowerTokens(clip_tokenizer(), TowerRules(CONTEXT, 2)),
         max_seq=MAX_SEQ,
         mask_token="[MASK]",
         pad_token_id=0,
         has_token_type_ids=False,
-        clip_context_length=CONTEXT,
-        clip_end_token_id=2,
     )
     arrays: Arrays = {}
     for case, (texts, _) in CASES.items():

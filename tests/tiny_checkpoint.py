@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 from tests.tiny_bundle import plm_tokenizer
 from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.model.checkpoint import save_clip_text
-from xadapter_export.model.clip_text import ClipTextConfig, ClipTextTower
+from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import build_clip_tokenizer
 from xadapter_export.model.config import XAdapterConfig
 from xadapter_export.model.plm import load_plm
@@ -90,7 +89,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(settings)
 
 
-def make_clip(**settings: Any) -> ClipTextTower:
+def make_clip(**settings: Any) -> OpenClipTower:
     torch.manual_seed(1)
     tokenizer: Tokenizer = build_clip_tokenizer(
         [("b", "a"), ("ba", "n"), ("a", "n"), ("ban", "an"), ("banan", "a</w>")]
@@ -103,7 +102,7 @@ def make_clip(**settings: Any) -> ClipTextTower:
         "layers": 2,
         **settings,
     }
-    tower = ClipTextTower(
+    tower = OpenClipTower(
         ClipTextConfig(vocab_size=tokenizer.get_vocab_size(), **shape), tokenizer, "tiny-clip"
     )
     with torch.no_grad():
@@ -148,7 +147,7 @@ def write_parts(folder: Path) -> tuple[Path, Path, Path]:
     """Writes PLM, CLIP and bank as folders, as a user has them."""
     plm, clip, bank = folder / "plm", folder / "clip", folder / "bank"
     make_plm("bert", plm).save_pretrained(plm)
-    save_clip_text(make_clip(), clip)
+    make_clip().save(clip)
     bank.mkdir()
     make_bank().save(bank)
     return plm, clip, bank

@@ -200,18 +200,19 @@ export class XAdapterSession {
 
   /** CLIP's ids of the sentence without its masks: start, text or a window of it around the masks, end. */
   #encodeClip(text) {
-    const { context_length: limit, end_token_id: end } = this.manifest.clip;
+    const { context_length: limit, end_token_id: end, pad_token_id: pad, exact_at_true_length: exact } = this.manifest.clip;
     const mask = this.manifest.plm.mask_token;
     const clean = (part) => (mask ? part.replaceAll(mask, " ") : part).split(WHITESPACE).filter(Boolean).join(" ");
     const ids = this.#clip.encode(clean(text)).ids;
-    if (ids.length <= limit) return ids;
-    const size = limit - 2; // start and end take a place each
+    if (ids.length <= limit) return exact ? ids : [...ids, ...Array(limit - ids.length).fill(pad)];
+    const special = this.#clip.encode("").ids.length; // those before the text, and the one at its end
+    const size = limit - special;
     const lengthBefore = (at) => this.#clip.encode(clean(text.slice(0, Math.max(at, 0))), { add_special_tokens: false }).ids.length;
     const first = mask ? lengthBefore(text.indexOf(mask)) : 0;
     let last = mask ? lengthBefore(text.lastIndexOf(mask)) : 0;
     if (last - first > size) last = first; // no window holds both
-    const start = last >= size ? Math.min(Math.floor((first + last - size) / 2), ids.length - 2 - size) : 0;
-    return [ids[0], ...ids.slice(1 + start, 1 + start + size), end];
+    const start = last >= size ? Math.min(Math.floor((first + last - size) / 2), ids.length - special - size) : 0;
+    return [...ids.slice(0, special - 1), ...ids.slice(special - 1 + start, special - 1 + start + size), end];
   }
 
   /**

@@ -35,7 +35,8 @@ from train.minilm import minilm_folder
 from train.tables import Grid, print_grid, spread, write_results
 from xadapter_export.bank.compact import compact_bank
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.plm import FrozenPlm, NoMlmHeadError, load_plm
+from xadapter_export.model.plm import NoMlmHeadError, load_plm
+from xadapter_export.model.plm_family import PlmFamily
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FROZEN, _TEXT_ONLY, _STATIC = "frozen PLM", "same adapter, text only", "V-expert, static (512 prototypes)"
@@ -202,7 +203,7 @@ class ColorComparison:
         """How many objects each split holds out, the fewest first."""
         return sorted(len(split.held_out) for split in self.splits.values())
 
-    def _load_plm(self, corpus: Corpus) -> tuple[str, FrozenPlm]:
+    def _load_plm(self, corpus: Corpus) -> tuple[str, PlmFamily]:
         """Return the PLM and where it is, with an MLM head trained for it if it comes without one."""
         source, head = self.parts.plm or str(minilm_folder()), HeadSettings(**self.settings["head"])
         try:

@@ -22,9 +22,10 @@ from train.demo.pictures import COLORS, DemoObject
 from train.demo.plugin import Language, Split
 from train.demo.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, fill
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.model.plm import FrozenPlm
+from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.x_adapter_model import XAdapterModel
-from xadapter_export.training import TrainConfig, make_config, train
+from xadapter_export.training import TrainConfig, read_config, train
+from xadapter_export.training.config import all_flags
 
 _WORD = re.compile(r"\w+")
 _BATCH = 128
@@ -69,7 +70,7 @@ class Laboratory:
         console: Where progress goes.
     """
 
-    plm: FrozenPlm
+    plm: PlmFamily
     parts: dict[str, str]
     objects: Sequence[DemoObject]
     targets: NDArray[np.float64]
@@ -155,13 +156,14 @@ class Laboratory:
         return sum(self.objects[row].color == commonest for row in split.held_out) / len(split.held_out)
 
     def _config(self, arm: Arm, seed: int, folder: Path, files: dict[str, Path]) -> TrainConfig:
-        own = {key: value for key, value in self.settings.items() if key in TrainConfig.model_fields}
+        own = {key: value for key, value in self.settings.items() if key in all_flags()}
         settings = {**own, **self.parts, **arm.settings}
         weights = {"colors": 1, "facts": 2, "names": 1, "seen_names": 1}
         names = ["colors", "facts", *(["names"] if settings.get("distill_weight") else [])]
         names = settings.pop("texts", names)
         settings["train_weights"] = [weights[name] for name in names]
-        return make_config(
+        return read_config(
+            None,
             {
                 **settings,
                 "output": str(folder),
@@ -170,7 +172,6 @@ class Laboratory:
                 "train_files": [str(files[name]) for name in names],
                 "cache": str(self.work / "cache"),
             },
-            arm.name,
         )
 
     def _write_texts(self, split: Split, seed: int) -> dict[str, Path]:

@@ -87,7 +87,6 @@ def _compare(options: argparse.Namespace) -> None:
         },
         identity=(data, task, options.plm, options.clip),
         work=work,
-        where=options.recipe,
     )
 
     def measure(model: XAdapterModel, _folder: Path, _is_t_expert: bool) -> Scores:

@@ -16,7 +16,7 @@ from xadapter_export import XAdapterModel
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
 from xadapter_export.evaluation.labeled import Labeled
 from xadapter_export.evaluation.metrics import task_metrics
-from xadapter_export.training import make_config, train
+from xadapter_export.training import read_config, train
 
 CONTROL_NOTE = (
     "The adapter without CLIP attends to 16 random rows that never change; it has as many parameters as the "
@@ -37,14 +37,12 @@ class Comparison:
         parts: Settings that say what is trained on what: ``plm``, ``clip``, ``glue``, ``glue_data``.
         identity: What a kept result depends on besides the settings, for ``json.dumps``.
         work: Folder of runs and records.
-        where: The recipe's file, for messages.
     """
 
     settings: Mapping[str, Any]
     parts: Mapping[str, Any]
     identity: Sequence[str | None]
     work: Path
-    where: Path
 
 
 def name_arms(plm: str, clip: str) -> dict[str, dict[str, Any]]:
@@ -97,7 +95,7 @@ def run_arms(
                     "cache": str(work / "cache"),
                     "force": True,
                 }
-                config = make_config(values, str(comparison.where))
+                config = read_config(None, values)
                 model = train(config, on_stage=lambda *a: console.print(f"  {a[0]}: {a[1]}")).model
                 scores = measure(model, folder.parent, number == len(arms) - 1)
                 partial = record.with_suffix(".part")

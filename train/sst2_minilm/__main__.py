@@ -67,7 +67,6 @@ def main(data: Path, work: Path, results: Path, recipe: Path) -> None:
         parts={"plm": str(minilm_folder()), "clip": "builtin", "glue": "sst2", "glue_data": str(data)},
         identity=(str(data),),
         work=work,
-        where=recipe,
     )
 
     def measure(model: XAdapterModel, folder: Path, is_t_expert: bool) -> Scores:

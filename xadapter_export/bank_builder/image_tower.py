@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xadapter_export.bank import BankClip
 from xadapter_export.errors import CheckpointError, ConfigError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.clip_text import CONFIG_NAME, WEIGHTS_NAME, download_clip, load_clip
+from xadapter_export.model.clip_text import CONFIG_NAME, WEIGHTS_NAME, OpenClipTower, download_clip
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.torchvision_cure import cure_torchvision
 
@@ -186,7 +186,7 @@ def _visual_weights(path: Path, name: str) -> dict[str, Tensor]:
 def _text_sha256(folder: Path) -> str:
     """Hash the text tower as a model does; one of another kind, which no model reads, by its weights."""
     try:
-        tower = load_clip(folder)
+        tower = OpenClipTower.load(folder)
     except UnsupportedError:
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
             names = [key for key in weights.keys() if not key.startswith("visual.")]  # noqa: SIM118  # no dict

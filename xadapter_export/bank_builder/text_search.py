@@ -15,14 +15,14 @@ from xadapter_export.bank.rows import Float32
 from xadapter_export.errors import CheckpointError, ConfigError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import read_record
-from xadapter_export.model.clip_text import ClipTextTower, load_clip
-from xadapter_export.model.identity import weights_sha256
-from xadapter_export.runtime.text import check_texts, without_limits
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.model.towers import load_clip
+from xadapter_export.runtime.text import TowerTokens, check_texts
 
 _BATCH = 256
 
 
-def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
+def load_bank_clip(bank: BankReader, given: str | None = None) -> TextTower:
     """Load the text tower that searches a bank.
 
     Args:
@@ -47,7 +47,7 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
             ) from error  # fmt: skip
     else:
         tower = load_clip(given)
-    found = weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
+    found = tower.sha256
     if made_by is not None and found != made_by.sha256:
         raise HashMismatchError(
             "the bank was made with another CLIP",
@@ -63,22 +63,18 @@ def load_bank_clip(bank: BankReader, given: str | None = None) -> ClipTextTower:
     return tower
 
 
-def encode_texts(tower: ClipTextTower, texts: Sequence[str]) -> Float32:
+def encode_texts(tower: TextTower, texts: Sequence[str]) -> Float32:
     """Return ``(Q, D) float32`` text features of length 1; a text that is too long is cut with a warning.
 
     Raises:
         InputTextError: If a text is empty.
     """
-    tokenizer, limit = without_limits(tower.tokenizer), tower.config.context_length
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(check_texts(texts))]
-    if any(len(row) > limit for row in rows):
-        warnings.warn(f"texts were truncated to the {limit} tokens that CLIP can read", stacklevel=2)
-    rows = [row if len(row) <= limit else [*row[: limit - 1], tower.end_token_id] for row in rows]
+    tokens = TowerTokens(tower.tokenizer, tower)
+    rows = tokens.encode(check_texts(texts))
     features = []
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
-            batch = [torch.tensor(row) for row in rows[start : start + _BATCH]]
-            ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)  # (Q, S), zeros after end-of-text
+            ids = torch.from_numpy(tokens.pad(rows[start : start + _BATCH]))  # (Q, S)
             pooled = tower.pool(tower.token_states(ids), ids)
             features.append(nn.functional.normalize(pooled, dim=-1))
     array: Float32 = torch.cat(features).numpy()

@@ -7,7 +7,7 @@ so a manifest that was read can be relied on without further checks.
 import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -129,14 +129,43 @@ class PlmSpec(_Strict):
     has_token_type_ids: bool
 
 
+class TowerFacts(Protocol):
+    """What is to be known of a text tower to feed it; a tower, and a manifest, say it."""
+
+    @property
+    def context_length(self) -> int:
+        """Longest input in tokens, special tokens included."""
+
+    @property
+    def end_token_id(self) -> int:
+        """The last token of a text, which truncation keeps."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """What comes after it."""
+
+    @property
+    def exact_at_true_length(self) -> bool:
+        """Whether padding changes nothing; otherwise every text is padded to the context length."""
+
+
 class ClipSpec(_Strict):
-    """CLIP's text tower, as far as feeding it is concerned; ``context_length`` counts start and end."""
+    """CLIP's text tower, as far as feeding it is concerned.
+
+    Attributes:
+        context_length: Longest input in tokens, special tokens included.
+        end_token_id: The last token of a text, which truncation keeps.
+        pad_token_id: What comes after it.
+        exact_at_true_length: Whether texts are padded to the longest of their batch; else to
+            ``context_length``.
+    """
 
     source: str
     sha256: Sha256
     context_length: Size
-    start_token_id: Count
     end_token_id: Count
+    pad_token_id: Count
+    exact_at_true_length: bool
     embed_dim: Size
     text_width: Size
 

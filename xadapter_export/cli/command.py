@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,6 +21,8 @@ from xadapter_export.errors import XAdapterError, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from xadapter_export.evaluation.results import Evaluation
 
 WIDE_COLUMNS = 200
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -161,6 +163,29 @@ def print_json(value: object) -> None:
 
 def _json_escape(found: re.Match[str]) -> str:
     return f"\\u{ord(found[0]):04x}"
+
+
+def print_evaluation(found: "Evaluation", *, hidden: Collection[str] = ()) -> None:
+    """Print the table of an evaluation on stdout, and its settings but for the hidden ones."""
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    table.add_column("")
+    for metric in found.metrics.values():
+        table.add_column(metric.title, justify="right")
+    before = None
+    for row in found.rows:
+        if before is not None and before.is_baseline != row.is_baseline:
+            table.add_section()
+        cells = [metric.write(row.values.get(key)) for key, metric in found.metrics.items()]
+        table.add_row(row.name, *cells, style="dim" if row.is_baseline else None)
+        before = row
+    console = make_console()
+    console.print(found.title, style="bold")
+    console.print(table)
+    for name, value in found.settings.items():
+        if value is not None and name not in hidden:
+            console.print(f"{name}: {value}", style="dim")
 
 
 def make_console(*, stderr: bool = False) -> "Console":

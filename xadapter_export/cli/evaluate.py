@@ -14,6 +14,7 @@ from xadapter_export.cli.command import (
     example,
     json_option,
     make_console,
+    print_evaluation,
     print_json,
     session_options,
 )
@@ -557,24 +558,6 @@ def _report(found: "Evaluation", options: Shared) -> None:
     if options.as_json:
         print_json(found.to_json())
         return
-    from rich.table import Table
-
-    table = Table(show_edge=False)
-    table.add_column("")
-    for metric in found.metrics.values():
-        table.add_column(metric.title, justify="right")
-    before = None
-    for row in found.rows:
-        if before is not None and before.is_baseline != row.is_baseline:
-            table.add_section()
-        cells = [metric.write(row.values.get(key)) for key, metric in found.metrics.items()]
-        table.add_row(row.name, *cells, style="dim" if row.is_baseline else None)
-        before = row
-    console = make_console()
-    console.print(found.title, style="bold")
-    console.print(table)
-    for name, value in found.settings.items():
-        if value is not None and name not in _NOT_SHOWN:
-            console.print(f"{name}: {value}", style="dim")
+    print_evaluation(found, hidden=_NOT_SHOWN)
     if options.output is not None:
-        console.print(f"results: {options.output}")
+        make_console().print(f"results: {options.output}")

@@ -7,20 +7,29 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
-from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.command import (
+    XadCommand,
+    example,
+    json_option,
+    make_console,
+    print_evaluation,
+    print_json,
+)
 from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import import_extra
-from xadapter_export.training.config import TrainConfig, read_config
+from xadapter_export.training.config import all_flags, has_arms, read_config
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from xadapter_export.evaluation.results import Evaluation
+    from xadapter_export.training.ablation import Ablation
     from xadapter_export.training.run import TrainResult
 
 
 def _flags(function: Callable[..., None]) -> Callable[..., None]:
     """Add a flag for every setting."""
-    for name, field in reversed(TrainConfig.model_fields.items()):
+    for name, (_, _, field) in reversed(all_flags().items()):
         function = _flag(name, field)(function)
     return function
 
@@ -62,49 +71,53 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
 def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Train a plug-in that lets a frozen PLM use a frozen CLIP.
 
-    You can give every setting as a flag or as a key of the config file. To resume a run that was stopped, run
-    the same command again. To use several processes: torchrun --nproc-per-node 2 -m xadapter_export.cli.train
+    You can give every setting as a flag or as a key of the config file. A config file with [[arm]] tables is
+    an ablation: every arm is trained, and a table compares them. To resume a run that was stopped, run the
+    same command again. To use several processes: torchrun --nproc-per-node 2 -m xadapter_export.cli.train
     --config FILE
     """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
-    settings = read_config(config, given)
     is_first = os.environ.get("RANK", "0") == "0"
+    settings = None if config is not None and has_arms(config) else read_config(config, given)
     line = "train  step {done} of {total}{note}"
     with show_progress(quiet=quiet or not is_first, line=line) as (on_stage, on_step):
         on_stage("load", "PyTorch")
-        module = import_extra("xadapter_export.training.run", "train")
-        result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
+        if settings is None:
+            module = import_extra("xadapter_export.training.ablation", "train")
+            ablation: Ablation = module.read_ablation(config, given)
+            table: Evaluation = module.run_ablation(ablation, on_stage=on_stage, on_step=on_step)
+        else:
+            module = import_extra("xadapter_export.training.run", "train")
+            result: TrainResult = module.train(settings, on_stage=on_stage, on_step=on_step)
     if not is_first:
         return
-    if as_json:
+    if settings is None and as_json:
+        print_json(table.to_json())
+    elif settings is None:
+        print_evaluation(table)
+        make_console().print(f"results: {ablation.output}")
+    elif as_json:
         print_json({"checkpoint": str(result.folder), "record": result.record})
     else:
         _report(result)
 
 
 def _report(result: "TrainResult") -> None:
+    from xadapter_export.training.run import held_out
+
     console = make_console()
     record = result.record
     losses = [entry["loss"] for entry in result.curve if "loss" in entry]
     if losses:
         console.print(f"loss: from {losses[0]:.3f} to {losses[-1]:.3f} in {result.steps} steps")
-    held_out = [entry for entry in result.curve if "eval_loss" in entry]
-    if held_out:
-        kept = held_out[-1]
-        if record["config"]["patience"]:  # then the best was kept
-            kept = min(held_out, key=lambda e: -e["eval_metric"] if "eval_metric" in e else e["eval_loss"])
-        last = {name.removeprefix("eval_"): value for name, value in kept.items() if "eval_" in name}
-        shown = [f"{name} {value:.4f}" for name, value in last.items() if name not in _NOT_SHOWN]
-        console.print(f"held out: {', '.join(shown)}")
+    if scored := held_out(record):
+        console.print(f"held out: {', '.join(f'{name} {value:.4f}' for name, value in scored.items())}")
     console.print(
         f"trained {record['trained_parameters']:,} parameters in {record['elapsed_s']:.0f} s; "
         "the frozen weights are unchanged (hashes compared)"
     )
     console.print(f"checkpoint: {result.folder}; cached features: {result.cache}")
     console.print(f"next: xad-export {result.folder}")
-
-
-_NOT_SHOWN = {"runtime", "samples_per_second", "steps_per_second", "metric"}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 RESULTS_NAME: Final = "results.json"
+MARKDOWN_NAME: Final = "results.md"
 Settings = Mapping[str, str | int | float | bool | None]
 
 
@@ -60,7 +61,7 @@ class Evaluation:
     """All that one evaluation found.
 
     Attributes:
-        kind: ``color``, ``coda``, ``glue`` or ``mlm``.
+        kind: ``color``, ``coda``, ``glue``, ``mlm`` or ``ablation``.
         model: The model's name.
         data: The data's name.
         counts: How many objects, texts or prompts there were.
@@ -116,4 +117,4 @@ class Evaluation:
         """Write ``results.json`` and ``results.md`` into an existing folder."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         (folder / RESULTS_NAME).write_text(text, encoding="utf-8")
-        (folder / "results.md").write_text(self.to_markdown(), encoding="utf-8")
+        (folder / MARKDOWN_NAME).write_text(self.to_markdown(), encoding="utf-8")

@@ -55,8 +55,8 @@ def expert_set_spec(
         for name, dtype in (("retrieved", "int64"), ("retrieved_scores", "float32")) if retrieves else ():
             outputs[name] = TensorSpec.model_validate({"name": name, "dtype": dtype, "axes": ("batch", k)})
     counts: Counter[Component] = Counter()
-    for graph in graphs.values():
-        counts.update(component_parameters(graph))
+    for part, graph in graphs.items():
+        counts.update(component_parameters(graph, parts[part]))
     return ExpertSetSpec(
         inputs=tuple(inputs[name] for name in input_names),
         outputs=tuple(outputs.values()),
@@ -143,11 +143,12 @@ def make_manifest(
         clip_spec = ClipSpec(
             source=public_name(clip.source),
             sha256=clip.sha256,
-            context_length=tower.config.context_length,
-            start_token_id=tower.tokenizer.encode("").ids[0],
+            context_length=tower.context_length,
             end_token_id=tower.end_token_id,
-            embed_dim=tower.config.feature_dim,
-            text_width=tower.config.width,
+            pad_token_id=tower.pad_token_id,
+            exact_at_true_length=tower.exact_at_true_length,
+            embed_dim=tower.feature_dim,
+            text_width=tower.width,
         )
     packages = ("xadapter-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers", "numpy")
     return Manifest(

@@ -166,7 +166,7 @@ def _check_profile(
     Raises:
         ConfigError: If it is one.
     """
-    context = model.clip.config.context_length if model.clip is not None else None
+    context = model.clip.context_length if model.clip is not None else None
     check_limits(profile, max_seq=plan.max_seq, context_length=context)
     unread = set() if TASKS[plan.task].reads_masks else {"mask_positions"}
     if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
@@ -363,7 +363,9 @@ class _Builder:
             bank = pack.bank_spec(self.model, self.specs)
             assert bank is not None  # a set searches it
             retriever = Retriever(bank, BankRows(self.folder / FEATURES_NAME), None)
-        return SplitSession(sessions["query"], sessions["answer"], spec, expert_set, retriever)
+        assert self.model.clip is not None  # a query graph runs it
+        query, answer = sessions["query"], sessions["answer"]
+        return SplitSession(query, answer, spec, self.model.clip, expert_set, retriever)
 
     def _check_remaining(self, wanted: Sequence[VariantName]) -> None:
         """Refuses a bundle that would have nothing that was asked for of an expert set."""
@@ -511,7 +513,7 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
     }
     if model.clip is not None:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
-        example["memory_t"] = torch.zeros(2, 5, model.clip.config.width)
+        example["memory_t"] = torch.zeros(2, 5, model.clip.width)
         example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
     if reads_bank(model.config.experts):
         example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])

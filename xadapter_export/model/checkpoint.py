@@ -1,6 +1,7 @@
 """Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,16 +15,10 @@ from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint_card import checkpoint_card
-from xadapter_export.model.clip_text import (
-    CONFIG_NAME,
-    TOKENIZER_NAME,
-    WEIGHTS_NAME,
-    ClipTextTower,
-    load_clip,
-)
 from xadapter_export.model.config import BankPart, CheckpointRecord, FrozenPart
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.plm import load_plm
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 RECORD_NAME = "xadapter.json"
@@ -91,7 +86,7 @@ def read_checkpoint(
     tower = None
     if record.clip is not None:
         clip_source = clip or _local_or(folder / "clip", record.clip.source)
-        tower = load_clip(clip_source)
+        tower = load_clip(clip_source, record.clip.family)
         tower.source, tower.is_at_source = record.clip.source, clip_source != folder / "clip"
     bank = FeatureBank.load(folder) if record.bank is not None else None
 
@@ -193,7 +188,8 @@ def write_checkpoint(
         if stores_plm:
             _save_plm(model, staging / "plm", dtype)
         if stores_clip and model.clip is not None:
-            save_clip_text(model.clip, staging / "clip", dtype)
+            _check_lossless(model.clip.weights, dtype, "CLIP")
+            model.clip.save(staging / "clip", dtype)
 
 
 def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
@@ -214,43 +210,7 @@ def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def save_clip_text(tower: ClipTextTower, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a text tower in open_clip's hub layout, without the image tower."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = tower.open_clip_state()
-    _check_lossless(state, dtype, "CLIP")
-    save_file({f"text.{k}": v.to(dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_NAME)
-    config = tower.config
-    text_cfg: dict[str, object] = {
-        name: getattr(config, name)
-        for name in (
-            "context_length",
-            "vocab_size",
-            "width",
-            "heads",
-            "layers",
-            "mlp_ratio",
-            "pool_type",
-            "eos_id",
-        )
-    }
-    text_cfg |= {
-        "proj_type": config.proj_type,
-        "proj_bias": config.proj_bias,
-        "ls_init_value": config.ls_init_value,
-    }
-    text_cfg |= {
-        "act_kwargs": {"approximate": config.gelu_approximate},
-        "norm_kwargs": {"eps": config.norm_eps},
-    }
-    if config.quick_gelu:
-        del text_cfg["act_kwargs"]
-    model_cfg = {"embed_dim": config.embed_dim, "quick_gelu": config.quick_gelu, "text_cfg": text_cfg}
-    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": model_cfg}, indent=2) + "\n", encoding="utf-8")
-    tower.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
-
-
-def _check_lossless(state: dict[str, Tensor], dtype: torch.dtype, what: str) -> None:
+def _check_lossless(state: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> None:
     if dtype == torch.float32:
         return
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}

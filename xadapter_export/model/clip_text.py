@@ -1,22 +1,23 @@
-"""CLIP's text tower, written for export: it reads the weights of any open_clip transformer text tower.
+"""open_clip's text towers: its own modules, with the facts that an X-adapter and the exporter need of them.
 
-open_clip's own blocks go through ``nn.MultiheadAttention``, which traces into hundreds of nodes; this tower
-has the same weights, gives the same features, and runs at the text's true length: attention is causal, so
-what follows end-of-text cannot change what stands before it.
+They are built with open_clip's "custom" block, which has the weights of the usual one in plain products, and
+run at the text's true length: attention is causal, so what follows end-of-text cannot change what stands
+before it. Only the layers of a graph are ours.
 
 Dimensions: B batch, S CLIP tokens, W text width, D CLIP embedding size.
 """
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -24,7 +25,10 @@ from xadapter_export.bundle.manifest import describe
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
-from xadapter_export.model.identity import weights_sha256
+from xadapter_export.model.export_layers import PackedAttention, PackedLayer, additive_mask
+from xadapter_export.model.pooling import take_positions
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.torchvision_cure import cure_torchvision
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -54,7 +58,6 @@ _IGNORED_SETTINGS = {
     "hf_pooler_type",
     "hf_model_config",
 }
-_PACKED = ("query", "key", "value")  # order in which open_clip packs them
 _SUPPORTED = "open_clip transformer text towers (ViT-B-32, ViT-B-16, ViT-L-14 and their like)"
 
 
@@ -134,10 +137,17 @@ class ClipTextConfig:
             )
         return config
 
-    @property
-    def mlp_width(self) -> int:
-        """Width inside a block; open_clip cuts off a fraction, where rounding would be one more."""
-        return int(self.width * self.mlp_ratio)
+    def to_open_clip(self) -> dict[str, object]:
+        """The ``model_cfg`` that ``from_open_clip`` reads."""
+        names = (
+            *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value"),
+            *("pool_type", "eos_id", "proj_type", "proj_bias"),
+        )
+        text_cfg: dict[str, object] = {name: getattr(self, name) for name in names}
+        text_cfg["norm_kwargs"] = {"eps": self.norm_eps}
+        if not self.quick_gelu:  # which has no such argument
+            text_cfg["act_kwargs"] = {"approximate": self.gelu_approximate}
+        return {"embed_dim": self.embed_dim, "quick_gelu": self.quick_gelu, "text_cfg": text_cfg}
 
     @property
     def feature_dim(self) -> int:
@@ -145,138 +155,143 @@ class ClipTextConfig:
         return self.width if self.proj_type == "none" else self.embed_dim
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: ClipTextConfig) -> None:
+class ClipBlock(PackedLayer):
+    """One block as it goes into the graph.
+
+    Args:
+        block: open_clip's block.
+        packed: See ``PackedAttention``.
+    """
+
+    def __init__(self, block: Any, *, packed: bool) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.query = nn.Linear(config.width, config.width)
-        self.key = nn.Linear(config.width, config.width)
-        self.value = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor, causal_mask: Tensor) -> Tensor:
-        projected = (self.query(x), self.key(x), self.value(x))  # each (B, S, W)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask)  # (B, heads, S, W/heads)
-        return self.out_proj(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module call
-
-
-class _QuickGelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class _LayerScale(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class _Block(nn.Module):
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        width, inner = config.width, config.mlp_width
-        scaled = config.ls_init_value is not None
-        self.ln_1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.attn = _Attention(config)
-        self.ls_1 = _LayerScale(width) if scaled else nn.Identity()
-        self.ln_2 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = nn.ModuleDict(
-            {
-                "c_fc": nn.Linear(width, inner),
-                "gelu": _QuickGelu() if config.quick_gelu else nn.GELU(approximate=config.gelu_approximate),
-                "c_proj": nn.Linear(inner, width),
-            }
+        self.ln_1, self.ls_1, self.ln_2, self.mlp, self.ls_2 = (
+            block.ln_1, block.ls_1, block.ln_2, block.mlp, block.ls_2,
+        )  # fmt: skip
+        of_three = zip(block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True)
+        projections = [_linear(weight, bias) for weight, bias in of_three]
+        self.attention = PackedAttention(
+            projections, block.attn.out_proj, block.attn.num_heads, packed=packed
         )
-        self.ls_2 = _LayerScale(width) if scaled else nn.Identity()
 
-    def forward(self, x: Tensor, causal_mask: Tensor) -> Tensor:
-        x = x + self.ls_1(self.attn(self.ln_1(x), causal_mask))
-        inner = self.mlp["gelu"](self.mlp["c_fc"](self.ln_2(x)))
-        return x + self.ls_2(self.mlp["c_proj"](inner))  # type: ignore[no-any-return]  # nn.Module call
+    def forward(
+        self, hidden: Tensor, context: tuple[Tensor, Tensor], positions: Tensor | None = None
+    ) -> Tensor:
+        """``(B, S, W) float32`` to the same, or to ``(B, 1, W)`` at end-of-text."""
+        causal_mask, token_mask = context
+        normed = self.ln_1(hidden)
+        if positions is None:
+            added = self.attention(normed, causal_mask)
+        else:
+            hidden = take_positions(hidden, positions)
+            added = self.attention(normed, token_mask, positions=positions)
+        hidden = hidden + self.ls_1(added)
+        return hidden + self.ls_2(self.mlp(self.ln_2(hidden)))  # type: ignore[no-any-return]  # nn.Module call
 
 
-class ClipTextTower(nn.Module):
-    """Frozen CLIP text tower.
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+    return linear
 
-    Attributes:
+
+class OpenClipTower(TextTower):
+    """A transformer text tower of open_clip.
+
+    Args:
         config: Its shape.
         tokenizer: Its tokenizer.
         source: Folder, ``model:tag`` or hub id it came from; else what it is called in messages.
-        is_at_source: Whether ``load_clip(source)`` finds it again; a checkpoint stores it otherwise.
+
+    Attributes:
+        config: Its shape.
+        text: open_clip's module.
 
     Source:
-        ``TextTransformer`` of open_clip 3.3; equal features up to rounding. Ours takes the
-        text at its true length instead of padded to the context length.
+        ``TextTransformer`` of open_clip 3.3, which runs it at the context length.
     """
 
+    name = "open_clip"
+
     def __init__(self, config: ClipTextConfig, tokenizer: Tokenizer, source: str) -> None:
-        super().__init__()
+        super().__init__(tokenizer, source)
         self.config = config
-        self.tokenizer = tokenizer
-        self.source = source
-        self.is_at_source = True
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = nn.ModuleDict(
-            {"resblocks": nn.ModuleList(_Block(config) for _ in range(config.layers))}
-        )
-        self.ln_final = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.text_projection: nn.Parameter | nn.Linear | None = None
-        if config.proj_type == "linear" and config.proj_bias:
-            self.text_projection = nn.Linear(config.width, config.embed_dim)
-        elif config.proj_type == "linear":
-            self.text_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))
+        self.context_length = config.context_length
+        self.width = config.width
+        self.feature_dim = config.feature_dim
+        self.end_token_id = config.eos_id if config.pool_type == "eos" else config.vocab_size - 1
+        self.text: Any = _make_text_transformer(config)
         self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, source: str | Path | nn.Module) -> "OpenClipTower":
+        """Loads the text tower of an open_clip model.
+
+        Args:
+            source: A folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``; ``model:tag``
+                as open_clip lists them (``ViT-B-32:laion2b_s34b_b79k``); a hub id; ``builtin``; or an
+                open_clip model with open_clip's own vocabulary, of which the weights are copied.
+
+        Raises:
+            CheckpointError: If it is not found, is a pickle, or its weights do not fit its configuration.
+            UnsupportedError: If the text tower is of another kind.
+        """
+        return _from_open_clip_model(source) if isinstance(source, nn.Module) else _from_source(source)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes open_clip's hub layout, without the image tower."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {f"text.{name}": tensor.to(dtype).contiguous() for name, tensor in self.weights.items()}
+        save_file(weights, folder / WEIGHTS_NAME)
+        config = {"model_cfg": self.config.to_open_clip()}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
 
     @property
     def settings(self) -> dict[str, object]:
-        """Settings that belong to the identity of the tower: what its weights do not say."""
+        """See ``TextTower.settings``."""
         names = ("heads", "pool_type", "eos_id", "quick_gelu", "gelu_approximate", "norm_eps")
         return {name: getattr(self.config, name) for name in names}
 
     @property
-    def sha256(self) -> str:
-        """Hash of the weights in memory, the settings and the tokenizer."""
-        return weights_sha256(self.open_clip_state(), self.settings, self.tokenizer)
+    def weights(self) -> dict[str, Tensor]:
+        """The weights under open_clip's names."""
+        return dict(self.text.state_dict())
 
     @property
-    def end_token_id(self) -> int:
-        """Id of the end-of-text token."""
-        return self.config.eos_id if self.config.pool_type == "eos" else self.config.vocab_size - 1
+    def layers(self) -> Sequence[nn.Module]:
+        """See ``TextTower.layers``."""
+        return self.text.transformer.resblocks  # type: ignore[no-any-return]  # of open_clip
 
-    def open_clip_state(self) -> dict[str, Tensor]:
-        """The weights under open_clip's names, query, key and value packed into one ``in_proj``."""
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.state_dict().items():
-            block, found, kind = name.partition(".attn.query.")
-            if found:
-                parts = [self.get_parameter(f"{block}.attn.{part}.{kind}") for part in _PACKED]
-                state[f"{block}.attn.in_proj_{kind}"] = torch.cat([part.detach() for part in parts])
-            elif ".attn.key." not in name and ".attn.value." not in name:
-                state[name] = tensor
-        return state
+    def embed(self, clip_input_ids: Tensor) -> Tensor:
+        """See ``TextTower.embed``."""
+        length = clip_input_ids.shape[1]
+        return self.text.token_embedding(clip_input_ids) + self.text.positional_embedding[:length]  # type: ignore[no-any-return]  # same
 
-    def load_open_clip_state(self, state: dict[str, Tensor]) -> None:
-        """Takes weights under open_clip's names; the inverse of ``open_clip_state``."""
-        own: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            block, found, kind = name.partition(".attn.in_proj_")
-            if found:
-                own |= {
-                    f"{block}.attn.{part}.{kind}": x for part, x in zip(_PACKED, tensor.chunk(3), strict=True)
-                }
-            else:
-                own[name] = tensor
-        self.load_state_dict(own)
+    def prepare(self, clip_input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes what is added to the scores of attention.
 
-    def train(self, mode: bool = True) -> "ClipTextTower":
-        """Stays in evaluation mode, whatever ``mode`` asks: a frozen tower has no dropout."""
-        del mode
-        return super().train(False)
+        Returns:
+            ``(S, S) float32``, 0 at a token and those before it, minus infinity after it; and the same for
+            end-of-text alone, ``(B, 1, 1, S) float32``: 0 at real tokens.
+        """
+        positions = torch.arange(clip_input_ids.shape[1], device=clip_input_ids.device)
+        later = positions[None, :] > positions[:, None]  # (S, S)
+        causal = torch.zeros((), device=later.device).masked_fill(later, float("-inf"))
+        return causal, additive_mask(self.token_mask(clip_input_ids))
+
+    def layer(self, index: int, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """See ``TextTower.layer``."""
+        return self.layers[index](hidden, attn_mask=context[0])  # type: ignore[no-any-return]  # nn.Module call
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """See ``TextTower.finish``."""
+        return self.text.ln_final(hidden)  # type: ignore[no-any-return]  # nn.Module call
+
+    def token_mask(self, clip_input_ids: Tensor) -> Tensor:
+        """See ``TextTower.token_mask``."""
+        positions = torch.arange(clip_input_ids.shape[1], device=clip_input_ids.device)
+        return positions[None, :] <= self.end_position(clip_input_ids)[:, None]
 
     def end_position(self, clip_input_ids: Tensor) -> Tensor:
         """Index of end-of-text: ``(B, S) int64`` to ``(B,) int64``."""
@@ -284,63 +299,43 @@ class ClipTextTower(nn.Module):
             return (clip_input_ids == self.config.eos_id).to(torch.int64).argmax(dim=-1)
         return clip_input_ids.argmax(dim=-1)
 
-    def token_mask(self, clip_input_ids: Tensor) -> Tensor:
-        """Real tokens, end-of-text included: ``(B, S) int64`` to ``(B, S) bool``."""
-        positions = torch.arange(clip_input_ids.shape[1], device=clip_input_ids.device)
-        return positions[None, :] <= self.end_position(clip_input_ids)[:, None]
+    def project(self, pooled: Tensor) -> Tensor:
+        """See ``TextTower.project``."""
+        projection = self.text.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection(pooled)  # type: ignore[no-any-return]  # nn.Module call
+        return pooled if projection is None else pooled @ projection
 
-    def embed(self, clip_input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the first block reads, and the mask of all blocks.
-
-        Args:
-            clip_input_ids: ``(B, S) int64``; S is at most the context length.
-
-        Returns:
-            ``(B, S, W) float32``, and ``(S, S) float32`` to be added to the scores of attention: 0 at a token
-            and those before it, minus infinity after it.
-        """
-        length = clip_input_ids.shape[1]
-        positions = torch.arange(length, device=clip_input_ids.device)
-        later = positions[None, :] > positions[:, None]  # (S, S)
-        x = self.token_embedding(clip_input_ids) + self.positional_embedding[:length]
-        return x, x.new_zeros(()).masked_fill(later, float("-inf"))
-
-    def token_states(self, clip_input_ids: Tensor) -> Tensor:
-        """Token states after the final norm: ``(B, S) int64`` to ``(B, S, W) float32``.
-
-        S is at most the context length.
-        """
-        x, causal_mask = self.embed(clip_input_ids)
-        for block in cast(nn.ModuleList, self.transformer["resblocks"]):
-            x = block(x, causal_mask)
-        return self.ln_final(x)  # type: ignore[no-any-return]  # nn.Module call
-
-    def pool(self, token_states: Tensor, clip_input_ids: Tensor) -> Tensor:
-        """Text feature, what open_clip's ``encode_text`` returns: ``(B, S, W)`` to ``(B, D) float32``."""
-        end = self.end_position(clip_input_ids)[:, None, None].expand(-1, 1, token_states.shape[-1])
-        return self.project(token_states.gather(1, end).squeeze(1))
-
-    def project(self, end_states: Tensor) -> Tensor:
-        """Text feature from the state of end-of-text: ``(B, W) float32`` to ``(B, D) float32``."""
-        if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(end_states)  # type: ignore[no-any-return]  # nn.Module call
-        return end_states if self.text_projection is None else end_states @ self.text_projection
+    def export_layer(self, index: int, *, packed: bool = True) -> nn.Module:
+        """See ``TextTower.export_layer``."""
+        return ClipBlock(self.layers[index], packed=packed)
 
 
-def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
-    """Loads the text tower of a CLIP.
+def _make_text_transformer(config: ClipTextConfig) -> nn.Module:
+    cure_torchvision()
+    from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
-    Args:
-        source: A folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``; ``model:tag`` as
-            open_clip lists them (``ViT-B-32:laion2b_s34b_b79k``); a hub id; ``builtin``; or an open_clip
-            model with open_clip's own vocabulary, of which the weights are copied.
+    text: nn.Module = TextTransformer(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.width,
+        heads=config.heads,
+        layers=config.layers,
+        mlp_ratio=config.mlp_ratio,
+        ls_init_value=config.ls_init_value,
+        output_dim=config.embed_dim,
+        eos_id=config.eos_id,
+        pool_type=config.pool_type,
+        proj_type=config.proj_type,
+        proj_bias=config.proj_bias,
+        act_layer=QuickGELU if config.quick_gelu else partial(nn.GELU, approximate=config.gelu_approximate),
+        norm_layer=partial(LayerNorm, eps=config.norm_eps),
+        block_type="custom",
+    )
+    return text
 
-    Raises:
-        CheckpointError: If it is not found, is a pickle, or its weights do not fit its configuration.
-        UnsupportedError: If the text tower is of another kind.
-    """
-    if isinstance(source, nn.Module):
-        return _from_open_clip_model(source)
+
+def _from_source(source: str | Path) -> OpenClipTower:
     name = str(source)
     folder = builtin_folder() / "clip" if name == BUILTIN else Path(source)
     if not folder.is_dir():
@@ -370,11 +365,11 @@ def load_clip(source: str | Path | nn.Module) -> ClipTextTower:
 
 def _build(
     config: ClipTextConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, source: str
-) -> ClipTextTower:
-    tower = ClipTextTower(config, tokenizer, source)
+) -> OpenClipTower:
+    tower = OpenClipTower(config, tokenizer, source)
     prefix = "text." if "text.token_embedding.weight" in weights else ""
     state: dict[str, Tensor] = {}
-    for name, parameter in tower.open_clip_state().items():
+    for name, parameter in tower.weights.items():
         tensor = weights.get(prefix + name)
         if tensor is None or tensor.shape != parameter.shape:
             found = "none" if tensor is None else str(tuple(tensor.shape))
@@ -382,7 +377,7 @@ def _build(
                 f"CLIP {source}: weight {prefix + name} expected {tuple(parameter.shape)}, found {found}"
             )
         state[name] = tensor.to(torch.float32)
-    tower.load_open_clip_state(state)
+    tower.text.load_state_dict(state)
     return tower
 
 
@@ -416,7 +411,7 @@ def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> To
     return tokenizer
 
 
-def _from_open_clip_model(model: nn.Module) -> ClipTextTower:
+def _from_open_clip_model(model: nn.Module) -> OpenClipTower:
     """Reads the text tower of a model that open_clip built; the shape is read off its modules."""
     text: Any = getattr(model, "text", model)
     blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
@@ -480,8 +475,6 @@ def download_clip(name: str) -> Path:
         CheckpointError: If it cannot be had.
     """
     from huggingface_hub import snapshot_download
-
-    from xadapter_export.torchvision_cure import cure_torchvision
 
     repo = name.removeprefix("hf-hub:")
     if ":" in repo:

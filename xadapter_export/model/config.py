@@ -73,7 +73,7 @@ class FrozenPart(_Strict):
 
     Attributes:
         source: Hub id, open_clip ``model:tag`` or path it was loaded from.
-        family: PLM family, or ``open_clip`` for CLIP.
+        family: PLM family, or kind of text tower.
         sha256: Hash of the weights that are used, as float32 (see ``weights_sha256``).
     """
 

@@ -1,28 +1,28 @@
-"""The narrow interface to a frozen PLM: embed, layers, MLM head; one table of families.
+"""The table of PLM families, and loading a frozen PLM as one of them.
 
-Dimensions: B batch, T PLM tokens, H hidden size, V vocabulary.
+To add a family, write a ``PlmFamily`` and list it here, or name it in a package of your own as an entry point
+of the group ``xadapter_export.plm_families``. Nothing else knows a family by its name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import CheckpointError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.identity import weights_sha256
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.post_norm import Bert, DistilBert, Electra, Roberta
+from xadapter_export.registry import Registry
 from xadapter_export.tasks import TASKS
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
 
-from optimum.utils import NormalizedConfigManager  # noqa: E402  # torchvision must be cured first
 from transformers import (  # noqa: E402  # torchvision must be cured first
     AutoConfig,
     AutoModel,
@@ -33,134 +33,25 @@ from transformers import (  # noqa: E402  # torchvision must be cured first
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402  # same
 
-# What a configuration says that the weights' names and shapes do not, and the result depends on.
-_SETTINGS = (
-    "model_type",
-    "num_attention_heads",
-    "hidden_act",
-    "activation",
-    "layer_norm_eps",
-    "pad_token_id",
+FAMILIES: Final[Registry[type[PlmFamily]]] = Registry(
+    "xadapter_export.plm_families", "PLM family", Bert, Roberta, Electra, DistilBert
 )
 
 
-@dataclass(frozen=True)
-class LayerParts:
-    """Paths from one layer to its parts, as BERT names them."""
-
-    query: str = "attention.self.query"
-    key: str = "attention.self.key"
-    value: str = "attention.self.value"
-    attention_out: str = "attention.output.dense"
-    attention_norm: str = "attention.output.LayerNorm"
-    up: str = "intermediate.dense"
-    activation: str = "intermediate.intermediate_act_fn"
-    down: str = "output.dense"
-    norm: str = "output.LayerNorm"
-
-
-_DISTILBERT_LAYER = LayerParts(
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_out="attention.out_lin",
-    attention_norm="sa_layer_norm",
-    up="ffn.lin1",
-    activation="ffn.activation",
-    down="ffn.lin2",
-    norm="output_layer_norm",
-)
-
-
-@dataclass(frozen=True)
-class PlmFamily:
-    """How to reach the parts of one family of post-norm encoders in transformers.
-
-    Attributes:
-        name: Family name, as it stands in checkpoints and manifests.
-        model_types: transformers' ``config.model_type`` values that belong to it.
-        base: Attribute of a task model that holds the encoder.
-        layers: Path from the encoder to its list of layers.
-        mlm_transform: What the MLM head does before the decoder, ``(..., H) -> (..., E)``.
-        decoder: Path from the task model to the linear decoder of the MLM head.
-        layer_parts: Where the parts of a layer are.
-        counts_positions_after_padding: RoBERTa's way: the first token has position ``pad_token_id + 1``.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    base: str
-    layers: str
-    mlm_transform: Callable[[nn.Module, Tensor], Tensor]
-    decoder: str
-    layer_parts: LayerParts = LayerParts()
-    counts_positions_after_padding: bool = False
-
-
-def _roberta_transform(plm: nn.Module, hidden: Tensor) -> Tensor:
-    head = plm.get_submodule("lm_head")
-    return head.get_submodule("layer_norm")(nn.functional.gelu(head.get_submodule("dense")(hidden)))  # type: ignore[no-any-return]  # nn.Module call
-
-
-def _distilbert_transform(plm: nn.Module, hidden: Tensor) -> Tensor:
-    hidden = plm.get_submodule("activation")(plm.get_submodule("vocab_transform")(hidden))
-    return plm.get_submodule("vocab_layer_norm")(hidden)  # type: ignore[no-any-return]  # nn.Module call
-
-
-def _submodule_transform(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda plm, hidden: plm.get_submodule(path)(hidden)
-
-
-FAMILIES = (
-    PlmFamily(
-        name="bert",
-        model_types=("bert",),
-        base="bert",
-        layers="encoder.layer",
-        mlm_transform=_submodule_transform("cls.predictions.transform"),
-        decoder="cls.predictions.decoder",
-    ),
-    PlmFamily(
-        name="roberta",
-        model_types=("roberta", "xlm-roberta", "camembert"),
-        base="roberta",
-        layers="encoder.layer",
-        mlm_transform=_roberta_transform,
-        decoder="lm_head.decoder",
-        counts_positions_after_padding=True,
-    ),
-    PlmFamily(
-        name="electra",
-        model_types=("electra",),
-        base="electra",
-        layers="encoder.layer",
-        mlm_transform=_submodule_transform("generator_predictions"),
-        decoder="generator_lm_head",
-    ),
-    PlmFamily(
-        name="distilbert",
-        model_types=("distilbert",),
-        base="distilbert",
-        layers="transformer.layer",
-        mlm_transform=_distilbert_transform,
-        decoder="vocab_projector",
-        layer_parts=_DISTILBERT_LAYER,
-    ),
-)
-
-
-def family_of(config: PretrainedConfig) -> PlmFamily:
+def family_of(config: PretrainedConfig) -> type[PlmFamily]:
     """Finds the family of a PLM.
 
     Raises:
         UnsupportedError: If no family takes its ``model_type``; the message lists those that are known.
     """
-    for family in FAMILIES:
+    known: list[str] = []
+    for name in FAMILIES:
+        family = FAMILIES[name]
         if config.model_type in family.model_types:
             return family
-    known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+        known += family.model_types
     raise UnsupportedError(
-        f"PLM family {config.model_type!r} is not supported; known families: {known}. "
+        f"PLM family {config.model_type!r} is not supported; known families: {', '.join(known)}. "
         "Use a PLM of one of these"
     )
 
@@ -169,101 +60,9 @@ class NoMlmHeadError(CheckpointError):
     """A PLM that is to fill masks has no MLM head."""
 
 
-class FrozenPlm(nn.Module):
-    """A frozen PLM seen through its family: what an X-adapter needs of it, and no more.
-
-    Attributes:
-        model: The transformers model: with its MLM head for fill-mask, else the bare encoder.
-        source: Hub id or path it came from; else what it is called in messages.
-        is_at_source: Whether ``load_plm(source)`` finds it again; a checkpoint stores it otherwise.
-        max_seq: Longest input in tokens, special tokens included.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, special: dict[str, int], source: str
-    ) -> None:
-        super().__init__()
-        self.family = family_of(model.config)
-        self.model = cast(PreTrainedModel, model.requires_grad_(False).train(False))
-        self.source = source
-        self.is_at_source = True
-        self.tokenizer = tokenizer
-        self.special = special  # "mask" (absent where the PLM has none) and "pad" token ids
-        self.encoder: nn.Module = getattr(model, self.family.base, model)
-        layers = self.encoder.get_submodule(self.family.layers)
-        assert isinstance(layers, nn.ModuleList)  # the family table says so
-        self.layers = layers
-        config = model.config
-        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        self.hidden_size = int(normalized.hidden_size)
-        self.vocab_size = int(normalized.vocab_size)
-        self.num_heads = int(normalized.num_attention_heads)
-        self.max_seq = int(config.max_position_embeddings)
-        if self.family.counts_positions_after_padding:
-            self.max_seq -= int(config.pad_token_id) + 1
-        self.has_token_type_ids = int(getattr(config, "type_vocab_size", 0)) > 1
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """Settings that belong to the identity of the PLM."""
-        return {name: getattr(self.model.config, name, None) for name in _SETTINGS}
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the weights in memory, the settings and the tokenizer."""
-        return weights_sha256(self.model.state_dict(), self.settings, self.tokenizer)
-
-    def train(self, mode: bool = True) -> "FrozenPlm":
-        """Stays in evaluation mode, whatever ``mode`` asks: a frozen PLM has no dropout."""
-        del mode
-        return super().train(False)
-
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Embeds tokens.
-
-        Args:
-            input_ids: ``(B, T) int64``.
-            token_type_ids: ``(B, T) int64``; zeros if None. Not used where the PLM has none.
-
-        Returns:
-            ``(B, T, H) float32``. What the first layer reads.
-        """
-        arguments = {"input_ids": input_ids}
-        if self.family.name != "distilbert":
-            arguments["token_type_ids"] = (
-                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            )
-        hidden = self.encoder.get_submodule("embeddings")(**arguments)
-        if hasattr(self.encoder, "embeddings_project"):
-            hidden = self.encoder.get_submodule("embeddings_project")(hidden)
-        return hidden  # type: ignore[no-any-return]  # nn.Module call
-
-    def layer(self, index: int, hidden: Tensor, additive_mask: Tensor) -> Tensor:
-        """Runs one layer: ``(B, T, H) float32`` with the mask of ``additive_mask`` to the same shape."""
-        return self.layers[index](hidden, additive_mask)  # type: ignore[no-any-return]  # nn.Module call
-
-    def mlm_logits(self, hidden: Tensor) -> Tensor:
-        """MLM head: ``(..., H) float32`` to ``(..., V) float32``."""
-        decoder = self.model.get_submodule(self.family.decoder)
-        return decoder(self.family.mlm_transform(self.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
-
-
-def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Makes the mask that attention adds to its scores, once for all layers.
-
-    Args:
-        attention_mask: ``(B, T)``, 1 or True at real tokens.
-        dtype: Floating-point type of the result.
-
-    Returns:
-        ``(B, 1, 1, T)``, 0 at real tokens and the dtype's lowest value at padding.
-    """
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
-
-
 def load_plm(
     source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None
-) -> FrozenPlm:
+) -> PlmFamily:
     """Loads a PLM and its tokenizer from a folder or hub id, or copies a loaded transformers model.
 
     Args:
@@ -291,16 +90,18 @@ def load_plm(
         raise CheckpointError(
             f"PLM {name}: its tokenizer has no mask token; {task} needs one. Use another task or PLM"
         )
-    plm = FrozenPlm(model, tokenizer, special, name)
+    plm = family_of(model.config)(model, tokenizer, special, name)
     plm.is_at_source = is_at_source
     return plm
 
 
 def _copy_model(source: PreTrainedModel, task: Task, name: str) -> PreTrainedModel:
     """Returns what ``_load_model`` would make of a model's weights, in memory of its own."""
-    base = family_of(source.config).base
+    family_of(source.config)  # or it is refused
+    base = source.base_model_prefix
     with _quiet_transformers(), torch.random.fork_rng(devices=()):  # what is drawn here is overwritten
-        model = _auto(task).from_config(source.config, attn_implementation="sdpa", dtype=torch.float32)
+        attention = "sdpa" if source._supports_sdpa else "eager"
+        model = _auto(task).from_config(source.config, attn_implementation=attention, dtype=torch.float32)
     model.name_or_path = source.name_or_path  # where its tokenizer is
     weights = source.state_dict()
     if not hasattr(model, base):
@@ -356,7 +157,6 @@ def _load_model(source: str | Path, task: Task) -> PreTrainedModel:
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
                 output_loading_info=True,
             )
     except UnsupportedError:

@@ -16,13 +16,16 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
-from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
-from xadapter_export.model.plm import FrozenPlm, additive_mask, load_plm
+from xadapter_export.model.export_layers import additive_mask
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
-from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.runtime.text import TextEncoder, TowerTokens
 from xadapter_export.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class XAdapterOutput:
     """Outputs of a forward pass.
 
     Attributes:
-        last_hidden_state: ``(B, T, H) float32``.
+        last_hidden_state: ``(B, T, H) float32``, after the PLM's final norm where it has one.
         answers: What the task gives, float32, by the names of ``TaskSpec.outputs``.
         memory: What the experts attended to.
         contributions: ``(B, T, H) float32`` that each expert added before each layer, by (layer, expert).
@@ -90,7 +93,7 @@ class XAdapterModel(nn.Module):
     bank_features: Tensor
 
     def __init__(
-        self, config: XAdapterConfig, plm: FrozenPlm, clip: ClipTextTower | None, bank: FeatureBank | None
+        self, config: XAdapterConfig, plm: PlmFamily, clip: TextTower | None, bank: FeatureBank | None
     ) -> None:
         super().__init__()
         self.config = config
@@ -104,7 +107,7 @@ class XAdapterModel(nn.Module):
             widths["bank"] = bank.features.shape[1]
             self.register_buffer("bank_features", torch.from_numpy(bank.unit_rows()), persistent=False)
         if reads_text(config.experts) and clip is not None:
-            widths["text"] = clip.config.width
+            widths["text"] = clip.width
         self.adapters = nn.ModuleDict(
             {
                 str(layer): nn.ModuleDict(
@@ -129,13 +132,11 @@ class XAdapterModel(nn.Module):
         plm, clip = self.plm, self.clip
         return TextEncoder(
             plm.tokenizer,
-            clip.tokenizer if clip else None,
+            TowerTokens(clip.tokenizer, clip) if clip else None,
             max_seq=max_seq,
             mask_token=plm.tokenizer.id_to_token(plm.special["mask"]) if "mask" in plm.special else None,
             pad_token_id=plm.special["pad"],
             has_token_type_ids=plm.has_token_type_ids,
-            clip_context_length=clip.config.context_length if clip else None,
-            clip_end_token_id=clip.end_token_id if clip else None,
         )
 
     def _check(self) -> None:
@@ -173,8 +174,8 @@ class XAdapterModel(nn.Module):
 
         Args:
             plm: Folder in ``save_pretrained`` layout, hub id, or transformers model, which stays as it is.
-            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model, likewise; None
-                for a static bank without T-expert.
+            clip: Folder in open_clip's hub layout, ``model:tag``, hub id, or open_clip model, likewise; a
+                tower of another kind as ``load_clip`` has it; None for a static bank without T-expert.
             config: Shape and task of the plug-in.
             bank: Bank or folder of one; needed by the V-expert.
 
@@ -250,10 +251,10 @@ class XAdapterModel(nn.Module):
 
     def frozen_parts(self) -> tuple[FrozenPart, FrozenPart | None, BankPart | None]:
         """Identities of PLM, CLIP text tower and bank, with the hashes of the weights in memory."""
-        plm = FrozenPart(source=self.plm.source, family=self.plm.family.name, sha256=self.plm.sha256)
+        plm = FrozenPart(source=self.plm.source, family=self.plm.name, sha256=self.plm.sha256)
         clip = bank = None
         if self.clip is not None:
-            clip = FrozenPart(source=self.clip.source, family="open_clip", sha256=self.clip.sha256)
+            clip = FrozenPart(source=self.clip.source, family=self.clip.name, sha256=self.clip.sha256)
         if self.bank is not None:
             bank = BankPart(
                 num_pictures=len(self.bank.features), dim=self.bank.features.shape[1], sha256=self.bank.sha256
@@ -291,7 +292,7 @@ class XAdapterModel(nn.Module):
         """Runs the frozen CLIP: what the experts will attend to.
 
         Args:
-            clip_input_ids: ``(B, S) int64``, zero padded after end-of-text; not needed in static mode.
+            clip_input_ids: ``(B, S) int64``, padded as the tower has it; not needed in static mode.
             experts: Expert set; None for all that the plug-in holds.
             k: Pictures to retrieve, if not the configured number.
         """
@@ -301,7 +302,7 @@ class XAdapterModel(nn.Module):
         if reads_bank(active) and not topk:
             v = self.bank_features[None]
         if topk or reads_text(active):
-            clip = cast(ClipTextTower, self.clip)
+            clip = cast(TextTower, self.clip)
             if clip_input_ids is None:
                 raise ConfigError(f"experts {active} need CLIP; pass clip_input_ids")
             states = clip.token_states(clip_input_ids)  # (B, S, W)
@@ -323,9 +324,9 @@ class XAdapterModel(nn.Module):
         training.
         """
         hidden = self.plm.embed(input_ids, token_type_ids)
-        mask = additive_mask(attention_mask)
+        context = self.plm.prepare(hidden, attention_mask)
         for index in range(layer):
-            hidden = self.plm.layer(index, hidden, mask)
+            hidden = self.plm.layer(index, hidden, context)
         return hidden
 
     def forward(
@@ -365,6 +366,7 @@ class XAdapterModel(nn.Module):
 
         start = 0 if first_layer_input is None else self.config.layers[0]
         hidden = self.plm.embed(input_ids, token_type_ids) if first_layer_input is None else first_layer_input
+        context = self.plm.prepare(hidden, attention_mask)
         contributions: dict[tuple[int, Expert], Tensor] = {}
         for index in range(start, len(self.plm.layers)):
             if str(index) in self.adapters:
@@ -372,7 +374,8 @@ class XAdapterModel(nn.Module):
                 for expert in active:
                     contributions[index, expert] = adapters[expert](hidden, *memories[expert], mask)
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
-            hidden = self.plm.layer(index, hidden, mask)
+            hidden = self.plm.layer(index, hidden, context)
+        hidden = self.plm.finish(hidden)
 
         answers = self.answers(self.task, hidden, attention_mask, mask_positions)
         return XAdapterOutput(hidden, answers, memory, contributions)
@@ -384,7 +387,7 @@ class XAdapterModel(nn.Module):
 
         Args:
             task: The task.
-            hidden: ``(B, T, H) float32``. States after the last layer.
+            hidden: ``(B, T, H) float32``. What the PLM gives: ``XAdapterOutput.last_hidden_state``.
             attention_mask: ``(B, T) int64``.
             mask_positions: ``(B, P) int64``, where the task reads masks; None for all tokens.
         """
@@ -394,16 +397,16 @@ class XAdapterModel(nn.Module):
         return {output.name: value for output, value in zip(task.outputs, values, strict=True)}
 
 
-def check_bank_fits(bank: FeatureBank, clip: ClipTextTower) -> None:
+def check_bank_fits(bank: FeatureBank, clip: TextTower) -> None:
     """Refuses a bank that was made with another CLIP than the one that searches it.
 
     Raises:
         ConfigError: If widths differ, or the bank knows its CLIP and it is another.
     """
-    if bank.features.shape[1] != clip.config.feature_dim:
+    if bank.features.shape[1] != clip.feature_dim:
         raise ConfigError(
             f"bank features have width {bank.features.shape[1]}, "
-            f"CLIP {clip.source} has {clip.config.feature_dim}; build the bank with the same CLIP"
+            f"CLIP {clip.source} has {clip.feature_dim}; build the bank with the same CLIP"
         )
     if bank.clip is not None and (found := clip.sha256) != bank.clip.sha256:
         raise ConfigError(

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from xadapter_export.bundle.folder import CLIP_TOKENIZER_NAME, TOKENIZER_NAME, Bundle
 from xadapter_export.errors import BundleError
-from xadapter_export.runtime.text import TextEncoder
+from xadapter_export.runtime.text import TextEncoder, TowerTokens
 
 
 def load_encoders(bundle: Bundle) -> tuple[TextEncoder, TextEncoder]:
@@ -36,9 +36,7 @@ def load_encoders(bundle: Bundle) -> tuple[TextEncoder, TextEncoder]:
     if clip is None:
         return encoder, encoder
     clip_tokenizer = _load_tokenizer(bundle.file(CLIP_TOKENIZER_NAME))
-    return encoder, make_encoder(
-        clip_tokenizer, clip_context_length=clip.context_length, clip_end_token_id=clip.end_token_id
-    )
+    return encoder, make_encoder(TowerTokens(clip_tokenizer, clip))
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -55,9 +55,10 @@ class SplitPairs:
         Raises:
             As ``open_graph`` and ``open_retriever``.
         """
-        spec = self._bundle.manifest.expert_sets[variant.expert_set]
+        manifest = self._bundle.manifest
+        spec = manifest.expert_sets[variant.expert_set]
         retriever = self._open_retriever() if spec.searches_outside else None
-        return open_split(variant, spec, open_graph, retriever=retriever, cache=self._cache)
+        return open_split(variant, spec, manifest.clip, open_graph, retriever=retriever, cache=self._cache)
 
     def _open_retriever(self) -> Retriever:
         if self._retriever is None:

@@ -1,8 +1,7 @@
 """From text to the integer inputs of the graph, the same for the training code and for the app.
 
 Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks. Every array is int64. Rows are padded to the
-longest of the batch, never to a fixed length: CLIP's text tower is causal, so running it at the true length
-is exact.
+longest of the batch; those of a text tower for which padding matters are as long as it can read.
 """
 
 import warnings
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from xadapter_export.bundle.manifest import TowerFacts
 from xadapter_export.errors import ConfigError, InputTextError
 
 Int64Array = NDArray[np.int64]
@@ -62,19 +62,75 @@ class TokenizedText:
     mask_positions: list[int]
 
 
+class TowerTokens:
+    """A text tower's tokenizer, with the rules for cutting and padding.
+
+    Args:
+        tokenizer: It adds the special tokens: one at the end, and the same ones before every text.
+        facts: The tower's.
+
+    Raises:
+        ConfigError: If they do not belong together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, facts: TowerFacts) -> None:
+        self._tokenizer = without_limits(tokenizer)
+        self._facts = facts
+        empty = self._tokenizer.encode("").ids
+        self._num_special = len(empty)
+        if empty[-1:] != [facts.end_token_id] or facts.context_length < len(empty):
+            raise ConfigError(
+                "the CLIP tokenizer does not end a text with its end token, or leaves no room for a text",
+                where=f"context length {facts.context_length}",
+                expected=f"for an empty text some ids, the last {facts.end_token_id}",
+                got=empty,
+            )
+
+    def encode(self, texts: Sequence[str], before: Sequence[tuple[str, str]] = ()) -> list[list[int]]:
+        """Return the ids of each text: special tokens, text or a window of it, end; a text cut is a warning.
+
+        Args:
+            texts: B texts, without masks.
+            before: What of each stands before its first mask and before its last; nothing if not given.
+        """
+        facts, tokenizer = self._facts, self._tokenizer
+        limit, num_first = facts.context_length, self._num_special - 1
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        _warn_if_cut([len(row) for row in rows], limit, "CLIP")
+        size = limit - self._num_special
+        for i, row in enumerate(rows):
+            if len(row) <= limit:
+                continue
+            first, last = (
+                len(tokenizer.encode(text, add_special_tokens=False))
+                for text in (before[i] if before else ("", ""))
+            )
+            if last - first > size:  # no window holds both
+                last = first
+            start = 0
+            if last >= size:
+                start = min((first + last - size) // 2, len(row) - self._num_special - size)
+            start += num_first
+            rows[i] = [*row[:num_first], *row[start : start + size], facts.end_token_id]
+        if facts.exact_at_true_length:
+            return rows
+        return [row + [facts.pad_token_id] * (limit - len(row)) for row in rows]
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Int64Array:
+        """Return B rows of ids as one array, padded to the longest of them."""
+        return _padded(rows, self._facts.pad_token_id)
+
+
 class TextEncoder:
     """Both tokenizers of a model, with the rules for padding, truncation and masks.
 
     Args:
         tokenizer: The PLM's tokenizer, whose post-processor adds the special tokens.
-        clip_tokenizer: CLIP's tokenizer, which adds start and end of text, or None where no expert needs
-            CLIP.
+        clip: CLIP's tokenizer with its rules, or None where no expert needs CLIP.
         max_seq: Longest PLM input in tokens, special tokens included.
         mask_token: Text of the mask token, ``"[MASK]"`` or ``"<mask>"``, or None where the PLM has none.
         pad_token_id: What ``input_ids`` are padded with.
         has_token_type_ids: Whether the PLM takes ``token_type_ids``.
-        clip_context_length: Longest CLIP input in tokens, start and end included.
-        clip_end_token_id: CLIP's end-of-text token, which truncation keeps.
 
     Raises:
         ConfigError: If the numbers and the tokenizers do not belong together.
@@ -83,14 +139,12 @@ class TextEncoder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        clip_tokenizer: Tokenizer | None,
+        clip: TowerTokens | None,
         *,
         max_seq: int,
         mask_token: str | None,
         pad_token_id: int,
         has_token_type_ids: bool,
-        clip_context_length: int | None = None,
-        clip_end_token_id: int | None = None,
     ) -> None:
         self.tokenizer = without_limits(tokenizer)
         self.max_seq = max_seq
@@ -106,19 +160,7 @@ class TextEncoder:
         num_special = tokenizer.num_special_tokens_to_add(False)
         if max_seq <= num_special:
             raise ConfigError("max_seq leaves no room", expected=f"more than {num_special}", got=max_seq)
-        self._clip: tuple[Tokenizer, int, int] | None = None
-        if clip_tokenizer is not None:
-            if clip_context_length is None or clip_end_token_id is None:
-                raise ConfigError("a CLIP tokenizer needs clip_context_length and clip_end_token_id")
-            clip_tokenizer = without_limits(clip_tokenizer)
-            empty = clip_tokenizer.encode("").ids
-            if len(empty) != 2 or empty[-1] != clip_end_token_id or clip_context_length < 2:
-                raise ConfigError(
-                    "the CLIP tokenizer does not put a start and an end token around the text",
-                    expected=f"[start, {clip_end_token_id}] for an empty text",
-                    got=empty,
-                )
-            self._clip = clip_tokenizer, clip_context_length, clip_end_token_id
+        self._clip = clip
 
     def encode(
         self,
@@ -136,7 +178,7 @@ class TextEncoder:
 
         Returns:
             ``input_ids`` and ``attention_mask``, ``(B, T) int64``; ``token_type_ids`` likewise where the PLM
-            has them; ``clip_input_ids``, ``(B, S) int64``, zero after end-of-text, where there is a CLIP
+            has them; ``clip_input_ids``, ``(B, S) int64``, padded after end-of-text, where there is a CLIP
             tokenizer; ``mask_positions``, ``(B, M) int64``, where the PLM has a mask token: the positions of
             the masks in each row, unused slots repeating the first. M is at least 1; a row with no mask has
             zeros.
@@ -190,7 +232,7 @@ class TextEncoder:
             pairs = [None] * len(firsts) if seconds is None else seconds
             sentences = [clip_text(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
             before = [_clip_text_before(a, self.mask_token, b) for a, b in zip(firsts, pairs, strict=True)]
-            clip_rows = _encode_clip(sentences, before, *self._clip)
+            clip_rows = self._clip.encode(sentences, before)
         masks = self._find_masks([row for row, _ in cut], firsts, require_mask=require_mask)
         return [
             TokenizedText(ids, type_ids, clip_ids, positions)
@@ -207,7 +249,7 @@ class TextEncoder:
         if self.has_token_type_ids:
             arrays["token_type_ids"] = _padded([text.token_type_ids for text in texts], 0)
         if self._clip is not None:
-            arrays["clip_input_ids"] = _padded([text.clip_input_ids for text in texts], 0)
+            arrays["clip_input_ids"] = self._clip.pad([text.clip_input_ids for text in texts])
         if self.mask_token_id is not None:
             rows = [text.mask_positions for text in texts]
             most = max(1, *(len(row) for row in rows))
@@ -265,38 +307,6 @@ class TextEncoder:
         return rows
 
 
-def _encode_clip(
-    sentences: list[str],
-    before: list[tuple[str, str]],
-    tokenizer: Tokenizer,
-    limit: int,
-    end_token_id: int,
-) -> list[list[int]]:
-    """Return the ids of each sentence: start, text or a window of it, end-of-text.
-
-    Args:
-        sentences: B sentences, without masks.
-        before: What of each stands before its first mask and before its last.
-        tokenizer: CLIP's tokenizer.
-        limit: CLIP's context length.
-        end_token_id: CLIP's end-of-text token.
-    """
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
-    _warn_if_cut([len(row) for row in rows], limit, "CLIP")
-    size = limit - 2  # start and end take a place each
-    for i, row in enumerate(rows):
-        if len(row) <= limit:
-            continue
-        first, last = (len(tokenizer.encode(text, add_special_tokens=False)) for text in before[i])
-        if last - first > size:  # no window holds both
-            last = first
-        start = 0
-        if last >= size:
-            start = min((first + last - size) // 2, len(row) - 2 - size)
-        rows[i] = [row[0], *row[1 + start : 1 + start + size], end_token_id]
-    return rows
-
-
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer without its own padding and truncation, which would hide what was cut."""
     if tokenizer.padding is None and tokenizer.truncation is None:
@@ -340,7 +350,7 @@ def _warn_if_cut(lengths: list[int], limit: int, reader: str) -> None:
         )
 
 
-def _padded(rows: list[list[int]], pad_id: int) -> Int64Array:
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> Int64Array:
     """Return ``(rows, longest) int64``, padded on the right."""
     padded = np.full((len(rows), max(len(row) for row in rows)), pad_id, dtype=np.int64)
     for i, row in enumerate(rows):

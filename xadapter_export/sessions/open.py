@@ -43,7 +43,7 @@ def open_variant(
         spec = bundle.manifest.expert_sets[variant.expert_set]
         if spec.searches_outside and retriever is None:
             retriever = open_retriever(bundle, None)
-        return open_split(variant, spec, open_one, retriever=retriever)
+        return open_split(variant, spec, bundle.manifest.clip, open_one, retriever=retriever)
     if how.cache_dir is not None:
         hashes = " ".join(bundle.manifest.files[name].sha256 for name in variant.all_files)
         how = replace(how, cache_dir=how.cache_dir / hashlib.sha256(hashes.encode()).hexdigest()[:16])

@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from xadapter_export.bundle.manifest import ExpertSetSpec, Variant
+from xadapter_export.bundle.manifest import ExpertSetSpec, TowerFacts, Variant
 from xadapter_export.sessions.retrieval import Retriever
 from xadapter_export.sessions.session import Array, OnnxSession, Value
 
@@ -61,6 +61,7 @@ class SplitSession:
         query: The query graph.
         answer: The answer graph.
         spec: The contract of both.
+        tower: How the query graph's text tower is fed.
         name: What tells this pair's memories from another's in the cache.
         retriever: The search of the bank, where a graph does not do it.
         cache: Where to keep what was found; None to keep nothing.
@@ -71,6 +72,7 @@ class SplitSession:
         query: OnnxSession,
         answer: OnnxSession,
         spec: ExpertSetSpec,
+        tower: TowerFacts,
         name: str,
         retriever: Retriever | None = None,
         cache: MemoryCache | None = None,
@@ -78,7 +80,7 @@ class SplitSession:
         assert spec.split is not None  # a variant with a query graph is of a set that is split
         self._query, self._answer = query, answer
         self._name, self._retriever, self._cache = name, retriever, cache
-        self._spec = spec
+        self._spec, self._tower = spec, tower
         self._query_outputs = [tensor.name for tensor in spec.split.query.outputs]
         self._answer_inputs = [tensor.name for tensor in spec.split.answer.inputs]
 
@@ -108,7 +110,7 @@ class SplitSession:
     def without_memory(self, retriever: Retriever | None) -> "SplitSession":
         """Return the same graphs with no cache, and with another search of the bank where one is given."""
         search = self._retriever if retriever is None else retriever
-        return SplitSession(self._query, self._answer, self._spec, self._name, search)
+        return SplitSession(self._query, self._answer, self._spec, self._tower, self._name, search)
 
     def get_providers(self) -> list[str]:
         """Return the active execution providers."""
@@ -126,14 +128,14 @@ class SplitSession:
 
     def _memory(self, clip_input_ids: Array) -> dict[str, Array]:
         """Return what the answer graph reads, and what was retrieved, of ``(B, S) int64`` texts."""
-        texts = [np.trim_zeros(row, "b") for row in clip_input_ids]  # ends with end-of-text, which is not 0
+        texts = [self._true_length(row) for row in clip_input_ids]
         keys = [(self._name, text.tobytes()) for text in texts]
         found: dict[tuple[str, bytes], Memory] = {}
         missing: dict[tuple[str, bytes], Array] = {}
         for key, text in zip(keys, texts, strict=True):
             kept = None if self._cache is None else self._cache.get(key)
             if kept is None:
-                missing[key] = cast(Array, text)
+                missing[key] = text
             else:
                 found[key] = kept
         if missing:
@@ -144,9 +146,15 @@ class SplitSession:
         memories = [found[key] for key in keys]
         return {name: _stack([memory[name] for memory in memories]) for name in memories[0]}
 
+    def _true_length(self, row: Array) -> Array:
+        """Return a text of ``(S,) int64`` without its padding, where the tower may be run without."""
+        ends = np.flatnonzero(row == self._tower.end_token_id)
+        return row[: ends[0] + 1] if self._tower.exact_at_true_length and ends.size else row
+
     def _ask(self, texts: Sequence[Array]) -> list[Memory]:
         """Run the query graph on texts that differ, and search the bank with what it says."""
-        outputs = self._query.run(self._query_outputs, {_CLIP_IDS: _stack(texts)})
+        ids = _stack(texts, self._tower.pad_token_id)
+        outputs = self._query.run(self._query_outputs, {_CLIP_IDS: ids})
         arrays = dict(zip(self._query_outputs, outputs, strict=True))
         if _QUERY in arrays:
             assert self._retriever is not None  # whoever opened the pair has seen this output
@@ -164,6 +172,7 @@ class SplitSession:
 def open_split(
     variant: Variant,
     spec: ExpertSetSpec,
+    tower: TowerFacts | None,
     open_graph: Callable[[Variant], OnnxSession],
     *,
     retriever: Retriever | None = None,
@@ -174,6 +183,7 @@ def open_split(
     Args:
         variant: A variant with a query graph.
         spec: The contract of its expert set.
+        tower: See ``SplitSession``; a set that is split has one.
         open_graph: Opens a variant of one graph: the answer graph, then the query graph.
         retriever: See ``SplitSession``.
         cache: See ``SplitSession``.
@@ -181,16 +191,16 @@ def open_split(
     Raises:
         As ``open_graph``.
     """
-    assert variant.query_file is not None  # it is split
+    assert variant.query_file is not None and tower is not None  # noqa: PT018  # it is split
     answer = open_graph(variant.model_copy(update={"query_file": None}))
     query = open_graph(variant.model_copy(update={"query_file": None, "file": variant.query_file}))
-    return SplitSession(query, answer, spec, variant.query_file, retriever, cache)
+    return SplitSession(query, answer, spec, tower, variant.query_file, retriever, cache)
 
 
-def _stack(arrays: Sequence[Array]) -> Array:
-    """Put arrays that may differ in the length of their first axis into one, padded with zeros."""
+def _stack(arrays: Sequence[Array], padding: int = 0) -> Array:
+    """Put arrays that may differ in the length of their first axis into one, with padding after them."""
     longest = max(len(array) for array in arrays)
-    stacked = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
+    stacked = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, arrays[0].dtype)
     for row, array in zip(stacked, arrays, strict=True):
         row[: len(array)] = array
     return cast(Array, stacked)

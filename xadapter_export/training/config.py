@@ -1,11 +1,13 @@
-"""Everything that a training run is told: one flat list of settings, each a key of a file and a flag."""
+"""Everything that a training run is told: a table of settings, each a key of a file and a flag."""
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from xadapter_export.bundle.manifest import SomeExperts, Task
 from xadapter_export.errors import ConfigError
@@ -29,20 +31,15 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class TrainConfig(BaseModel):
-    """Settings of a training run. Relative paths are relative to the current folder."""
+class _Table(BaseModel):
+    """A table of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # Parts
-    output: Path = Field(description="Folder for the trained checkpoint.")
-    plm: str = Field(description="Frozen PLM: a save_pretrained folder, a hub id or builtin.")
-    clip: str | None = Field(
-        None, description="Frozen CLIP: a folder in open_clip's layout, model:tag, a hub id or builtin."
-    )
-    bank: str | None = Field(None, description="Feature bank: a folder made by xad-bank, or builtin.")
 
-    # Plug-in
+class PluginSettings(_Table):
+    """Table ``[plugin]``: what the plug-in is, and which of its experts learn when."""
+
     experts: SomeExperts = Field(
         V.name, description="Experts to train.", json_schema_extra={"enum": list(EXPERT_SETS[1:])}
     )
@@ -69,27 +66,45 @@ class TrainConfig(BaseModel):
         description="Static retrieval: one query per token, or one per sentence with a learned key for each "
         "prototype.",
     )
-    distill_weight: Annotated[float, Field(ge=0.0)] = Field(
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.query == "sentence" and self.retrieval != "static":
+            raise ValueError("query = sentence needs retrieval = static")
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError("layers must be in ascending order, without repeats")
+        if self.adapter_width % self.num_heads:
+            raise ValueError("adapter_width must be a multiple of num_heads")
+        return self
+
+    @property
+    def pool(self) -> int:
+        """How many of the nearest pictures training draws from."""
+        return max(self.k, self.k_drawn_from or 2 * self.k)
+
+
+class DistillSettings(_Table):
+    """Table ``[distill]``: a static memory learns to look where CLIP would search."""
+
+    weight: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
         description="Static retrieval: weight of the loss that teaches attention to imitate CLIP's search "
         "(needs clip).",
     )
-    distill_temperature: Annotated[float, Field(gt=0.0)] = Field(
+    temperature: Annotated[float, Field(gt=0.0)] = Field(
         0.05, description="Temperature of the imitated search; cosines are divided by it."
     )
-
-    distill_steps: Annotated[int, Field(ge=0)] = Field(
+    steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Number of distillation steps before training; cheap, because no PLM layer runs."
     )
-    distill_learning_rate: Annotated[float, Field(gt=0)] = Field(
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-2, description="Peak learning rate for the distillation steps."
     )
 
-    # Data
-    task: Task = Field(
-        FILL_MASK.name,
-        description=f"Task to train for: {FILL_MASK.name}, or {TEXT_CLASSIFICATION.name} (also regression).",
-    )
+
+class DataSettings(_Table):
+    """Table ``[data]``: what is learned from, and how texts become examples."""
+
     train_files: tuple[str, ...] = Field(
         (),
         description="Training data: .txt with one text per line; .jsonl with text, and optional answers for "
@@ -119,6 +134,30 @@ class TrainConfig(BaseModel):
         0.5, description="How often to mask only that word in a text that contains one."
     )
     max_seq: Positive | None = Field(None, description="Longest input in tokens. Default: the PLM's limit.")
+
+
+class TrainConfig(_Table):
+    """Settings of a training run. Relative paths are relative to the current folder."""
+
+    # Parts
+    output: Path = Field(description="Folder for the trained checkpoint.")
+    plm: str = Field(description="Frozen PLM: a save_pretrained folder, a hub id or builtin.")
+    clip: str | None = Field(
+        None, description="Frozen CLIP: a folder in open_clip's layout, model:tag, a hub id or builtin."
+    )
+    bank: str | None = Field(None, description="Feature bank: a folder made by xad-bank, or builtin.")
+    task: Task = Field(
+        FILL_MASK.name,
+        description=f"Task to train for: {FILL_MASK.name}, or {TEXT_CLASSIFICATION.name} (also regression).",
+    )
+
+    plugin: PluginSettings = Field(default_factory=lambda: PluginSettings.model_validate({}))
+    distill: DistillSettings = Field(default_factory=lambda: DistillSettings.model_validate({}))
+    data: DataSettings = Field(default_factory=lambda: DataSettings.model_validate({}))
+    trainer: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further settings of transformers' TrainingArguments, under its own names.",
+    )
 
     # Optimization
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -177,36 +216,30 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.glue is None and not self.train_files:
+        data, plugin, task = self.data, self.plugin, TASKS[self.task]
+        if data.glue is None and not data.train_files:
             raise ValueError("train_files: give training data, or name a GLUE task with glue")
-        task = TASKS[self.task]
         if not (task.fills_words or task.labels_texts):
             raise ValueError(f"task: {self.task} has nothing to train")
-        if self.glue is not None and not task.labels_texts:
+        if data.glue is not None and not task.labels_texts:
             raise ValueError(f"glue: needs task {TEXT_CLASSIFICATION.name}, {self.task} has no labels")
-        if self.train_weights is not None and len(self.train_weights) != len(self.train_files):
+        if data.train_weights is not None and len(data.train_weights) != len(data.train_files):
             raise ValueError("train_weights: give one for each of train_files")
-        if self.patience is not None and self.eval_file is None and self.glue is None:
+        if self.patience is not None and data.eval_file is None and data.glue is None:
             raise ValueError("patience needs an eval_file")
-        needs_clip = reads_text(self.experts) or self.retrieval == "topk" or self.distill_weight > 0
+        needs_clip = reads_text(plugin.experts) or plugin.retrieval == "topk" or self.distill.weight > 0
         if needs_clip and self.clip is None:
             raise ValueError("clip: needed by the T-expert, by topk retrieval and by distillation")
-        if reads_bank(self.experts) and self.bank is None:
+        if reads_bank(plugin.experts) and self.bank is None:
             raise ValueError("bank: needed by the V-expert")
-        if self.query == "sentence" and self.retrieval != "static":
-            raise ValueError("query = sentence needs retrieval = static")
-        if self.distill_steps and not (self.distill_weight and self.cache_hidden):
+        if self.distill.steps and not (self.distill.weight and self.cache_hidden):
             raise ValueError("distill_steps needs a distill_weight above 0 and cache_hidden")
-        if self.distill_weight > 0 and (self.retrieval != "static" or not reads_bank(self.experts)):
+        if self.distill.weight > 0 and (plugin.retrieval != "static" or not reads_bank(plugin.experts)):
             raise ValueError("distill_weight is for a V-expert with static retrieval")
         if self.head_only and not task.has_labels:
             raise ValueError(f"head_only: {self.task} has no head to train")
         if not self.output.name:
             raise ValueError("output: give a folder, not a root")
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError("layers must be in ascending order, without repeats")
-        if self.adapter_width % self.num_heads:
-            raise ValueError("adapter_width must be a multiple of num_heads")
         return self
 
     @property
@@ -219,42 +252,96 @@ class TrainConfig(BaseModel):
         """Where frozen features are."""
         return self.cache or self.run_folder / "cache"
 
-    @property
-    def pool(self) -> int:
-        """How many of the nearest pictures training draws from."""
-        return max(self.k, self.k_drawn_from or 2 * self.k)
+
+TABLES: Final[Mapping[str, type[_Table]]] = {
+    "plugin": PluginSettings,
+    "distill": DistillSettings,
+    "data": DataSettings,
+}
 
 
-def read_config(path: Path | None, flags: dict[str, Any]) -> TrainConfig:
+def all_flags() -> dict[str, tuple[str | None, str, FieldInfo]]:
+    """Return table, name and field of every setting by the name of its flag, in the order of the help.
+
+    ``None`` stands for the top of the file. In ``[distill]`` names are short, and the flags say ``distill``.
+    """
+    found: dict[str, tuple[str | None, str, FieldInfo]] = {}
+    for name, field in TrainConfig.model_fields.items():
+        if name in TABLES:
+            for inner, inner_field in TABLES[name].model_fields.items():
+                flag = f"{name}_{inner}" if TABLES[name] is DistillSettings else inner
+                found[flag] = (name, inner, inner_field)
+        elif name != "trainer":
+            found[name] = (None, name, field)
+    return found
+
+
+def lay_over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes laid over them, table by table."""
+    merged = dict(values)
+    for key, value in changes.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = lay_over(below, value) if both else value  # type: ignore[arg-type]  # both are tables
+    return merged
+
+
+def nest(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that are named like flags, ``adapter_width`` or ``distill_steps``, in their tables."""
+    known = all_flags()
+    nested: dict[str, Any] = {}
+    for flag, value in flags.items():
+        table, name, _ = known.get(flag, (None, flag, None))
+        nested = lay_over(nested, {name: value} if table is None else {table: {name: value}})
+    return nested
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings, whatever it holds.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("the config cannot be read", where=path, got=error) from error
+
+
+def has_arms(path: Path) -> bool:
+    """Whether a file of settings is that of an ablation.
+
+    Raises:
+        ConfigError: As ``read_file``.
+    """
+    return not {"arm", "seeds"}.isdisjoint(read_file(path))
+
+
+def read_config(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     """Read a TOML file and lay flags over it.
 
     Args:
         path: The file, or None.
-        flags: Settings by name; they win.
+        flags: Settings by the names of their flags; they win.
 
     Raises:
         ConfigError: If the file cannot be read, a key is not known (the message names the nearest one that
             is), or a value makes no sense.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError("the config cannot be read", where=path, got=error) from error
-    return make_config({**values, **flags}, where=str(path) if path else "the flags")
+    values = {} if path is None else read_file(path)
+    return make_config(lay_over(values, nest(flags)), where=str(path) if path else "the flags")
 
 
-def make_config(values: dict[str, Any], where: str) -> TrainConfig:
-    """Check settings.
+def make_config(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """Check settings, in the tables of the file.
 
     Raises:
         ConfigError: As ``read_config``.
     """
-    for key in values:
-        if key not in TrainConfig.model_fields:
-            near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.0)
-            raise ConfigError("unknown setting", where=f"{where}, {key}", hint=f"did you mean {near[0]}?")
+    _check_keys(values, None, where)
+    for table in TABLES:
+        if isinstance(values.get(table), Mapping):
+            _check_keys(values[table], table, where)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -266,3 +353,25 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
             raise ConfigError(f"the setting {place} is missing", where=where, hint=hint) from error
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{place}: {message}" if place else message, where=where) from error
+
+
+def _check_keys(values: Mapping[str, Any], table: str | None, where: str) -> None:
+    """Refuse keys that a table does not have.
+
+    Raises:
+        ConfigError: If there is one; the hint has the nearest name, or the table that it belongs in.
+    """
+    known = (TrainConfig if table is None else TABLES[table]).model_fields
+    flags = all_flags()
+    for key in values:
+        if key in known:
+            continue
+        here = [] if key in flags else difflib.get_close_matches(key, known, n=1)
+        home, near = table, "".join(here)
+        if not here:
+            home, near, _ = flags[difflib.get_close_matches(key, flags, n=1, cutoff=0.0)[0]]
+        inside = f" in [{home}]" if home is not None else " above the first table"
+        hint = f"did you mean {near}{'' if home == table else inside}?"
+        raise ConfigError(
+            "unknown setting", where=f"{where}, {key if table is None else f'{table}.{key}'}", hint=hint
+        )

@@ -7,12 +7,13 @@ from typing import Any, Final
 
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import reads_bank, reads_text
-from xadapter_export.training.config import make_config
+from xadapter_export.training.config import lay_over, make_config
 from xadapter_export.training.run import TRAIN_NAME, OnStage, TrainResult, file_hashes, train
 
 # Settings of the checkpoint that its control has otherwise, and those that only say where something is.
-_CHANGES: Final = {"run": None, "force": False, "control": True, "distill_steps": 0, "distill_weight": 0.0}
-_PLACES: Final = {"output", "cache", "plm", "clip", "bank", "train_files", "eval_file", "glue_data"}
+_CHANGES: Final = {"run": None, "force": False, "control": True, "distill": {"steps": 0, "weight": 0.0}}
+_PLACES: Final = ("output", "cache", "plm", "clip", "bank")
+_PLACES_OF_DATA: Final = ("train_files", "eval_file", "glue_data")
 
 
 def train_control(
@@ -44,11 +45,11 @@ def train_control(
     folder = Path(checkpoint)
     record = _read_record(folder)
     trained = make_config(record["config"], str(folder / TRAIN_NAME))
-    settings = trained.model_dump(mode="json") | _CHANGES | {"output": str(output)}
+    settings = lay_over(trained.model_dump(mode="json"), {**_CHANGES, "output": str(output)})
     settings |= {name: str(folder / name) for name in ("plm", "clip") if (folder / name).is_dir()}
-    if not reads_text(trained.experts) and trained.retrieval == "static":
+    if not reads_text(trained.plugin.experts) and trained.plugin.retrieval == "static":
         settings["clip"] = None  # it taught the checkpoint where to look
-    if reads_bank(trained.experts):
+    if reads_bank(trained.plugin.experts):
         settings["bank"] = str(folder)
     if trained.self_contained:  # its record has names, and no places
         settings["cache"] = None
@@ -76,11 +77,10 @@ def is_control_of(control: Path, checkpoint: Path) -> bool:
 
 
 def _what_counts(record: Mapping[str, Any]) -> tuple[object, ...]:
-    settings = {
-        name: value for name, value in record["config"].items() if name not in _PLACES | set(_CHANGES)
-    }
+    nowhere = {**dict.fromkeys(_PLACES), "data": dict.fromkeys(_PLACES_OF_DATA)}
+    settings = lay_over(record["config"], {**_CHANGES, **nowhere})
     files = {Path(name).name: sha256 for name, sha256 in record["files"].items()}
-    texts = [Path(name).name for name in record["config"].get("train_files", ())]
+    texts = [Path(name).name for name in record["config"].get("data", {}).get("train_files", ())]
     return settings, files, texts, record["frozen_sha256_before"].get("plm")
 
 

@@ -316,15 +316,13 @@ def _encode(
     ids, types, clip_ids, positions = [], [], [], []
     for start in range(0, len(texts), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        arrays = encoder.encode(
+        found = encoder.tokenize(
             texts[rows], None if pairs is None else pairs[rows], require_mask=require_mask
         )
-        lengths = arrays["attention_mask"].sum(1)
-        ids += [row[:length] for row, length in zip(arrays["input_ids"], lengths, strict=True)]
-        if "token_type_ids" in arrays:
-            types += [row[:length] for row, length in zip(arrays["token_type_ids"], lengths, strict=True)]
-        if "clip_input_ids" in arrays:
-            clip_ids += [row[: np.flatnonzero(row)[-1] + 1] for row in arrays["clip_input_ids"]]
+        ids += [np.array(text.input_ids) for text in found]
+        if encoder.has_token_type_ids:
+            types += [np.array(text.token_type_ids) for text in found]
+        clip_ids += [np.array(text.clip_input_ids) for text in found if text.clip_input_ids]
         if require_mask:
-            positions += [np.unique(row) for row in arrays["mask_positions"]]
+            positions += [np.array(text.mask_positions) for text in found]
     return Examples(ids, types or None, clip_ids or None, positions, [])

@@ -23,8 +23,8 @@ from torch import Tensor
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import OutputExistsError
 from xadapter_export.experts import T, V, reads_bank, reads_text
-from xadapter_export.model.clip_text import ClipTextTower
 from xadapter_export.model.pooling import unit_length
+from xadapter_export.model.text_tower import TextTower
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.training.examples import Examples
 
@@ -90,7 +90,7 @@ def frozen_features(
     *,
     pool: int,
     with_hidden: bool,
-    teacher: ClipTextTower | None = None,
+    teacher: TextTower | None = None,
     title: str = "texts",
 ) -> FrozenFeatures:
     """Compute, or find on disk, what the frozen models say about the examples.
@@ -190,13 +190,14 @@ class _Kinds:
             target[rows] = found.cpu().numpy()  # type: ignore[union-attr]  # top-k gives them
 
     def write_token_states(self, place: Path) -> None:
-        width = self.model.clip.config.width  # type: ignore[union-attr]  # a T-expert has a CLIP
-        target = _make_ragged(place, [len(row) for row in self._clip_ids], width)
+        clip = self._clip
+        lengths = [int(clip.token_mask(torch.from_numpy(row)[None]).sum()) for row in self._clip_ids]
+        target = _make_ragged(place, lengths, clip.width)
         for rows in self._batches(self._clip_ids):
             _put(target, rows, self.model.memory(self._clip_batch(rows), T.name).t)  # type: ignore[arg-type]  # same
 
-    def write_queries(self, place: Path, teacher: ClipTextTower) -> None:
-        target = _make_rows(place, (len(self.examples), teacher.config.feature_dim), np.float32)
+    def write_queries(self, place: Path, teacher: TextTower) -> None:
+        target = _make_rows(place, (len(self.examples), teacher.feature_dim), np.float32)
         for rows in self._batches(self._clip_ids):
             ids = self._clip_batch(rows)
             target[rows] = unit_length(teacher.pool(teacher.token_states(ids), ids)).cpu().numpy()
@@ -206,12 +207,17 @@ class _Kinds:
         return next(self.model.plm.parameters()).device
 
     @property
+    def _clip(self) -> TextTower:
+        assert self.model.clip is not None  # whoever reads CLIP has one
+        return self.model.clip
+
+    @property
     def _clip_ids(self) -> Sequence[NDArray[np.int64]]:
         assert self.examples.clip_input_ids is not None  # a model with a CLIP encodes them
         return self.examples.clip_input_ids
 
     def _clip_batch(self, rows: NDArray[np.int64]) -> Tensor:
-        return padded([self._clip_ids[row] for row in rows], 0)[0].to(self._device)
+        return padded([self._clip_ids[row] for row in rows], self._clip.pad_token_id)[0].to(self._device)
 
     def _batches(self, rows: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
         """Rows of similar length together, so that little is padded."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.experts import V, reads_bank
-from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.tasks import task_head
 from xadapter_export.model.x_adapter import XAdapterLayer
 from xadapter_export.model.x_adapter_model import Memory, XAdapterModel

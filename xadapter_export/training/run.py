@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import random
 import shutil
@@ -38,12 +37,15 @@ from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
-from xadapter_export.model.clip_text import ClipTextTower, load_clip
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
-from xadapter_export.model.identity import public_name, weights_sha256
-from xadapter_export.model.plm import FrozenPlm, load_plm
+from xadapter_export.model.identity import public_name
+from xadapter_export.model.plm import load_plm
+from xadapter_export.model.plm_family import PlmFamily
+from xadapter_export.model.text_tower import TextTower
+from xadapter_export.model.towers import load_clip
 from xadapter_export.model.x_adapter_model import XAdapterModel, check_bank_fits
 from xadapter_export.tasks import TASKS
+from xadapter_export.training.arguments import blaming_the_table, make_arguments, reporters_write_to
 from xadapter_export.training.batches import Collator, EvaluationOrder, Source, TrainingOrder
 from xadapter_export.training.config import TrainConfig
 from xadapter_export.training.examples import (
@@ -58,7 +60,7 @@ from xadapter_export.training.frozen_features import FeatureCache, frozen_featur
 from xadapter_export.training.objective import TrainingModel
 from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError, Progress, XAdapterTrainer
 
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed  # isort: skip  # cured by model.plm
+from transformers import EarlyStoppingCallback, set_seed  # isort: skip  # cured by model.plm
 from transformers.integrations.integration_utils import TensorBoardCallback  # isort: skip
 from transformers.trainer import TRAINER_STATE_NAME  # isort: skip
 from transformers.trainer_callback import PrinterCallback  # isort: skip
@@ -68,6 +70,7 @@ _NUM_CALIBRATION = 1300  # texts that a checkpoint carries for its export: 300 t
 RUN_NAME = "run.json"
 CONTROL_ROWS = 16
 _NOT_OF_THE_RUN = {"output", "run", "cache", "force", "log_every", "tensorboard", "self_contained"}
+_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "metric")
 _PACKAGES = ("xadapter-export", "torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
 
 _Parts = tuple[FrozenPart, FrozenPart | None, BankPart | None]
@@ -119,7 +122,7 @@ class _Phase:
 def train(
     config: TrainConfig,
     *,
-    plm: FrozenPlm | None = None,
+    plm: PlmFamily | None = None,
     frozen_sha256: Mapping[str, str] = MappingProxyType({}),
     on_stage: OnStage = lambda *_: None,
     on_step: OnStep = lambda *_: None,
@@ -150,7 +153,7 @@ def train(
     versions = {name: version(name) for name in _PACKAGES}
     start = time.monotonic()
     set_seed(config.seed)
-    arguments = _arguments(config, config.run_folder / "state", steps=1, watched=False)  # sets up processes
+    arguments = make_arguments(config, config.run_folder / "state", steps=1, watched=False)  # joins processes
     is_first = arguments.process_index == 0
 
     on_stage("load", ", ".join(filter(None, (config.plm, config.clip, config.bank))))
@@ -167,7 +170,7 @@ def train(
     model.to("cpu").eval()
     after = model.frozen_parts()
     _check_trained(config, model, before, after)
-    if config.retrieval == "static" and not reads_text(config.experts):
+    if config.plugin.retrieval == "static" and not reads_text(config.plugin.experts):
         model.clip = None  # taught, and no longer needed
         model.text_encoder = model.make_text_encoder(model.plm.max_seq)
     model.calibration = _calibration(rows, config.seed)
@@ -217,15 +220,15 @@ def _save(config: TrainConfig, model: XAdapterModel, record: dict[str, Any]) -> 
 
 
 def _make_model(
-    config: TrainConfig, rows: "_Rows", plm: FrozenPlm | None, frozen_sha256: Mapping[str, str]
-) -> tuple[XAdapterModel, ClipTextTower | None]:
+    config: TrainConfig, rows: "_Rows", plm: PlmFamily | None, frozen_sha256: Mapping[str, str]
+) -> tuple[XAdapterModel, TextTower | None]:
     """Return the model with a fresh plug-in, and the CLIP that a static memory is distilled from."""
     plm = plm or load_plm(config.plm, config.task)
     count = len(plm.layers)
-    layers = config.layers or tuple(range(max(0, count - 2), count))
+    layers = config.plugin.layers or tuple(range(max(0, count - 2), count))
     clip = None if config.clip is None else load_clip(config.clip)
     bank = None
-    if config.bank is not None and reads_bank(config.experts):
+    if config.bank is not None and reads_bank(config.plugin.experts):
         bank = FeatureBank.load(builtin_folder() if config.bank == BUILTIN else config.bank)
     for what, part in (("PLM", plm), ("CLIP", clip), ("bank", bank)):
         name = what.lower()
@@ -237,10 +240,15 @@ def _make_model(
                 got=part.sha256[:12],
                 hint="get the original",
             )
-    experts, width, retrieval, query = config.experts, config.adapter_width, config.retrieval, config.query
+    experts, width, retrieval, query = (
+        config.plugin.experts,
+        config.plugin.adapter_width,
+        config.plugin.retrieval,
+        config.plugin.query,
+    )
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
-        width *= len(experts_of(config.experts))
+        width *= len(experts_of(config.plugin.experts))
         experts, retrieval, query, clip = V.name, "static", "token", None
     model = XAdapterModel(
         XAdapterConfig.model_validate(
@@ -248,8 +256,8 @@ def _make_model(
                 "experts": experts,
                 "layers": layers,
                 "adapter_width": width,
-                "num_heads": config.num_heads,
-                "retrieval": RetrievalConfig(mode=retrieval, query=query, k=config.k),
+                "num_heads": config.plugin.num_heads,
+                "retrieval": RetrievalConfig(mode=retrieval, query=query, k=config.plugin.k),
                 "task": config.task,
                 "labels": rows.labels,
             }
@@ -258,25 +266,25 @@ def _make_model(
         clip,
         bank,
     )
-    if config.max_seq is not None:
-        if config.max_seq > plm.max_seq:
+    if config.data.max_seq is not None:
+        if config.data.max_seq > plm.max_seq:
             raise ConfigError(
                 "max_seq is longer than the PLM's longest input",
                 expected=f"at most {plm.max_seq}",
-                got=config.max_seq,
+                got=config.data.max_seq,
             )
-        model.text_encoder = model.make_text_encoder(config.max_seq)
-    teacher = clip if config.distill_weight and not config.control else None
+        model.text_encoder = model.make_text_encoder(config.data.max_seq)
+    teacher = clip if config.distill.weight and not config.control else None
     if teacher is not None and bank is not None:
         check_bank_fits(bank, teacher)
     return model, teacher
 
 
-def _memory_width(clip: ClipTextTower | None, bank: FeatureBank | None) -> int:
+def _memory_width(clip: TextTower | None, bank: FeatureBank | None) -> int:
     if bank is not None:
         return int(bank.features.shape[1])
     assert clip is not None  # the config requires it for a T-expert
-    return clip.config.width
+    return clip.width
 
 
 def _random_bank(dim: int, seed: int) -> FeatureBank:
@@ -321,32 +329,38 @@ class _Rows:
 
 def _read_rows(config: TrainConfig) -> _Rows:
     if not TASKS[config.task].labels_texts:
-        texts = tuple(read_texts(source, config.text_column) for source in config.train_files)
-        watched = None if config.eval_file is None else read_texts(config.eval_file, config.text_column)
+        texts = tuple(read_texts(source, config.data.text_column) for source in config.data.train_files)
+        watched = (
+            None
+            if config.data.eval_file is None
+            else read_texts(config.data.eval_file, config.data.text_column)
+        )
         return _Rows(None, None, texts, watched)
     columns = {
-        "task": config.glue,
-        "text_column": config.text_column,
-        "pair_column": config.pair_column,
-        "label_column": config.label_column,
-        "labels": config.labels,
-        "regression": config.regression,
+        "task": config.data.glue,
+        "text_column": config.data.text_column,
+        "pair_column": config.data.pair_column,
+        "label_column": config.data.label_column,
+        "labels": config.data.labels,
+        "regression": config.data.regression,
     }
-    if len(config.train_files) > 1:
-        raise ConfigError("training with labels needs exactly one training file", got=len(config.train_files))
-    data = config.train_files[0] if config.train_files else config.glue_data
+    if len(config.data.train_files) > 1:
+        raise ConfigError(
+            "training with labels needs exactly one training file", got=len(config.data.train_files)
+        )
+    data = config.data.train_files[0] if config.data.train_files else config.data.glue_data
     labeled = read_labeled(data, split="train", **columns)  # type: ignore[arg-type]  # by their names
     names = {**columns, "labels": None if labeled.is_regression else labeled.label_names}
     held_out = None
-    if config.eval_file is not None or config.glue is not None:
-        held_out = read_labeled(config.eval_file or config.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
+    if config.data.eval_file is not None or config.data.glue is not None:
+        held_out = read_labeled(config.data.eval_file or config.data.glue_data, split="validation", **names)  # type: ignore[arg-type]  # same
     return _Rows(labeled, held_out, (), None)
 
 
 def _make_sources(
     config: TrainConfig,
     model: XAdapterModel,
-    teacher: ClipTextTower | None,
+    teacher: TextTower | None,
     rows: _Rows,
     parts: _Parts,
     on_stage: OnStage,
@@ -361,10 +375,10 @@ def _make_sources(
         plain = [row for row in texts if isinstance(row, str)]
         masker = Masker(
             encoder,
-            share=config.mask_share,
-            ways=config.maskings,
-            favored=config.favor_words,
-            favored_share=config.favor_share,
+            share=config.data.mask_share,
+            ways=config.data.maskings,
+            favored=config.data.favor_words,
+            favored_share=config.data.favor_share,
             seed=seed,
         )
         found = answered_texts(answered, encoder, where) + (masker.mask(plain) if plain else [])
@@ -372,7 +386,7 @@ def _make_sources(
 
     hashes = {name: part.sha256 for name, part in zip(("plm", "clip", "bank"), parts, strict=True) if part}
     if teacher is not None:
-        hashes["teacher"] = _hash_of(teacher)
+        hashes["teacher"] = teacher.sha256
 
     cache = FeatureCache(config.cache_folder, hashes, on_stage)
 
@@ -381,7 +395,7 @@ def _make_sources(
             model,
             examples,
             cache,
-            pool=min(config.pool, _num_rows(model)),
+            pool=min(config.plugin.pool, _num_rows(model)),
             with_hidden=config.cache_hidden,
             teacher=teacher,
             title=title,
@@ -392,19 +406,17 @@ def _make_sources(
     if rows.labeled is not None:
         watched = None if rows.watched is None else source(labeled(rows.watched), "held-out texts")
         return [source(labeled(rows.labeled), "training texts")], watched
-    weights = config.train_weights or (1,) * len(rows.texts)
+    weights = config.data.train_weights or (1,) * len(rows.texts)
     sources = [
         source(masked(texts, name, config.seed), f"texts of {Path(name).name}", weight)
-        for texts, name, weight in zip(rows.texts, config.train_files, weights, strict=True)
+        for texts, name, weight in zip(rows.texts, config.data.train_files, weights, strict=True)
     ]
     watched = None
     if rows.watched_texts is not None:
-        watched = source(masked(rows.watched_texts, str(config.eval_file), config.seed + 1), "held-out texts")
+        watched = source(
+            masked(rows.watched_texts, str(config.data.eval_file), config.seed + 1), "held-out texts"
+        )
     return sources, watched
-
-
-def _hash_of(tower: ClipTextTower) -> str:
-    return weights_sha256(tower.open_clip_state(), tower.settings, tower.tokenizer)
 
 
 def _num_rows(model: XAdapterModel) -> int:
@@ -415,18 +427,18 @@ def _num_rows(model: XAdapterModel) -> int:
 
 
 def _phases(config: TrainConfig) -> tuple[_Phase, ...]:
-    experts = config.experts
+    experts = config.plugin.experts
     if config.head_only:
         return (_Phase((NONE,), NONE, 1),)
     alone = experts_of(experts)
     phases: tuple[_Phase, ...] = (_Phase((experts,), experts, 1),)
-    if len(alone) > 1 and config.order == "alternating":
+    if len(alone) > 1 and config.plugin.order == "alternating":
         phases = (_Phase((*alone, experts), experts, len(alone) + 1),)
-    elif len(alone) > 1 and config.order == "sequential":  # each on top of those before
+    elif len(alone) > 1 and config.plugin.order == "sequential":  # each on top of those before
         phases = tuple(_Phase((set_of(alone[: n + 1]),), alone[n], 1) for n in range(len(alone)))
     if config.control:  # one adapter, for as many steps in all
         return (_Phase((V.name,), V.name, sum(phase.turns for phase in phases)),)
-    if config.distill_steps:
+    if config.distill.steps:
         return _Phase((V.name,), V.name, 1, only_distill=True), *phases
     return phases
 
@@ -452,7 +464,7 @@ class _Learner:
     ) -> None:
         self.config, self.sources, self.watched, self.on_step = config, sources, watched, on_step
         self.model = TrainingModel(
-            model, distill_weight=config.distill_weight, distill_temperature=config.distill_temperature
+            model, distill_weight=config.distill.weight, distill_temperature=config.distill.temperature
         )
 
     def run(self, phases: Sequence[_Phase], on_stage: OnStage) -> tuple[list[dict[str, float]], int]:
@@ -488,7 +500,7 @@ class _Learner:
             plugin.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
             return kept["history"], kept["steps"]
 
-        with Progress(self.on_step) as progress:
+        with Progress(self.on_step) as progress, reporters_write_to(self.config.run_folder):
             trainer = self._make_trainer(phase, folder, progress)
             steps, last = trainer.args.max_steps, _last_state(folder)
             with _blaming(self.config.run_folder):
@@ -516,26 +528,35 @@ class _Learner:
     def _make_trainer(self, phase: _Phase, folder: Path, progress: Progress) -> XAdapterTrainer:
         config = self.config
         watched = None if phase.only_distill else self.watched
-        arguments = _arguments(config, folder, steps=1, watched=False)
+        arguments = make_arguments(config, folder, steps=1, watched=False)
         per_step = config.batch_size * config.accumulation * arguments.world_size
         num_examples = sum(len(source.examples) for source in self.sources)
         one_set = config.max_steps or math.ceil(config.epochs * num_examples / per_step)
-        steps = config.distill_steps if phase.only_distill else one_set * phase.turns
-        trainer = XAdapterTrainer(
-            expert_sets=phase.expert_sets,
-            only_distill=phase.only_distill,
-            model=self.model,
-            args=_arguments(config, folder, steps=steps, watched=watched is not None, phase=phase),
-            data_collator=Collator(self.model.model.plm.special["pad"]),
-            train_dataset=TrainingOrder(self.sources, steps * per_step, config.k, config.seed),
-            eval_dataset=None if watched is None else EvaluationOrder(watched, config.k),
-            compute_metrics=_metrics(config) if watched and watched.examples.labels is not None else None,
-            callbacks=[
-                progress,
-                *([EarlyStoppingCallback(config.patience)] if config.patience and watched else []),
-                *([_tensorboard(config.run_folder / "tensorboard")] if config.tensorboard else []),
-            ],
+        steps = config.distill.steps if phase.only_distill else one_set * phase.turns
+        arguments = make_arguments(
+            config,
+            folder,
+            steps=steps,
+            watched=watched is not None,
+            distills=phase.only_distill,
+            sets=len(phase.expert_sets),
         )
+        with blaming_the_table(config.trainer):
+            trainer = XAdapterTrainer(
+                expert_sets=phase.expert_sets,
+                only_distill=phase.only_distill,
+                model=self.model,
+                args=arguments,
+                data_collator=Collator(self.model.model.plm.special["pad"]),
+                train_dataset=TrainingOrder(self.sources, steps * per_step, config.plugin.k, config.seed),
+                eval_dataset=None if watched is None else EvaluationOrder(watched, config.plugin.k),
+                compute_metrics=_metrics(config) if watched and watched.examples.labels is not None else None,
+                callbacks=[
+                    progress,
+                    *([EarlyStoppingCallback(config.patience)] if config.patience and watched else []),
+                    *([_tensorboard(config.run_folder / "tensorboard")] if config.tensorboard else []),
+                ],
+            )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -596,67 +617,10 @@ def _metrics(config: TrainConfig) -> Callable[[Any], dict[str, float]]:
 
     def compute(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions
-        metrics = task_metrics(config.glue, logits, prediction.label_ids)
+        metrics = task_metrics(config.data.glue, logits, prediction.label_ids)
         return {"metric": next(iter(metrics.values())), **metrics}
 
     return compute
-
-
-def _arguments(
-    config: TrainConfig, folder: Path, *, steps: int, watched: bool, phase: _Phase | None = None
-) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    if config.precision == "fp16" and not on_gpu:
-        raise ConfigError("fp16 training needs a GPU", got="no GPU", hint="use precision bf16 or fp32")
-    use_bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
-    )
-    is_distillation = phase is not None and phase.only_distill
-    eval_every = config.eval_every or max(1, steps // 10)
-    save_every = eval_every if config.patience else config.save_every or max(1, steps // 10)
-    has_labels = TASKS[config.task].labels_texts
-    metric = "eval_metric" if has_labels else "eval_loss"
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=max(config.batch_size, 64),
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.distill_learning_rate if is_distillation else config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=round(config.warmup_share * steps),
-        lr_scheduler_type=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        bf16=use_bf16,
-        fp16=config.precision == "fp16",
-        use_cpu=not on_gpu,
-        ddp_backend="gloo" if not on_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        ddp_find_unused_parameters=phase is not None and (is_distillation or len(phase.expert_sets) > 1),
-        seed=config.seed,
-        data_seed=config.seed,
-        eval_strategy="steps" if watched else "no",
-        eval_steps=eval_every,
-        load_best_model_at_end=bool(config.patience) and watched,
-        metric_for_best_model=metric,
-        greater_is_better=metric == "eval_metric",
-        label_names=["labels" if has_labels else "answers"],
-        prediction_loss_only=not has_labels,
-        save_strategy="steps",
-        save_steps=save_every,
-        save_total_limit=2,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        restore_callback_states_from_checkpoint=True,
-        ddp_timeout=24 * 3600,  # the first process may cache for hours
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
-        log_level="error",
-    )
-    if arguments.n_gpu > 1:  # one process trains on one GPU; torchrun gives each its own
-        arguments._n_gpu = 1
-    return arguments
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -665,7 +629,7 @@ def _arguments(
 def _fingerprint(
     config: TrainConfig, parts: tuple[FrozenPart | BankPart | None, ...], num_processes: int
 ) -> str:
-    settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_RUN)
+    settings = settings_of_run(config.model_dump(mode="json"))
     digest = hashlib.sha256(
         json.dumps([settings, file_hashes(config), num_processes], sort_keys=True).encode()
     )
@@ -674,9 +638,14 @@ def _fingerprint(
     return digest.hexdigest()
 
 
+def settings_of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide what is learned: not where things are, nor what is shown."""
+    return {name: value for name, value in settings.items() if name not in _NOT_OF_THE_RUN}
+
+
 def file_hashes(config: TrainConfig) -> dict[str, str]:
     """Return the SHA-256 of every file of the data that is there, by the path that names it."""
-    named = [*config.train_files, config.eval_file, config.glue_data]
+    named = [*config.data.train_files, config.data.eval_file, config.data.glue_data]
     paths = [Path(name) for name in named if name is not None and not name.startswith("hub:")]
     files = [path for path in paths if path.is_file()]
     files += sorted(file for path in paths if path.is_dir() for file in path.iterdir() if file.is_file())
@@ -713,12 +682,7 @@ def _record(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     names = ("plm", "clip", "bank")
-    settings, files = config.model_dump(mode="json"), file_hashes(config)
-    if config.self_contained:  # made to be given away, so it tells nothing of this machine
-        for name in ("output", "run", "cache", "plm", "clip", "bank", "eval_file", "glue_data"):
-            settings[name] = settings[name] and public_name(settings[name])
-        settings["train_files"] = [public_name(name) for name in settings["train_files"]]
-        files = {Path(name).name: found for name, found in files.items()}
+    settings, files = recorded_settings(config)
     return {
         "format_version": 1,
         "config": settings,
@@ -737,3 +701,29 @@ def _record(
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def held_out(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what the kept state scored on held-out data, by metric; nothing where none was watched."""
+    scored = [entry for entry in record["curve"] if "eval_loss" in entry]
+    if not scored:
+        return {}
+    kept = scored[-1]
+    if record["config"]["patience"]:  # then the best was kept
+        kept = min(scored, key=lambda e: -e["eval_metric"] if "eval_metric" in e else e["eval_loss"])
+    found = {name.removeprefix("eval_"): value for name, value in kept.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if name not in _NOT_METRICS}
+
+
+def recorded_settings(config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return all settings, and the hashes of the files, as ``train.json`` has them."""
+    settings, files = config.model_dump(mode="json"), file_hashes(config)
+    if config.self_contained:  # made to be given away, so it tells nothing of this machine
+        data = settings["data"]
+        for name in ("output", "run", "cache", "plm", "clip", "bank"):
+            settings[name] = settings[name] and public_name(settings[name])
+        for name in ("eval_file", "glue_data"):
+            data[name] = data[name] and public_name(data[name])
+        data["train_files"] = [public_name(name) for name in data["train_files"]]
+        files = {Path(name).name: found for name, found in files.items()}
+    return settings, files

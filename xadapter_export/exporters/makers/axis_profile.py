@@ -121,13 +121,15 @@ def plan_axes(manifest: Manifest, profile: Mapping[str, tuple[int, int]]) -> dic
     Raises:
         ConfigError: If a range goes beyond what the models read.
     """
-    context = manifest.clip.context_length if manifest.clip else None
+    clip = manifest.clip
+    context = clip.context_length if clip else None
+    shortest = _LEAST_TOKENS if clip is None or clip.exact_at_true_length else clip.context_length
     check_limits(profile, max_seq=manifest.plm.max_seq, context_length=context)
     ranges = {
         "batch": (1, TASKS[manifest.task].most_texts),
         "seq": (_LEAST_TOKENS, manifest.plm.max_seq),
         "masks": (1, _MOST_MASKS),
-        "clip_seq": (_LEAST_TOKENS, context or _LEAST_TOKENS),
+        "clip_seq": (shortest, context or _LEAST_TOKENS),
         **profile,
     }
     return {

@@ -117,7 +117,7 @@ class CpuMaker(_OnnxMaker):
         if source.merged.searches:
             search_bank(model, "fp32" if recipe is None else "int8")
         if recipe is None:
-            done += _fuse_biases(model)
+            done += _fuse_biases(model, source.merged)
         else:
             quantize(model, recipe, source.ranges, source.rounding)
             done.append(_bytes_saved(recipe.name, source, model))
@@ -132,7 +132,7 @@ class CudaMaker(_OnnxMaker):
     def derive(self, source: Source) -> tuple[ir.Model, list[Optimization]]:
         """See ``_OnnxMaker``."""
         model, done = _fuse(source)
-        done += _fuse_biases(model)
+        done += _fuse_biases(model, source.merged)
         if source.precision == "fp16":
             model = to_half(model, FP32_SEARCH, fp32_scores=True)
             done.append(_bytes_saved("fp16_weights", source, model))
@@ -147,18 +147,21 @@ def _fuse(source: Source) -> tuple[ir.Model, list[Optimization]]:
     """
     model, merged = source.portable.clone(), source.merged
     num_attentions, num_products = merged.projection_counts
-    steps = [
-        run_pass("fused_attention", model, num_attentions + _num_fused_experts(merged)),
-        run_pass("split_projections", model, num_attentions if num_products < 3 * num_attentions else 0),
-        run_pass("fused_gelu", model, _count(model, "Erf")),
-        run_pass("fused_quick_gelu", model, _count(model, "Sigmoid")),
-    ]
+    others = merged.has_other_layers  # they are fused where they happen to be written as ours
+    expected = {
+        "fused_attention": num_attentions + _num_fused_experts(merged),
+        "split_projections": num_attentions if num_products < 3 * num_attentions else 0,
+        "fused_gelu": 0 if others else _count(model, "Erf"),
+        "fused_quick_gelu": 0 if others else _count(model, "Sigmoid"),
+    }
+    steps = [run_pass(name, model, count, or_more=others) for name, count in expected.items()]
     return model, [step for step in steps if step is not None]
 
 
-def _fuse_biases(model: ir.Model) -> list[Optimization]:
+def _fuse_biases(model: ir.Model, merged: MergedModel) -> list[Optimization]:
     """Fuses the GELUs of a fused graph with the bias before them, and returns what was done."""
-    step = run_pass("fused_bias_gelu", model, _num_exact_gelus(model))
+    others = merged.has_other_layers
+    step = run_pass("fused_bias_gelu", model, 0 if others else _num_exact_gelus(model), or_more=others)
     return [] if step is None else [step]
 
 

@@ -38,24 +38,28 @@ def check_graph(model: ir.Model, merged: MergedModel, opset: int) -> None:
     allowed = {"plm", "head", *(f"adapter_{expert}" for expert in merged.active)} if merged.answers else set()
     allowed |= {"clip"} if merged.clip is not None else set()
     allowed |= {"bank"} if merged.searches or (reads_bank(merged.active) and not merged.retrieves) else set()
-    found = set(component_parameters(model))
+    found = set(component_parameters(model, merged))
     _require(found <= allowed, "weights", sorted(allowed), sorted(found))
-    lost = [v.name for v in _weights(model) if _component(str(v.name)) is None and _size(v) > _CONSTANT_LIMIT]
+    lost = [
+        v.name
+        for v in _weights(model)
+        if _component(str(v.name), merged) is None and _size(v) > _CONSTANT_LIMIT
+    ]
     _require(not lost, "large constants that are no parameter", "none", lost)
     props = [*model.metadata_props, *(key for node in model.graph for key in node.metadata_props)]
     _require(not props, "metadata", "none", props)
 
 
-def component_parameters(model: ir.Model) -> dict[Component, int]:
-    """Counts the numbers in the graph's weights for each component."""
+def component_parameters(model: ir.Model, merged: MergedModel) -> dict[Component, int]:
+    """Counts the numbers in the graph's weights for each component of what it was traced from."""
     counts: Counter[Component] = Counter()
     for value in _weights(model):
-        if (component := _component(str(value.name))) is not None:
+        if (component := _component(str(value.name), merged)) is not None:
             counts[component] += _size(value)
     return dict(counts)
 
 
-def _component(name: str) -> Component | None:
+def _component(name: str, merged: MergedModel) -> Component | None:
     part, _, rest = name.partition(".")
     if part == "adapters":
         return f"adapter_{rest.split('.')[1]}"
@@ -63,9 +67,10 @@ def _component(name: str) -> Component | None:
         return "bank"
     if part in {"head", "candidate_decoder"}:
         return "head"
-    if part in {"plm", "plm_layers"}:
-        in_head = any(word in rest for word in ("predictions", "lm_head", "vocab_", "generator_lm_head"))
-        return "head" if in_head else "plm"
+    if part == "plm":
+        return "head" if merged.plm.in_head(rest.removeprefix("model.")) else "plm"
+    if part == "plm_layers":
+        return "plm"
     return "clip" if part in {"clip", "clip_layers"} else None
 
 

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
-from xadapter_export.exporters.portable.layers import ClipLayers, PackedAttention, PlmLayer, attend
 from xadapter_export.exporters.request import Retrieval, Step
-from xadapter_export.model.clip_text import ClipTextTower
-from xadapter_export.model.plm import additive_mask
+from xadapter_export.model.export_layers import PackedLayer, additive_mask, attend
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
+from xadapter_export.model.text_tower import TextTower
 from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.tasks import TASKS
@@ -68,16 +67,18 @@ class MergedModel(nn.Module):
         reads_clip = self.retrieves or reads_text(self.active)
         self.answers = part != "query"
         self.width_v = model.bank_features.shape[1] if reads_bank(self.active) else 0
-        self.width_t = model.clip.config.width if model.clip is not None else 0
-        self.clip_context = model.clip.config.context_length if model.clip is not None else None
+        self.width_t = model.clip.width if model.clip is not None else 0
+        self.clip_context = model.clip.context_length if model.clip is not None else None
         if self.answers:
             self._add_answer(model, candidate_ids, without)
-        self.clip = model.clip if reads_clip and part != "answer" else None
-        self.clip_at_end = not reads_text(self.active) and "clip_last_block_at_end" not in without
+        clip = model.clip if reads_clip and part != "answer" else None
         packed = "packed_projections" not in without
-        self.clip_layers = (
-            ClipLayers(self.clip, packed=packed, last_at_end=self.clip_at_end) if self.clip else None
+        self.clip_layers = nn.ModuleList(
+            [clip.export_layer(index, packed=packed) for index in range(len(clip.layers))] if clip else ()
         )
+        self.clip = clip
+        self.clip_at_end = clip is not None and clip.pools_one_token and not reads_text(self.active)
+        self.clip_at_end &= "clip_last_block_at_end" not in without
         if self.searches:
             self.register_buffer(
                 "bank", model.bank_features
@@ -93,7 +94,7 @@ class MergedModel(nn.Module):
         self.reads_positions = self.task.reads != "all"  # but masks, or the first token
         self.last_at_positions = self.reads_positions and "last_layer_at_positions" not in without
         self.plm_layers = nn.ModuleList(
-            PlmLayer(model.plm, i, packed=packed, at_positions=self.last_at_positions and i == last)
+            model.plm.export_layer(i, packed=packed, at_positions=self.last_at_positions and i == last)
             for i in range(last + 1)
         )
         self.adapters = nn.ModuleDict(
@@ -137,7 +138,7 @@ class MergedModel(nn.Module):
         return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])[V.name])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
-        decoder = cast(nn.Linear, self.plm.model.get_submodule(self.plm.family.decoder))
+        decoder = self.plm.decoder
         sliced = nn.Linear(decoder.in_features, len(candidate_ids), bias=decoder.bias is not None)
         rows = torch.tensor(list(candidate_ids))
         with torch.no_grad():
@@ -153,11 +154,18 @@ class MergedModel(nn.Module):
 
     @property
     def projection_counts(self) -> tuple[int, int]:
-        """How many self-attentions there are, and how many products give their queries, keys and values."""
-        attentions = [cast(PlmLayer, layer).attention for layer in self.plm_layers] if self.answers else []
-        if self.clip_layers is not None:
-            attentions += [cast(PackedAttention, attention) for attention in self.clip_layers.attentions]
+        """How many packed attentions there are, and how many products give their queries, keys and values."""
+        attentions = [layer.attention for layer in self._layers if isinstance(layer, PackedLayer)]
         return len(attentions), sum(len(attention.projections) for attention in attentions)
+
+    @property
+    def has_other_layers(self) -> bool:
+        """Whether a layer is written in a way of its own, so that nobody knows what of it can be fused."""
+        return not all(isinstance(layer, PackedLayer) for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return [*(self.plm_layers if self.answers else ()), *self.clip_layers]
 
     @property
     def input_names(self) -> list[str]:
@@ -232,6 +240,7 @@ class MergedModel(nn.Module):
             token_mask = token_mask if self.part == "whole" else additive_mask(token_mask)
             memory["text"] = asked["memory_t"], token_mask
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        context = self.plm.prepare(hidden, inputs["attention_mask"])
         positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
         contributions: list[Tensor] = []
         for index, layer in enumerate(self.plm_layers):
@@ -243,7 +252,8 @@ class MergedModel(nn.Module):
                 contributions += added
                 hidden = sum(added, start=hidden)
             at = positions if self.last_at_positions and index == len(self.plm_layers) - 1 else None
-            hidden = layer(hidden, mask, at)
+            hidden = layer(hidden, context, at)
+        hidden = self.plm.finish(hidden)
         if self.reads_positions and not self.last_at_positions:
             hidden = take_positions(hidden, positions)
         answers = self.task_head.answer(States(hidden, inputs["attention_mask"], self._mlm_logits, self.head))
@@ -252,23 +262,25 @@ class MergedModel(nn.Module):
 
     def _ask(self, clip_input_ids: Tensor) -> dict[str, Tensor]:
         """What CLIP says of the text, and what is found in the bank, by the names of the graph's values."""
-        clip, layers = cast(ClipTextTower, self.clip), cast(ClipLayers, self.clip_layers)
+        clip = cast(TextTower, self.clip)
         asked: dict[str, Tensor] = {}
-        end = clip.end_position(clip_input_ids)[:, None]  # (B, 1)
-        token_mask = clip.token_mask(clip_input_ids)
-        added_mask = additive_mask(token_mask)
-        x, causal_mask = clip.embed(clip_input_ids)
-        states = clip.ln_final(layers(x, causal_mask, added_mask, end))  # (B, S or 1, W)
+        states, context = clip.embed(clip_input_ids), clip.prepare(clip_input_ids)
+        for number, layer in enumerate(self.clip_layers, 1):
+            ends = self.clip_at_end and number == len(self.clip_layers)
+            states = layer(states, context, clip.end_position(clip_input_ids)[:, None] if ends else None)
+        states = clip.finish(states)  # (B, S or 1, W)
         if self.retrieves:
-            end_states = states if self.clip_at_end else take_positions(states, end)
-            asked["query"] = unit_length(clip.project(end_states.squeeze(1)))  # (B, D)
+            at_end = self.clip_at_end
+            feature = clip.project(states.squeeze(1)) if at_end else clip.pool(states, clip_input_ids)
+            asked["query"] = unit_length(feature)  # (B, D)
         if self.searches:
             bank = cast(Tensor, self.bank)
             scores, rows = (asked["query"] @ bank.T).topk(self.k)  # (B, K)
             asked |= {"memory_v": bank[rows], "retrieved": rows, "retrieved_scores": scores}
         if reads_text(self.active):
             asked["memory_t"] = states
-            asked["memory_t_mask"] = added_mask if self.part == "whole" else token_mask.to(torch.int64)
+            mask = clip.token_mask(clip_input_ids)
+            asked["memory_t_mask"] = additive_mask(mask) if self.part == "whole" else mask.to(torch.int64)
         return asked
 
     def _contribution(
@@ -295,7 +307,7 @@ class MergedModel(nn.Module):
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:
             return self.plm.mlm_logits(hidden)
-        return self.candidate_decoder(self.plm.family.mlm_transform(self.plm.model, hidden))  # type: ignore[no-any-return]  # nn.Module call
+        return self.candidate_decoder(self.plm.mlm_transform(hidden))  # type: ignore[no-any-return]  # nn.Module call
 
 
 def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What the exact steps of the merge save: multiply-adds, counted by running the merged module on shapes.
 
-Counted for one text of 32 tokens with one mask and 32 CLIP tokens, or of as many as PLM and CLIP take.
+Counted for one text of 32 tokens with one mask and 32 CLIP tokens, or of as many as PLM and CLIP can or must
+read.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -52,8 +53,9 @@ def count_savings(
                 everywhere = {**example, "mask_positions": torch.arange(example["input_ids"].shape[1])[None]}
                 found.append(("head_at_positions", _multiply_adds(unread, everywhere), before))
         if merged.clip is not None:
-            padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.config.context_length)}
-            found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
+            if merged.clip.exact_at_true_length:
+                padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.context_length)}
+                found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
             if merged.clip_at_end:
                 found.append(
                     (
@@ -92,7 +94,8 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
         "mask_positions": torch.tensor([[1]]),
     }
     if model.clip is not None:
-        example["clip_input_ids"] = _clip_ids(model, min(_NUM_TOKENS, model.clip.config.context_length))
+        usual = _NUM_TOKENS if model.clip.exact_at_true_length else model.clip.context_length
+        example["clip_input_ids"] = _clip_ids(model, min(usual, model.clip.context_length))
     return example
 
 

@@ -1,21 +1,60 @@
-"""Layers of PLM and CLIP as they go into the graph: the same weights, fewer and larger operators.
+"""Layers of PLM and CLIP as they go into the graph.
 
-Each takes the weights of a trained module and gives its results up to rounding. Query, key and value are one
-product, the attention scale is inside the query's weights, and the last layer computes queries, feed-forward
-and norms only where its result is read.
+A family or a tower makes them: as its library has them, or with the same weights in fewer and larger
+operators. Then query, key and value are one product, the attention scale is inside the query's
+weights, and the last layer computes queries, feed-forward and norms only where its result is read.
 
 Dimensions: B batch, T tokens, P positions that are read, H hidden size, A attention heads, M memory items.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from xadapter_export.model.clip_text import ClipTextTower
-from xadapter_export.model.plm import FrozenPlm
 from xadapter_export.model.pooling import take_positions
+
+Context = Any  # what the layers of one call have in common, as tensors, or tuples or dictionaries of them
+
+
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Makes the mask that attention adds to its scores.
+
+    Args:
+        attention_mask: ``(B, T)``, 1 or True at real tokens.
+        dtype: Floating-point type of the result.
+
+    Returns:
+        ``(B, 1, 1, T)``, 0 at real tokens and the dtype's lowest value at padding.
+    """
+    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+
+
+class PlainLayer(nn.Module):
+    """A layer as its library has it: right for every model, and as fast as it traces.
+
+    Args:
+        run: The layer: ``(hidden, context)`` to ``hidden``, all ``(B, T, H) float32``.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Context], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, hidden: Tensor, context: Context, positions: Tensor | None = None) -> Tensor:
+        """``(B, T, H) float32`` to the same, or to ``(B, P, H)`` at ``positions`` ``(B, P) int64``."""
+        hidden = self._run(hidden, context)
+        return hidden if positions is None else take_positions(hidden, positions)
+
+
+class PackedLayer(nn.Module):
+    """A layer of which the passes for a target know every part: if they miss one, that is an error.
+
+    Its attention is a ``PackedAttention``, and its only activation is GELU or its quick form.
+    """
+
+    attention: "PackedAttention"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
@@ -97,89 +136,6 @@ class PackedAttention(nn.Module):
         if positions is not None:
             query = take_positions(query, positions)
         return self.out(attend(query, key, value, self.num_heads, mask))  # type: ignore[no-any-return]  # nn.Module call
-
-
-class PlmLayer(nn.Module):
-    """One post-norm layer of any PLM family.
-
-    Args:
-        plm: The PLM.
-        index: Number of the layer.
-        packed: See ``PackedAttention``.
-        at_positions: See ``PackedAttention``.
-    """
-
-    def __init__(
-        self, plm: FrozenPlm, index: int, *, packed: bool = True, at_positions: bool = False
-    ) -> None:
-        super().__init__()
-        layer, paths = plm.layers[index], plm.family.layer_parts
-        part = {name: layer.get_submodule(path) for name, path in vars(paths).items()}
-        self.attention = PackedAttention(
-            [cast(nn.Linear, part[name]) for name in ("query", "key", "value")],
-            cast(nn.Linear, part["attention_out"]),
-            plm.num_heads,
-            packed=packed,
-            at_positions=at_positions,
-        )
-        self.attention_norm = part["attention_norm"]
-        self.up, self.activation, self.down = part["up"], part["activation"], part["down"]
-        self.norm = part["norm"]
-
-    def forward(self, hidden: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        """``(B, T, H) float32`` to the same, or to ``(B, P, H)`` at ``positions`` ``(B, P) int64``."""
-        rows = None if positions is None else take_positions(hidden, positions)
-        attended = self.attention(hidden, mask, rows)
-        rows = self.attention_norm(attended + (hidden if rows is None else rows))
-        return self.norm(self.down(self.activation(self.up(rows))) + rows)  # type: ignore[no-any-return]  # nn.Module call
-
-
-class ClipLayers(nn.Module):
-    """The blocks of a CLIP text tower.
-
-    Args:
-        clip: The tower.
-        packed: See ``PackedAttention``.
-        last_at_end: Whether of the last block only end-of-text is wanted.
-    """
-
-    def __init__(self, clip: ClipTextTower, *, packed: bool = True, last_at_end: bool = False) -> None:
-        super().__init__()
-        self.blocks = cast(nn.ModuleList, clip.transformer["resblocks"])
-        self.last_at_end = last_at_end
-        self.attentions = nn.ModuleList(
-            PackedAttention(
-                [getattr(block.attn, name) for name in ("query", "key", "value")],
-                block.attn.out_proj,
-                clip.config.heads,
-                packed=packed,
-            )
-            for block in cast(Iterable[Any], self.blocks)
-        )
-
-    def forward(self, x: Tensor, causal_mask: Tensor, token_mask: Tensor, end: Tensor) -> Tensor:
-        """Runs all blocks.
-
-        Args:
-            x: ``(B, T, W) float32``.
-            causal_mask: ``(T, T) float32`` added to the scores.
-            token_mask: ``(B, 1, 1, T) float32`` added to those of end-of-text, which sees all real tokens.
-            end: ``(B, 1) int64``, where end-of-text is.
-
-        Returns:
-            ``(B, T, W) float32``, or ``(B, 1, W)`` at end-of-text where only that is wanted.
-        """
-        blocks = cast(Iterable[Any], self.blocks)
-        for number, (block, attention) in enumerate(zip(blocks, self.attentions, strict=True)):
-            normed = block.ln_1(x)
-            if self.last_at_end and number == len(self.blocks) - 1:
-                x = take_positions(x, end)
-                added = attention(normed, token_mask, positions=end)
-            else:
-                added = attention(normed, causal_mask)
-            x = x + block.ls_1(added)
-            x = x + block.ls_2(block.mlp["c_proj"](block.mlp["gelu"](block.mlp["c_fc"](block.ln_2(x)))))
-        return x
 
 
 def _linear(parts: Sequence[nn.Linear], scale: float = 1.0) -> nn.Linear:
