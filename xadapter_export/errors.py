@@ -156,6 +156,5 @@ def import_extra(module: str, *extras: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         lines = " or ".join(f'pip install "xadapter-export[{extra}]"' for extra in extras)
-        raise MissingExtraError(
-            f"{module} cannot be imported", got=error, hint=f"install it with: {lines}"
-        ) from error
+        missing = f"this needs {' or '.join(f'[{extra}]' for extra in extras)}, which is not installed"
+        raise MissingExtraError(missing, where=module, got=error, hint=f"install it with: {lines}") from error

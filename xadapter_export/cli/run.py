@@ -146,7 +146,7 @@ class Reply:
 
 
 def _read_stdin() -> list[str]:
-    """Return the lines of stdin that are not blank; UTF-8 whatever the locale says.
+    """Return the lines of stdin that are not blank, with a warning about the others; UTF-8 in every locale.
 
     Raises:
         InputTextError: If they are not UTF-8.
@@ -159,7 +159,11 @@ def _read_stdin() -> list[str]:
             got=error,
             hint="convert them to UTF-8, for example with iconv -t UTF-8",
         ) from error
-    return [line for line in text.splitlines() if line.strip()]
+    lines = text.splitlines()
+    kept = [line for line in lines if line.strip()]
+    if len(kept) < len(lines):
+        click.echo(f"Warning: blank lines of stdin have no answer: {len(lines) - len(kept)}", err=True)
+    return kept
 
 
 def _ask(
@@ -200,12 +204,13 @@ def _show(console: "Console", reply: Reply, first: Reply, *, label: str | None) 
         number = [f"mask {getattr(answer, 'mask', 0) + 1}"] if len(masks) > 1 else []
         table.add_row(*number, answer.word, f"{answer.score:6.1%}", bar)
     if reply.embedding:
-        cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
         start = ", ".join(f"{value:.3f}" for value in reply.embedding[:4])
-        name = f"{label}: " if label else ""
-        table.add_row(
-            f"{name}{len(reply.embedding)} numbers [{start}, ...], cosine with the first {cosine:.4f}"
-        )
+        shown = f"{label}: " if label else ""
+        shown += f"{len(reply.embedding)} numbers [{start}, ...]"
+        if reply is not first:
+            cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
+            shown += f", cosine with the first {cosine:.4f}"
+        table.add_row(shown)
     console.print(table)
     if reply.pictures:
         console.print(f"  looked at: {_captions(reply.pictures)}")

@@ -110,6 +110,10 @@ class XAdapterSession:
             warnings.warn(f"{error}; using the CPU instead{what}", UserWarning, stacklevel=2)
             return session
 
+    def __repr__(self) -> str:
+        folder, sets = self.bundle.folder, ", ".join(self.manifest.expert_sets)
+        return f"XAdapterSession({str(folder)!r}, experts={self.experts!r} of {sets}, {self.answered_by})"
+
     @property
     def manifest(self) -> Manifest:
         """What the bundle says about itself."""
