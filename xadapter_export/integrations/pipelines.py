@@ -53,7 +53,7 @@ def make_pipeline(session: XAdapterSession, **options: Any) -> Pipeline:
         tokenizer=SessionTokenizer(session),
         # transformers says of every model class that it does not list that it may not work.
         pipeline_class=type(f"Session{base.__name__}", (base,), {"check_model_type": lambda *_: None}),
-        **options,
+        **{"device": "cpu"} | options,  # where the session's arrays are
     )
 
 
@@ -105,7 +105,7 @@ class SessionModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # transfo
         """Return the outputs of the task; ``logits`` of masks as ``(B, T, V)``, minus infinity elsewhere."""
         session, manifest = self._session, self._session.manifest
         task = TASKS[manifest.task]
-        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        feed = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
         outputs = session.run(feed, outputs=[output.name for output in task.outputs])
         if task.reads_masks:
             columns = [word.token_id for word in manifest.candidates or ()] or range(manifest.plm.vocab_size)
