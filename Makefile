@@ -10,7 +10,7 @@ BUNDLES := build/bundles
 BASE_TESTS := $(addprefix tests/test_,compare.py errors.py folder.py manifest.py portable.py session.py text.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-base test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors web clean
+.PHONY: help install demo test test-base test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -107,6 +107,10 @@ bench-avx2: $(STAMP) ## The same bundles with AVX2 kernels on an x86-64 CPU that
 bench-full: $(STAMP) ## The same in every cell: hours.
 	$(BIN)/python -m benchmarks.latency --full
 	$(BIN)/python -m benchmarks.bank_search --faiss
+
+trust: $(STAMP) ## Damage 2,000 folders, and kill each command 200 times: hours.
+	$(BIN)/python -m tests.trust.damage --count 2000
+	$(BIN)/python -m tests.trust.kill --count 200
 
 processors: $(STAMP) ## Ask two models on emulated processors, and compare with this one.
 	$(BIN)/python -m benchmarks.processors

@@ -11,6 +11,7 @@ from xadapter_export.cli.export import export
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.cli.main import xad
 from xadapter_export.cli.parity import parity
+from xadapter_export.cli.push import push
 from xadapter_export.cli.run import run
 from xadapter_export.cli.train import train
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, click.Command] = {
     "xad-run": run,
     "xad-parity": parity,
     "xad-inspect": inspect,
+    "xad-push": push,
 }
 
 

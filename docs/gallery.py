@@ -25,12 +25,12 @@ _INTRO = f"""# Gallery
 
 Each row is an object that the plug-in never trained on, and the four images that the V-expert looked at.
 The rows are evenly spread over all {{total}} held-out objects; none was picked because it looks good. The
-language model alone answers "white" to most questions.
+language model alone answers "white" to most questions. A bold answer is what most people say.
 
 Written by `python -m docs.gallery`. {BUILTIN_CREDIT.split(" Their ")[0]}
 [Licenses](../xadapter_export/builtin/NOTICE.md).
 
-| question | people say | text only | V-expert | images it looked at |
+| question | images it looked at | people say | text only | V-expert |
 |---|---|---|---|---|
 """
 
@@ -68,7 +68,8 @@ def write_gallery(session: XAdapterSession, pictures: Mapping[int, Image.Image])
         )
         looked = f"**{looked}**" if looked == asked["color"] else looked
         captions = ", ".join(picture.caption for picture in seen)
-        page += f"| {text} | {asked['color']} | {alone} | {looked} | ![{captions}](images/gallery/{file}) |\n"
+        strip = f"![{captions}](images/gallery/{file})"
+        page += f"| {text} | {strip} | {asked['color']} | {alone} | {looked} |\n"
     (_DOCS / "gallery.md").write_text(page, encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ These are docs/, and below ``repository/`` every file outside it that a page lin
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,11 +40,11 @@ def gather_pages(site: Path) -> None:
         new = {path for path in linked if path.is_file()} - seen
         waiting += new
         seen |= new
-        target.write_text(_LINK.sub(lambda link, file=file: _moved(link[1], file), text), encoding="utf-8")
+        target.write_text(_LINK.sub(partial(_moved, file), text), encoding="utf-8")
 
 
-def _moved(link: str, page: Path) -> str:
-    target = (page.parent / link).resolve()
+def _moved(page: Path, link: re.Match[str]) -> str:
+    target = (page.parent / link[1]).resolve()
     return Path(os.path.relpath(place_of(target), place_of(page).parent)).as_posix()
 
 

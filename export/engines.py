@@ -11,14 +11,16 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import make_model
+from export.parity import CASES, random_bank
 from xadapter_export import export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.cli.command import XadCommand
 from xadapter_export.exporters.makers.axis_profile import parse_profile, plan_axes, profile_shapes
 from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
+from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.sessions.tensorrt_session import import_library
 
+_NUM_PICTURES = 20_000
 _GPUS = ("sm75", "sm80", "sm86+sm89", "sm120")
 
 
@@ -63,8 +65,12 @@ def main(bundle: Path, case: str, capabilities: tuple[str, ...], profile: tuple[
 
 def _export(case: str, bundle: Path) -> None:
     """Make the bundle; its weights are random, so that int8's agreement says nothing and is no gate."""
+    model = CASES[case]()
+    bank = random_bank(model.bank_features.shape[1], _NUM_PICTURES)
+    larger = XAdapterModel(model.config, model.plm, model.clip, bank)
+    larger.adapters.load_state_dict(model.adapters.state_dict())
     export(
-        make_model(case),
+        larger.eval(),
         bundle,
         ("t", "v"),
         precisions=("fp32", "fp16", "int8"),

@@ -47,7 +47,7 @@ def test_the_builtin_bundle_retrieves_the_same_pictures(
     assert [(value.name, value.shape, value.dtype) for value in model.graph.outputs] == before
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx_data")
     texts = [f"a {color} {thing} is [MASK]." for color in COLORS for thing in THINGS]
-    inputs = session._encoder_for("v").encode(texts)
+    inputs = session.text_encoder("v").encode(texts)
     want = session.run(inputs)
     values = open_onnx(tmp_path / "model.onnx", Opening(num_threads=1)).run(list(want), inputs)
     got = dict(zip(want, values, strict=True))

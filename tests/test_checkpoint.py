@@ -115,6 +115,17 @@ def _write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def _flip_bit(name: str) -> Callable[[Path], object]:
+    """Flip the lowest bit of the last number, which is little endian."""
+
+    def apply(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[-4] ^= 1
+        (folder / name).write_bytes(data)
+
+    return apply
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -175,6 +186,7 @@ def _remove_tokenizer(folder: Path) -> None:
 def _change_bank(folder: Path) -> None:
     features = load_file(folder / "bank.safetensors")["features"]
     save_file({"features": features.flip(0).contiguous()}, folder / "bank.safetensors")
+    (folder / "bank.json").unlink()  # as of another bank that says nothing of itself
 
 
 _PLM, _CLIP = "plm/config.json", "clip/open_clip_config.json"
@@ -224,10 +236,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         CheckpointError,
         r"tokenizer\.json cannot be read",
     ),
-    "other captions": (_reverse_captions, HashMismatchError, "bank of checkpoint"),
+    "other captions": (_reverse_captions, HashMismatchError, "the bank is not the one that was written"),
     "no tokenizer": (_remove_tokenizer, CheckpointError, r"has no tokenizer; expected tokenizer\.json"),
     "no record": (_remove("xadapter.json"), CheckpointError, r"xadapter\.json is missing"),
-    "record no json": (_write("xadapter.json", "{"), CheckpointError, r"xadapter\.json: .*JSON"),
+    "record no json": (_write("xadapter.json", "{"), CheckpointError, r"not a JSON object: .*xadapter\.json"),
     "unknown key": (
         _change_record(lambda r: r.update(color=1)),
         CheckpointError,
@@ -262,6 +274,36 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         _change_plugin(lambda t: t["adapters.1.v.out.weight"].fill_(float("nan"))),
         CheckpointError,
         "not finite",
+    ),
+    "one bit": (
+        _flip_bit("xadapter.safetensors"),
+        HashMismatchError,
+        r"not the one that was saved: .*xadapter\.safetensors \(expected SHA-256",
+    ),
+    "other setting": (
+        _change_record(lambda r: r["config"]["retrieval"].update(k=1)),  # type: ignore[index]
+        HashMismatchError,
+        r"not the one that was saved: .*xadapter\.safetensors",
+    ),
+    "other texts": (
+        _write("calibration.jsonl", '{"sentence": "x"}\n'),
+        HashMismatchError,
+        r"not the one that was saved: .*calibration\.jsonl",
+    ),
+    "one bit of the bank": (
+        _flip_bit("bank.safetensors"),
+        HashMismatchError,
+        "the bank is not the one that was written",
+    ),
+    "a device": (
+        lambda f: (f / "plm" / "vocab.txt").symlink_to("/dev/zero"),
+        CheckpointError,
+        r"a file of the checkpoint cannot be read: .*vocab\.txt \(expected a regular file",
+    ),
+    "deep": (
+        _write("xadapter.json", "[" * 10**5),
+        CheckpointError,
+        "not a JSON object",
     ),
     "pickle": (
         lambda f: (f / "optimizer.pt").touch(),

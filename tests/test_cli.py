@@ -52,6 +52,7 @@ def test_run_reads_texts_from_stdin(tiny: Path) -> None:
     assert [reply["answers"][0]["token"] for reply in replies] == ["yellow", "red"]
     assert replies[1]["pictures"][0]["caption"] == "cherry"
     assert [reply["experts"] for reply in replies] == ["v", "v"]
+    assert result.stderr == "Warning: blank lines of stdin have no answer: 1\n"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ A block below ``<!-- not run: REASON -->`` is left out. A block below a line tha
 backquotes and a colon is written to that file. Training is cut to a few steps.
 """
 
+import json
 import os
 import re
 import runpy
@@ -128,6 +129,21 @@ def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
     if any("-o bundle\n" in block.code or "-o bundle " in block.code for block in blocks):
         shutil.rmtree(folder / "bundle")  # the page makes its own
     assert run_blocks(page) == len([block for block in blocks if block.reason is None])
+
+
+def test_the_notebook_runs_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "kept without outputs, so that its changes can be read"
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert "V-expert: green" in next(line for line in lines if line.startswith("a frog"))
+    assert lines[-2:] == ["red", "True"]
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,15 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 import pytest
+import yaml
 
 from docs.cli_reference import COMMANDS, render
 from docs.house_map import FILE, draw, read_rooms
+from docs.site_pages import gather_pages
 from xadapter_export.training.config import make_config
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +60,13 @@ def unknown_options(command: click.Command, arguments: list[str]) -> list[str]:
 
 def test_the_command_reference_is_what_help_says() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == render(), "run: make docs"
+
+
+def test_every_command_is_installed_and_the_package_by_its_own_name() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    for name, command in COMMANDS.items():
+        assert resolve_name(scripts[name]) is command
+    assert scripts["xadapter-export"] == scripts["xad"]  # uvx xadapter-export, pipx run xadapter-export
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -141,3 +151,26 @@ def test_the_readme_quotes_the_benchmark() -> None:
 def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split()) <= 700
+
+
+def nav_pages(entries: list[object]) -> list[str]:
+    found: list[str] = []
+    for entry in entries:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            found += nav_pages(value) if isinstance(value, list) else [str(value)]
+    return found
+
+
+def test_the_site_leads_to_every_page(tmp_path: Path) -> None:
+    gather_pages(tmp_path)
+    nav = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert [page for page in nav if not (tmp_path / page).is_file()] == []
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - set(nav) == set()
+
+
+def test_links_of_the_site_lead_somewhere(tmp_path: Path) -> None:
+    gather_pages(tmp_path)
+    assert (tmp_path / "repository" / "CONTRIBUTING.md").is_file()
+    for page in tmp_path.rglob("*.md"):
+        links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page

@@ -216,7 +216,7 @@ def test_the_engine_for_this_gpu_answers(result: ExportResult, monkeypatch: pyte
     assert answers == [answer[0].token for answer in fp32.fill_mask(texts)]
     assert max(sizes) == 4  # which the engine was planned for
     with pytest.raises(BundleError, match=r"the engine cannot run on this input: tensorrt-rtx-fp16 \(got"):
-        session.run(session._encoder_for(None).encode(TEXTS[:1]), outputs=["nonsense"])
+        session.run(session.text_encoder(None).encode(TEXTS[:1]), outputs=["nonsense"])
     with pytest.raises(ConfigError, match="num_threads must be at least 1"):
         XAdapterSession.load(result.folder, variant="tensorrt-rtx-fp16", num_threads=0)
     monkeypatch.setattr(shared, "find_gpu", lambda: "sm120")

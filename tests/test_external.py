@@ -77,7 +77,7 @@ def inside(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run_all(folder: Path, experts: ExpertSet, **options: Any) -> dict[str, NDArray[Any]]:
     options = {"variant": "onnx-fp32", **options}
     session = XAdapterSession.load(folder, experts=experts, num_threads=1, **options)
-    return dict(session.run(session._encoder_for(experts).encode(TEXTS)))
+    return dict(session.run(session.text_encoder(experts).encode(TEXTS)))
 
 
 def flat_index() -> Any:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -112,6 +113,55 @@ def test_the_old_folder_comes_back_if_the_swap_fails(tmp_path: Path, monkeypatch
     ):
         write(tmp_path / "out", "new")
     assert [(path / "manifest.json").read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+KILLED = """
+import sys, time
+from xadapter_export.bundle import staged_folder
+with staged_folder(sys.argv[1], force=True) as staged:
+    (staged / "manifest.json").write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def start_writer(final: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that has begun to write a folder."""
+    writer = subprocess.Popen([sys.executable, "-c", KILLED, str(final)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"writing\n"
+    return writer
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path: Path) -> None:
+    foreign = (".out.1234abcd.tmp", ".out.1234abcd.xad.tmp.bak", ".other.1234abcd.xad.tmp", ".out.x.xad.tmp")
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.1234abcd.xad.tmp").symlink_to(tmp_path / foreign[0])
+    write(tmp_path / "out", "old")
+    dead, alive = start_writer(tmp_path / "out"), start_writer(tmp_path / "out")
+    dead.kill()
+    dead.communicate()
+    kept = {"out", ".out.1234abcd.xad.tmp", *foreign}
+    assert len(set(names(tmp_path)) - kept) == 2
+    write(tmp_path / "out", "new")
+    assert len(set(names(tmp_path)) - kept) == 1  # of the one that is still writing
+    alive.kill()
+    alive.communicate()
+    write(tmp_path / "out", "newer")
+    assert set(names(tmp_path)) == kept
+    assert (tmp_path / "out/manifest.json").read_text() == "newer"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_an_old_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.0123abcd.xad.old")  # killed between two renames
+    with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out"):
+        pytest.fail("the block was entered")
+    assert (tmp_path / "out/manifest.json").read_text() == "old"
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
@@ -360,7 +410,7 @@ def test_a_bank_list_that_cannot_be_read(broken: Path) -> None:
     rehash(broken)
     with pytest.raises(BundleError, match=r"list of images cannot be read: .*bank\.jsonl.*can't decode"):
         XAdapterSession.load(broken)
-    with pytest.raises(BundleError, match=r"list of images cannot be read: .*onnx.*Is a directory"):
+    with pytest.raises(BundleError, match=r"list of images cannot be read: .*onnx \(expected a regular file"):
         read_pictures(broken / "onnx", num_pictures=3)
 
 

@@ -1,6 +1,13 @@
 """What an attacker puts into a bundle, a bank or a text is refused or only shown; nothing of it is obeyed."""
 
+import errno
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +16,25 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny_bundle import rehash, rewrite_manifest
 from xadapter_export import XAdapterSession
+from xadapter_export.bank.contact_sheet import Hit, render_sheet
+from xadapter_export.bank.reader import BankReader
+from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.bank_builder.work_folder import WorkFolder
+from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_check import check_onnx, check_openvino
 from xadapter_export.bundle.graph_file import Field, serialize
+from xadapter_export.bundle.pictures import Picture
+from xadapter_export.cli.bank import _write_page
 from xadapter_export.cli.main import xad
-from xadapter_export.errors import BundleError
+from xadapter_export.errors import BundleError, CheckpointError, ConfigError, InputTextError, OutputWriteError
+from xadapter_export.evaluation.thumbnails import load_thumbnails
+from xadapter_export.model.builtin import builtin_folder
+from xadapter_export.runtime.answers import RetrievedPicture
 
 BANANA = "the color of a banana is [MASK]."
 CONTROLS = "\x1b[2J\x07\x9b31m\u202e"
@@ -207,3 +225,234 @@ def test_an_openvino_graph_that_could_do_harm_is_not_opened(tmp_path: Path, text
 def test_an_openvino_graph_of_its_own_operators_is_opened(tmp_path: Path) -> None:
     (tmp_path / "model.xml").write_text(LAYER.format("MatMul", "opset1"), encoding="utf-8")
     check_openvino(tmp_path / "model.xml")
+
+
+def test_a_link_to_itself_is_one_line(broken: Path) -> None:
+    for name in ("tokenizer.json", "manifest.json"):
+        (broken / name).unlink()
+        (broken / name).symlink_to(name)
+        with pytest.raises(BundleError) as caught:
+            read_bundle(broken)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 10**5 + "]" * 10**5, "too many levels"),
+        ('{"a": ' * 10**5 + "1" + "}" * 10**5, "too many levels"),
+        ('{"format_version": 1, "task": "x", "task": "y"}', "the key 'task' is there twice"),
+        ('{"format_version": NaN}', "NaN is no number of JSON"),
+        ("[]", "not a JSON object"),
+        (" " * (17 << 20), "too large"),
+    ],
+)
+def test_a_manifest_that_is_no_plain_object_is_one_line(broken: Path, text: str, message: str) -> None:
+    (broken / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=message):
+        read_bundle(broken)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "a/../x", "/etc/passwd", "a//b", "./a", "a/.", "a\\b", "C:x", "a\0b", ""),
+        *(
+            "CON",
+            "con.txt",
+            "a/NUL",
+            "com1.onnx",
+            "LPT\xb9",
+            "aux .bin",
+            "x.",
+            "x ",
+            "a?",
+            "*/x",
+            "a|b",
+            "x\x1b",
+        ),
+        "x" * 256,
+    ],
+)
+def test_a_file_name_that_some_system_takes_for_another_is_refused(broken: Path, name: str) -> None:
+    manifest = json.loads((broken / "manifest.json").read_text(encoding="utf-8"))
+    rewrite_manifest(broken, files=manifest["files"] | {name: {"size_bytes": 0, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match="must be a relative path"):
+        read_bundle(broken)
+
+
+def test_two_names_that_some_system_takes_for_one_are_refused(broken: Path) -> None:
+    (broken / "Tokenizer.json").write_text("{}", encoding="utf-8")
+    rehash(broken)
+    with pytest.raises(BundleError, match=r"take these files for one: Tokenizer\.json, tokenizer\.json"):
+        read_bundle(broken)
+
+
+@pytest.mark.parametrize("name", ["bank.json", "bank.jsonl"])
+def test_a_bank_of_devices_is_not_read(tmp_path: Path, name: str) -> None:
+    for file in ("bank.jsonl", "bank.safetensors"):
+        shutil.copy(builtin_folder() / file, tmp_path)
+    BankReader(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"expected a regular file|is missing"):
+        _ = BankReader(tmp_path).clip
+
+
+def test_a_list_of_images_that_claims_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    shutil.copy(builtin_folder() / "bank.safetensors", tmp_path)
+    with (tmp_path / "bank.jsonl").open("wb") as stream:
+        stream.truncate(1 << 40)  # a sparse file
+    with pytest.raises(CheckpointError, match="the list of images is too large"):
+        BankReader(tmp_path)
+
+
+def test_a_tokenizer_whose_expression_never_ends_is_one_line(broken: Path) -> None:
+    tokenizer = json.loads((broken / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = split
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    rehash(broken)
+    session = XAdapterSession.load(broken, experts="none")
+    with pytest.raises(InputTextError, match=r"the tokenizer gives up on a text: .*retry-limit"):
+        session.fill_mask("a" * 40 + "! [MASK]")
+
+
+def give(op_type: str, constant: NDArray[Any], output: str = "logits") -> Change:
+    """Put a node with a constant after an output."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = ["before" if name == output else name for name in names]
+        model.graph.initializer.append(numpy_helper.from_array(constant, "constant"))
+        model.graph.node.append(helper.make_node(op_type, ["before", "constant"], [output]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (give("Tile", np.array([4, 1, 1])), r"wrong shape or dtype: logits .*\(expected \(1, 1, 21\)"),
+        (give("Add", np.array(np.nan, np.float32)), "contain NaN or infinity: logits"),
+        (give("Add", np.array(np.inf, np.float32)), "contain NaN or infinity: logits"),
+        (give("Add", np.array(1 << 40), "retrieved"), "a picture that the bank does not have: retrieved"),
+        (give("Sub", np.array(1), "retrieved"), "a picture that the bank does not have: retrieved"),
+    ],
+)
+def test_what_is_no_answer_to_the_text_is_one_line(broken: Path, change: Change, message: str) -> None:
+    change_graph(broken, change)
+    session = XAdapterSession.load(broken, experts="vt", check="never")
+    with pytest.raises(BundleError, match=message):
+        session.fill_mask("the color of a banana is [MASK].")
+        session.retrieve("a banana")
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Return a bank with thumbnails."""
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    for file in ("bank.jsonl", "bank.safetensors"):
+        shutil.copy(builtin_folder() / file, folder)
+    return folder
+
+
+def test_a_thumbnail_that_unpacks_to_much_is_refused(album: Path) -> None:
+    with zipfile.ZipFile(album / "thumbnails.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.webp", bytes(1 << 26))
+    with pytest.raises(CheckpointError, match=r"thumbnails cannot be read: .*0\.webp of 67108864 bytes"):
+        dict(read_thumbnails(album))
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(album: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    stream = io.BytesIO()
+    image.new("1", (9000, 9000)).save(stream, "png")
+    with zipfile.ZipFile(album / "thumbnails.zip", "w") as archive:
+        archive.writestr("0.webp", stream.getvalue())
+    assert load_thumbnails(album, [RetrievedPicture(0, "x", "x", 1.0)]) == {}
+
+
+def test_an_id_leads_to_no_file_elsewhere_and_no_link_to_itself(tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "out.png").write_bytes(b"")
+    pictures = [RetrievedPicture(i, name, "x", 1.0) for i, name in enumerate(("loop", "../out", "a\0b"))]
+    assert load_thumbnails(tmp_path / "in", pictures) == {}
+
+
+def test_a_page_on_a_disk_that_takes_nothing_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(OutputWriteError, match=r"the page cannot be written: .*Read-only"):
+        _write_page(tmp_path / "sheet.html", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "-o", ""),
+        ("inspect", ""),
+        ("run", "", BANANA),
+        ("bank", "compact", "builtin", "--prototypes", 2, "-o", ""),
+        ("train", "-o", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(arguments: tuple[object, ...]) -> None:
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the path is empty" in result.stderr
+
+
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+from xadapter_export.cli.main import xad
+xad()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "-o", "taken"),
+        ("bank", "build", "pictures", "-o", "taken"),
+        ("train", "--plm", "x", "--clip", "x", "--bank", "x", "--train-files", "x", "-o", "taken"),
+    ],
+)
+def test_a_place_that_is_taken_is_refused_before_torch_is_imported(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    line = [sys.executable, "-c", NO_TORCH, *arguments]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: the output path already exists: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_shard_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path, num_rows=1, shard_rows=1, offsets=(0,))
+    work.shard_folder(0).mkdir(parents=True)
+    for data in (b"", b"\xff" * 100):
+        (work.shard_folder(0) / "features.safetensors").write_bytes(data)
+        with pytest.raises(ConfigError, match=r"a shard is damaged: .*run the same command again"):
+            work.read_shard(0)
+
+
+def test_a_page_of_images_holds_no_markup_of_theirs() -> None:
+    attack = "\"><script>alert(1)</script>'&"
+    hit = Hit(0, Picture(id=attack, caption=attack), 0.5)
+    for thumbnails in ({}, {0: b"webp"}):
+        page = render_sheet(attack, attack, [hit], thumbnails)
+        assert "<script" not in page
+        assert 'alt=""' not in page
+        assert page.count("&lt;script&gt;") >= 4

@@ -30,7 +30,7 @@ from xadapter_export.model.identity import weights_sha256
 from xadapter_export.training import TrainingStopped, TrainResult, read_config, train, train_control
 from xadapter_export.training.control import is_control_of
 from xadapter_export.training.examples import read_texts
-from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError
+from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError, load_state
 
 TEXTS = [
     "the color of a banana is green.",
@@ -139,6 +139,17 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(parts: Path, tmp_path: Pa
     assert losses(resumed) == losses(whole)
     for name, tensor in whole.model.trained_state().items():
         assert torch.equal(tensor, resumed.model.trained_state()[name]), name
+
+
+@pytest.mark.parametrize("state", [b"", b"\xff" * 64, None])
+def test_a_damaged_state_is_one_line(tmp_path: Path, state: bytes | None) -> None:
+    plugin = torch.nn.Linear(2, 2)
+    if state is None:
+        save_file({"weight": torch.zeros(5)}, tmp_path / WEIGHTS_NAME)
+    else:
+        (tmp_path / WEIGHTS_NAME).write_bytes(state)
+    with pytest.raises(CheckpointError, match=r"a state of the training is damaged: .*remove .* and resume"):
+        load_state(plugin, tmp_path)
 
 
 def test_other_settings_do_not_go_on_with_an_unfinished_run(parts: Path, tmp_path: Path) -> None:

@@ -7,19 +7,54 @@ app that runs a bundle needs no PyTorch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from xadapter_export.errors import XAdapterError, import_extra
+from xadapter_export.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    HashMismatchError,
+    InputTextError,
+    MissingExtraError,
+    OutputExistsError,
+    OutputWriteError,
+    ParityError,
+    ProviderError,
+    ShapeError,
+    UnsupportedError,
+    XAdapterError,
+    import_extra,
+)
 
 if TYPE_CHECKING:
     from xadapter_export.bank import FeatureBank
     from xadapter_export.exporters import export
+    from xadapter_export.exporters.pipeline import ExportResult
     from xadapter_export.model.config import XAdapterConfig
     from xadapter_export.model.x_adapter_model import XAdapterModel
+    from xadapter_export.runtime.answers import RetrievedPicture
     from xadapter_export.runtime.session import XAdapterSession
+    from xadapter_export.tasks.fill_mask import FillMaskAnswer
+    from xadapter_export.tasks.text_classification import LabelAnswer
 
     __version__: str
 
 __all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportResult",
     "FeatureBank",
+    "FillMaskAnswer",
+    "HashMismatchError",
+    "InputTextError",
+    "LabelAnswer",
+    "MissingExtraError",
+    "OutputExistsError",
+    "OutputWriteError",
+    "ParityError",
+    "ProviderError",
+    "RetrievedPicture",
+    "ShapeError",
+    "UnsupportedError",
     "XAdapterConfig",
     "XAdapterError",
     "XAdapterModel",
@@ -30,10 +65,14 @@ __all__ = [
 
 _BASE = {
     "FeatureBank": "xadapter_export.bank",
+    "FillMaskAnswer": "xadapter_export.tasks.fill_mask",
+    "LabelAnswer": "xadapter_export.tasks.text_classification",
+    "RetrievedPicture": "xadapter_export.runtime.answers",
     "XAdapterConfig": "xadapter_export.model.config",
     "XAdapterSession": "xadapter_export.runtime.session",
 }
 _EXPORT_EXTRA = {
+    "ExportResult": "xadapter_export.exporters.pipeline",
     "XAdapterModel": "xadapter_export.model.x_adapter_model",
     "export": "xadapter_export.exporters.pipeline",
 }

@@ -7,6 +7,8 @@ one line that says what, where, expected, got, and what to do; each part is also
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Final, Self
 
@@ -93,6 +95,10 @@ class HashMismatchError(CheckpointError, BundleError):
     """A file or a set of weights that is not the one that was recorded."""
 
 
+class HubError(CheckpointError, BundleError):
+    """The Hugging Face Hub could not give or take what was asked of it."""
+
+
 class ShapeError(XAdapterError, ValueError):
     """An array whose shape or dtype is not the one in the contract."""
 
@@ -121,6 +127,21 @@ class MissingExtraError(XAdapterError, ImportError):
     """A package that belongs to an optional extra is not installed."""
 
 
+@contextmanager
+def panics_as(error: type[XAdapterError], what: str, *, where: object = None) -> Iterator[None]:
+    """Raise an error of ours where a library in Rust gives up: its panic is no ``Exception``.
+
+    Raises:
+        error: If the body panics; an expression of a tokenizer that never ends does.
+    """
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":  # pyo3's, which each of its modules has as its own
+            raise
+        raise error(what, where=where, got=panic) from panic
+
+
 def import_extra(module: str, *extras: str) -> ModuleType:
     """Import a module that only an extra installs.
 
@@ -135,6 +156,5 @@ def import_extra(module: str, *extras: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         lines = " or ".join(f'pip install "xadapter-export[{extra}]"' for extra in extras)
-        raise MissingExtraError(
-            f"{module} cannot be imported", got=error, hint=f"install it with: {lines}"
-        ) from error
+        missing = f"this needs {' or '.join(f'[{extra}]' for extra in extras)}, which is not installed"
+        raise MissingExtraError(missing, where=module, got=error, hint=f"install it with: {lines}") from error

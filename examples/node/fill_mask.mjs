@@ -23,7 +23,8 @@ try {
   }
 } catch (error) {
   if (!(error instanceof XAdapterError) && !error.syscall) throw error; // a file that cannot be read has one
-  console.error(`Error: ${error.message}`);
+  const missing = error.syscall && `cannot read ${error.path} (${error.code}): is ${bundle} a bundle?`;
+  console.error(`Error: ${missing || error.message}`);
   process.exit(1);
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.bank.thumbnails import check_pixels, inside_or_none, read_thumbnails
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import import_extra
 
@@ -19,11 +19,11 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa4b2; --page: #14171b;
   --card: #1d2126; --line: #2c323a; --bar: #6ea0ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.5rem; background: var(--page); color: var(--ink);
-  font: 16px/1.45 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 72rem; padding: 2.5rem clamp(.75rem, 4vw, 1.5rem); background: var(--page);
+  color: var(--ink); font: 16px/1.45 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.6rem; font-weight: 650; overflow-wrap: anywhere; }
 p.about { margin: .3rem 0 1.8rem; color: var(--soft); font-size: .9rem; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr)); gap: 1rem; }
 figure { margin: 0; overflow: hidden; background: var(--card); border: 1px solid var(--line);
   border-radius: .75rem; }
 .picture { display: grid; place-items: center; aspect-ratio: 1; background: #fff; }
@@ -93,8 +93,8 @@ def find_thumbnails(bank: BankReader, hits: Sequence[Hit], pictures: Path | None
     found = dict(read_thumbnails(bank.folder, {hit.row for hit in hits}))
     if pictures is not None:
         for hit in hits:
-            path = (pictures / hit.picture.id).resolve()
-            if hit.row not in found and path.is_relative_to(pictures.resolve()) and path.is_file():
+            path = inside_or_none(pictures, hit.picture.id)
+            if hit.row not in found and path is not None:
                 webp = _shrink(path)
                 if webp is not None:
                     found[hit.row] = webp
@@ -106,6 +106,7 @@ def _shrink(path: Path) -> bytes | None:
     stream = io.BytesIO()
     try:
         with image_module.open(path) as image:
+            check_pixels(image)
             small = image_ops.exif_transpose(image).convert("RGBA")
             small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             small.save(stream, "webp", quality=80)

@@ -120,7 +120,7 @@ class FeatureBank:
         folder = Path(folder)
         self.save_features(folder / FEATURES_NAME)
         self.save_rows(folder / BANK_NAME)
-        write_bank_record(folder, self.record)
+        write_bank_record(folder, self.record.model_copy(update={"sha256": self.sha256}))
 
     def save_features(self, path: Path) -> None:
         """Writes ``bank.safetensors`` block by block."""
@@ -143,6 +143,7 @@ class FeatureBank:
 
         Raises:
             CheckpointError: If a file is missing or broken.
+            HashMismatchError: If rows or captions are not those that were written.
             ShapeError: If features and captions do not match, or a feature is not of length 1.
         """
         folder = Path(folder)
@@ -151,7 +152,7 @@ class FeatureBank:
             pictures = read_pictures(folder / BANK_NAME, num_pictures=reader.num_pictures)
         except BundleError as error:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
-        return cls(
+        bank = cls(
             reader.stored.features,
             pictures,
             reader.stored.scales,
@@ -159,6 +160,8 @@ class FeatureBank:
             reader.kind,
             reader.num_skipped,
         )
+        reader.check_sha256(bank.sha256)
+        return bank
 
     def _blocks(self) -> Iterator[tuple[int, Float32]]:
         return float32_blocks(self.features, self.scales, block_rows(self.features.shape[1]))

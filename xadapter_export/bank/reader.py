@@ -4,7 +4,6 @@ Dimensions: N pictures, D CLIP embedding size.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from xadapter_export.bank.record import (
 from xadapter_export.bank.rows import Float32, block_rows, check_lengths, dtype_of, to_float32
 from xadapter_export.bundle.bank_rows import BankRows
 from xadapter_export.bundle.folder import BANK_NAME
-from xadapter_export.bundle.manifest import describe
-from xadapter_export.bundle.pictures import Picture
-from xadapter_export.errors import BundleError, CheckpointError
+from xadapter_export.bundle.pictures import LONGEST_LINE, Picture
+from xadapter_export.bundle.small_files import check_file, describe, read_object
+from xadapter_export.errors import BundleError, CheckpointError, HashMismatchError
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class BankReader:
             raise CheckpointError(f"bank in {folder} cannot be read ({error}); build it again") from error
         self.num_pictures, self.dim = self.stored.num_pictures, self.stored.dim
         self.dtype: BankDtype = dtype_of(self.stored.features)
+        longest = self.num_pictures * LONGEST_LINE
+        check_file(self.folder / BANK_NAME, "the list of images", CheckpointError, largest=longest)
         self.record = read_bank_record(self.folder)
         if self.record is not None:
             self._check_record(self.record)
@@ -167,13 +168,33 @@ class BankReader:
             raise self._miscounted("more lines")
 
     def sha256(self) -> str:
-        """Return the hash that ``FeatureBank.sha256`` gives for the same bank."""
+        """Return the hash that ``FeatureBank.sha256`` gives for the same bank.
+
+        Raises:
+            HashMismatchError: If ``bank.json`` has another one.
+        """
         digest = hashlib.sha256()
         for _, rows in self.row_blocks():
             digest.update(np.ascontiguousarray(rows).data)
         for picture in self.pictures():
             digest.update(f"{picture.id}\0{picture.caption}\0".encode())
+        self.check_sha256(digest.hexdigest())
         return digest.hexdigest()
+
+    def check_sha256(self, found: str) -> None:
+        """Compare the hash of the bank with the one in ``bank.json``, where there is one.
+
+        Raises:
+            HashMismatchError: If it is another.
+        """
+        if self.record is not None and self.record.sha256 not in {None, found}:
+            raise HashMismatchError(
+                "the bank is not the one that was written",
+                where=self.folder,
+                expected=f"SHA-256 {self.record.sha256}",
+                got=found,
+                hint="copy or build the bank again",
+            )
 
     def _lines(self) -> Iterator[str]:
         path = self.folder / BANK_NAME
@@ -204,10 +225,10 @@ def _clip_of_checkpoint(folder: Path) -> BankClip | None:
     path = folder / CHECKPOINT_RECORD_NAME
     if not path.is_file():
         return None
+    record = read_object(path, "the record of the checkpoint", CheckpointError)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         if record["clip"] is None or record["config"]["retrieval"]["mode"] != "topk":
             return None
         return BankClip(source=record["clip"]["source"], sha256=record["clip"]["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError("the record of the checkpoint cannot be read", where=path, got=error) from error

@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from xadapter_export.bundle.folder import FEATURES_NAME as FEATURES_NAME
-from xadapter_export.bundle.manifest import Count, Sha256, Size, describe
+from xadapter_export.bundle.manifest import Count, Sha256, Size
+from xadapter_export.bundle.small_files import read_model
 from xadapter_export.errors import CheckpointError
 
 RECORD_NAME = "bank.json"
@@ -56,6 +57,7 @@ class BankRecord(_Strict):
         num_skipped: Pictures that were listed and could not be decoded.
         clip: What made the features; None where nobody said.
         created_with: Versions of the packages that wrote the bank.
+        sha256: Hash of rows and captions, as ``BankReader.sha256`` gives it; None where nobody said.
     """
 
     format_version: Literal[1] = 1
@@ -66,6 +68,7 @@ class BankRecord(_Strict):
     num_skipped: Count = 0
     clip: BankClip | None = None
     created_with: dict[str, str] = {}
+    sha256: Sha256 | None = None
 
 
 def read_bank_record(folder: Path) -> BankRecord | None:
@@ -77,12 +80,7 @@ def read_bank_record(folder: Path) -> BankRecord | None:
     path = folder / RECORD_NAME
     if not path.exists():
         return None
-    try:
-        return BankRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise CheckpointError("the bank's record is not valid", where=path, got=describe(error)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("the bank's record cannot be read", where=path, got=error) from error
+    return read_model(path, BankRecord, "the bank's record", CheckpointError)
 
 
 def write_bank_record(folder: Path, record: BankRecord) -> None:

@@ -1,13 +1,19 @@
 """``thumbnails.zip`` of a bank: ``<row>.webp``, a small picture of each row."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from xadapter_export.bank.record import THUMBNAILS_NAME
 from xadapter_export.errors import CheckpointError
 
+_LARGEST_BYTES = 1 << 22  # of one thumbnail, which has 1024 x 1024 pixels at most
+_MOST_PIXELS = 1 << 26  # of any picture that is shown; as many take 256 MiB
+# What the library raises for a damaged file, one with a password, and one in a compression that it lacks.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _DATE = (1980, 1, 1, 0, 0, 0)  # so that equal pictures make equal files
 
 
@@ -45,9 +51,31 @@ def read_thumbnails(folder: Path, rows: set[int] | None = None) -> Iterator[tupl
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                stem, _, suffix = name.partition(".")
-                if suffix == "webp" and stem.isdecimal() and (rows is None or int(stem) in rows):
-                    yield int(stem), archive.read(name)
-    except (OSError, zipfile.BadZipFile) as error:
+            for info in archive.infolist():
+                stem, _, suffix = info.filename.partition(".")
+                if suffix != "webp" or not stem.isdecimal() or (rows is not None and int(stem) not in rows):
+                    continue
+                if info.file_size > _LARGEST_BYTES:
+                    raise zipfile.BadZipFile(f"{info.filename} of {info.file_size} bytes")
+                yield int(stem), archive.read(info)
+    except _UNREADABLE as error:
         raise CheckpointError("the thumbnails cannot be read", where=path, got=error) from error
+
+
+def inside_or_none(folder: Path, name: str) -> Path | None:
+    """Return the file of a picture in a folder; None if there is none or it leads elsewhere, as ids may."""
+    try:
+        path = (folder / name).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL
+        return None
+
+
+def check_pixels(image: Any) -> None:
+    """Refuse an opened image of Pillow that would fill the memory when it is decoded.
+
+    Raises:
+        ValueError: If it has too many pixels.
+    """
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels")

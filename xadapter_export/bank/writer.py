@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import (
     FEATURES_NAME,
     BankClip,
@@ -117,6 +118,7 @@ class BankWriter:
             num_skipped=num_skipped,
             clip=clip,
             created_with=created_with or package_versions(),
+            sha256=BankReader(self._folder).sha256(),
         )
         write_bank_record(self._folder, record)
         return record

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xadapter_export.bank import BankClip
+from xadapter_export.bundle.small_files import read_object
 from xadapter_export.errors import CheckpointError, ConfigError, UnsupportedError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_text import CONFIG_NAME, WEIGHTS_NAME, OpenClipTower, download_clip
@@ -155,7 +156,7 @@ def _read_settings(folder: Path, name: str) -> dict[str, Any]:
             "Save it in open_clip's hub layout"
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_object(path, "the configuration of CLIP", CheckpointError)
         if "model_cfg" not in settings:
             settings = {"model_cfg": settings}
         if not {"embed_dim", "vision_cfg", "text_cfg"} <= settings["model_cfg"].keys():

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from xadapter_export.bank.record import SKIPPED_NAME
@@ -21,6 +22,7 @@ from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bank_builder.sources import Source, SourceRow
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture
+from xadapter_export.bundle.small_files import LARGEST_TEXT, read_object
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import ConfigError, OutputExistsError, OutputWriteError
 
@@ -163,17 +165,21 @@ class WorkFolder:
         """Read a shard that is done; its thumbnails stay where they are.
 
         Raises:
-            ConfigError: If it does not hold every listed picture once.
+            ConfigError: If it cannot be read, or does not hold every listed picture once.
         """
         folder = self.shard_folder(shard)
-        features = load_file(folder / _FEATURES_NAME)["features"]
-        pictures = [Picture.model_validate_json(line) for line in _read_lines(folder / BANK_NAME)]
-        skipped = [json.loads(line) for line in _read_lines(folder / SKIPPED_NAME)]
+        hint = "remove it and run the same command again"
+        try:
+            features = load_file(folder / _FEATURES_NAME)["features"]
+            pictures = [Picture.model_validate_json(line) for line in _read_lines(folder / BANK_NAME)]
+            skipped = [json.loads(line) for line in _read_lines(folder / SKIPPED_NAME)]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError("a shard is damaged", where=folder, got=error, hint=hint) from error
         if len(features) != len(pictures) or len(pictures) + len(skipped) != self.num_rows_of(shard):
             raise ConfigError(
                 "a shard is damaged", where=folder, expected=f"{self.num_rows_of(shard)} pictures",
                 got=f"{len(features)} features, {len(pictures)} names and {len(skipped)} skipped",
-                hint="remove it and run the same command again",
+                hint=hint,
             )  # fmt: skip
         return EncodedShard(features, pictures, skipped, [])
 
@@ -223,7 +229,7 @@ def _remove_work(folder: Path, *, keep: Path) -> None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_object(path, "the plan of the build", ConfigError, largest=LARGEST_TEXT)
         if plan["format_version"] != _FORMAT_VERSION:
             raise ValueError(f"format version {plan['format_version']}")
     except (OSError, ValueError, KeyError, TypeError) as error:

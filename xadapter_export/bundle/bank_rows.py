@@ -72,7 +72,7 @@ class BankRows:
         try:
             with cast(Any, safe_open(path, framework="numpy")):  # it checks the whole header
                 header, start = _read_header(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, MemoryError, SafetensorError) as error:  # MemoryError: larger than may be mapped
             raise BundleError("the features of the bank cannot be read", where=path, got=error) from error
         found = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}
         dtype, shape = found.get("features", ("", ()))

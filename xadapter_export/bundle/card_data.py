@@ -1,5 +1,6 @@
 """What the Hub reads of a model card: the YAML before its text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def _results_of(manifest: Manifest) -> list["EvalResult"]:
         found += [
             EvalResult(
                 task_type=tag,
-                dataset_type="custom",
+                dataset_type=re.sub("[^a-z0-9]+", "-", asked.lower()).strip("-"),  # data sets differ by it
                 dataset_name=asked,
                 metric_type=metric,
                 metric_name=f"{title}: experts {variant.expert_set}, {variant.name}",

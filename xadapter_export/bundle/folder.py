@@ -1,17 +1,21 @@
 """A bundle on disk, read so that every file is verified.
 
 Reading trusts no path in the manifest: a file must lie inside the folder, symbolic links included, and be the
-one that was recorded. Writing is in ``staging``.
+one that was recorded. The one exception is the Hub's cache, where each file of a snapshot is a link to a blob
+of the same repository. Writing is in ``staging``.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
+from xadapter_export.bundle.hub import HubRepo, push_files
 from xadapter_export.bundle.manifest import FileEntry, Manifest
+from xadapter_export.bundle.small_files import read_text
 from xadapter_export.errors import (
     BundleError,
     HashMismatchError,
@@ -48,18 +52,63 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest was read."""
+    """A bundle on disk whose manifest was read.
+
+    Attributes:
+        folder: Its folder; of a bundle on the Hub, the folder of its snapshot in the cache.
+        manifest: Its manifest.
+        repo: Where its files are downloaded from when they are needed; None if it is complete.
+    """
 
     folder: Path
     manifest: Manifest
+    repo: HubRepo | None = None
 
     def file(self, relative: str) -> Path:
-        """Return the path of a file of the bundle.
+        """Return the path of a file of the bundle, downloaded if need be.
 
         Raises:
             BundleError: If it is missing, or leads out of the folder through a symbolic link.
+            HubError: If it cannot be downloaded.
         """
+        self.fetch((relative,))
         return inside(self.folder, relative, "bundle")
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Download those of the files that are not here yet; nothing to do for a bundle in a folder.
+
+        Raises:
+            HubError: If one cannot be downloaded.
+        """
+        if self.repo is not None:
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                self.repo.fetch([escape(name) for name in missing])
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Upload the bundle to the Hugging Face Hub, as one commit that replaces what was there.
+
+        Args:
+            repo: ``org/name``; made if it is not there.
+            private: Whether a repository that is made is private; the account's default if None.
+            revision: Branch to commit to, made if it is not there; ``main`` if None.
+            message: The commit's message.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: If anything goes wrong; then nothing was committed.
+        """
+        files = (MANIFEST_NAME, *self.manifest.files)
+        return push_files(self.folder, files, repo, private=private, revision=revision, message=message)
 
 
 def inside(folder: Path, relative: str, kind: str) -> Path:
@@ -69,11 +118,15 @@ def inside(folder: Path, relative: str, kind: str) -> Path:
         BundleError: If it is missing, or leads out of the folder through a symbolic link.
     """
     path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise BundleError(f"a file of the {kind} cannot be read", where=path, got=error) from error
+    if not real.is_relative_to(root) and not _is_blob_of(real, root):
         raise BundleError(
             f"a file of the {kind} is outside its folder",
             where=path,
-            got=path.resolve(),
+            got=real,
             hint=f"copy the {kind} so that links become files (cp -rL)",
         )
     if not path.is_file():
@@ -81,34 +134,42 @@ def inside(folder: Path, relative: str, kind: str) -> Path:
     return path
 
 
-def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
+def _is_blob_of(file: Path, snapshot: Path) -> bool:
+    """Whether a file, with no link left in its path, is among the blobs of a snapshot in the Hub's cache.
+
+    The cache is ``models--org--name/snapshots/COMMIT`` and ``models--org--name/blobs``.
+    """
+    repo = snapshot.parent.parent
+    return (
+        snapshot.parent.name == "snapshots"
+        and repo.name.startswith("models--")
+        and file.parent == repo / "blobs"
+    )
+
+
+def read_bundle(
+    source: Path | str, *, revision: str | None = None, verify: bool = True, on_demand: bool = False
+) -> Bundle:
     """Read a bundle's manifest and check its files.
 
     Args:
-        folder: The bundle.
+        source: Its folder, or the name of a repository on the Hub, ``org/name``.
+        revision: Branch, tag or commit on the Hub; ``main`` if None.
         verify: Whether to compare every file's hash. Presence, place and size are always checked, and that
             no file which is read later goes unlisted.
+        on_demand: Whether a file of a bundle on the Hub is downloaded when it is needed; else all of them
+            are downloaded now.
 
     Raises:
         BundleError: If there is no bundle, its manifest is wrong, or a file is missing, cut short or not
             listed.
         HashMismatchError: If a file is not the one that was recorded.
+        ConfigError: If there is a revision, and the bundle is a folder.
+        HubError: If it cannot be downloaded.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(
-            "this is not a bundle",
-            where=folder,
-            expected=f"a folder with {MANIFEST_NAME}",
-            got="no such folder" if not folder.is_dir() else "a folder without one",
-            hint="make one with: xad-export --experts t -o bundle",
-        )
-    manifest_file = folder / MANIFEST_NAME
-    try:
-        text = manifest_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError("the manifest cannot be read", where=manifest_file, got=error) from error
-    bundle = Bundle(folder, Manifest.from_json(text, where=str(manifest_file)))
+    repo = HubRepo.find(source, revision)
+    folder = Path(source) if repo is None else repo.fetch_first(MANIFEST_NAME)
+    bundle = Bundle(folder, _read_manifest(folder), None if repo is None else repo.at_commit(folder))
     unlisted = sorted(_files_to_list(bundle) - set(bundle.manifest.files))
     if unlisted:
         raise BundleError(
@@ -116,20 +177,45 @@ def read_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
             where=folder / unlisted[0],
             hint="copy or export the bundle again",
         )
-    for relative, entry in bundle.manifest.files.items():
-        path = bundle.file(relative)
+    names = set(bundle.manifest.files)
+    if repo is not None and on_demand:
+        names = {name for name in names if (folder / name).exists()}  # what was downloaded before
+    bundle.fetch(names)
+    for name in sorted(names):
+        path, wanted = bundle.file(name), bundle.manifest.files[name].size_bytes
         size = path.stat().st_size
-        if size != entry.size_bytes:
+        if size != wanted:
             raise BundleError(
                 "a file of the bundle has the wrong size",
                 where=path,
-                expected=f"{entry.size_bytes} bytes",
+                expected=f"{wanted} bytes",
                 got=size,
-                hint="copy the bundle again",
+                hint=_get_again(bundle),
             )
     if verify:
         verify_files(bundle, bundle.manifest.files)
     return bundle
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    manifest_file = folder / MANIFEST_NAME
+    if not manifest_file.is_file():
+        raise BundleError(
+            "this is not a bundle",
+            where=folder,
+            expected=f"a folder with {MANIFEST_NAME}",
+            got="no such folder" if not folder.is_dir() else "a folder without one",
+            hint="make one with: xad-export --experts t -o bundle",
+        )
+    text = read_text(manifest_file, "the manifest")
+    return Manifest.from_json(text, where=str(manifest_file))
+
+
+def _get_again(bundle: Bundle) -> str:
+    """Return what helps where a file is damaged; in the Hub's cache it would be taken for good for ever."""
+    if bundle.repo is None:
+        return "copy or export the bundle again"
+    return f"delete {bundle.folder.parent.parent}, and load the bundle again"
 
 
 def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
@@ -146,7 +232,7 @@ def verify_files(bundle: Bundle, names: Iterable[str]) -> None:
                 where=path,
                 expected=f"SHA-256 {entry.sha256}",
                 got=found,
-                hint="copy or export the bundle again",
+                hint=_get_again(bundle),
             )
 
 

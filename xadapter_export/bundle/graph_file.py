@@ -10,6 +10,7 @@ Source:
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,16 +150,16 @@ class GraphFile:
     def put_outside(self, name: str, shape: tuple[int, ...], offset: int, size_bytes: int) -> None:
         """Say that a weight in another file has another shape, or is at another place of it."""
         changed = {b"offset": str(offset).encode(), b"length": str(size_bytes).encode()}
-        fields = []
-        for field in self._fields(name):
-            if field.number == _TENSOR_EXTERNAL:
-                entry = {part.number: part.data for part in parse(field.data)}
-                value = changed.get(entry[_ENTRY_KEY], entry[_ENTRY_VALUE])
-                parts = [Field(_ENTRY_KEY, _BYTES, entry[_ENTRY_KEY]), Field(_ENTRY_VALUE, _BYTES, value)]
-                field = Field(field.number, _BYTES, serialize(parts))
-            if field.number != _TENSOR_DIMS:
-                fields.append(field)
+        fields = [_with_entry(field, changed) for field in self._fields(name) if field.number != _TENSOR_DIMS]
         self._store(name, [*_dims(shape), *fields])
+
+    def relocate(self, files: Mapping[str, str]) -> None:
+        """Say that files with weights have other names."""
+        for name, weight in self.weights.items():
+            if weight.location is not None and weight.location in files:
+                changed = {b"location": files[weight.location].encode()}
+                fields = [_with_entry(field, changed) for field in self._fields(name)]
+                self._graph[self._places[name]] = Field(_GRAPH_INITIALIZER, _BYTES, serialize(fields))
 
     def set_attribute(self, reads: str, attribute: str, value: int) -> None:
         """Set an integer attribute of every node that reads a value and has that attribute."""
@@ -193,6 +194,24 @@ def with_weights(data: bytes, where: object, arrays: Mapping[str, Array]) -> byt
     for name in arrays.keys() & graph.weights.keys():
         graph.put_inside(name, arrays[name])
     return graph.to_bytes()
+
+
+def read_linked(file: Path) -> tuple[bytes, Path]:
+    """Return a graph that is a link, with its weights named as in the folder that they are in.
+
+    In the Hub's cache all files are links into one folder, where they have hashes for names. onnxruntime
+    reads no weights from outside of the folder that it is told.
+
+    Returns:
+        The serialized model, and the folder of its weights.
+
+    Raises:
+        BundleError: If it is not a serialized model with one graph.
+    """
+    graph = GraphFile(file.read_bytes(), file)
+    names = {weight.location for weight in graph.weights.values() if weight.location is not None}
+    graph.relocate({name: (file.parent / name).resolve().name for name in names})
+    return graph.to_bytes(), file.resolve().parent
 
 
 def extra_outputs(names: Iterable[str]) -> bytes:
@@ -322,6 +341,16 @@ def _with_int(attribute: bytes, name: str, value: int) -> bytes:
     if Field(_ATTRIBUTE_NAME, _BYTES, name.encode()) not in fields:
         return attribute
     return serialize([Field(f.number, f.wire, value) if f.number == _ATTRIBUTE_INT else f for f in fields])
+
+
+def _with_entry(field: Field, changed: Mapping[bytes, bytes]) -> Field:
+    """Return a field of a tensor, with another value where it is a fact about the weight's place."""
+    if field.number != _TENSOR_EXTERNAL:
+        return field
+    entry = {part.number: part.data for part in parse(field.data)}
+    value = changed.get(entry[_ENTRY_KEY], entry[_ENTRY_VALUE])
+    parts = [Field(_ENTRY_KEY, _BYTES, entry[_ENTRY_KEY]), Field(_ENTRY_VALUE, _BYTES, value)]
+    return Field(field.number, _BYTES, serialize(parts))
 
 
 def _dims(shape: tuple[int, ...]) -> list[Field]:

@@ -4,13 +4,13 @@ An unknown key, a missing key or a reference to something that is not there is a
 so a manifest that was read can be relied on without further checks.
 """
 
-import json
+import unicodedata
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xadapter_export.bundle.small_files import describe, parse_object
 from xadapter_export.errors import BundleError
 from xadapter_export.experts import KINDS, known_expert, known_experts, known_set
 from xadapter_export.targets import PORTABLE, TARGETS, Precision
@@ -19,11 +19,21 @@ from xadapter_export.tasks import TASKS
 FORMAT_VERSION = 1
 
 
+_DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+_DEVICES |= {f"{name}{number}" for name in ("com", "lpt") for number in "0123456789\xb9\xb2\xb3"}
+
+
 def _inside(path: str) -> str:
-    """Refuse a path that is not relative, or that leaves the folder on any operating system."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or any(char in path for char in "\\:\0"):
-        raise ValueError("must be a relative path with forward slashes that stays inside the bundle")
+    """Refuse a path that is not relative, that leaves the folder, or that some system takes for another."""
+    for part in path.split("/"):
+        is_odd = (
+            part.endswith((".", " ")) or not part.isprintable() or any(char in part for char in '\\:*?"<>|')
+        )
+        if is_odd or not 0 < len(part.encode()) <= 255 or part.split(".")[0].rstrip(" ").lower() in _DEVICES:
+            raise ValueError(
+                "must be a relative path with forward slashes that stays inside the bundle, with names that "
+                "every system takes"
+            )
     return path
 
 
@@ -414,6 +424,11 @@ class Manifest(_Strict):
         if self.bank is not None and self.bank.features is not None:
             named.add(self.bank.features)
         named |= {path for deployment in self.deployments for path in deployment.files}
+        spelled: dict[str, set[str]] = {}
+        for path in {*self.files, *named}:
+            spelled.setdefault(unicodedata.normalize("NFC", path).casefold(), set()).add(path)
+        same = sorted(path for paths in spelled.values() if len(paths) > 1 for path in paths)
+        yield f"some systems take these files for one: {', '.join(same)}", bool(same)
         unlisted = sorted(named - set(self.files)) if self.files else []
         yield f"variants or deployments name a file that files lacks: {', '.join(unlisted)}", bool(unlisted)
         inputs = {spec.name for item in sets.values() for spec in item.inputs}
@@ -501,10 +516,7 @@ class Manifest(_Strict):
         Raises:
             BundleError: If it is not JSON, is of another format version, or has a wrong key or value.
         """
-        try:
-            version = json.loads(text).get("format_version", FORMAT_VERSION)
-        except (ValueError, AttributeError) as error:
-            raise BundleError("the manifest is not a JSON object", where=where, got=error) from error
+        version = parse_object(text, "the manifest", where).get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise BundleError(
                 "the manifest has another format version",
@@ -517,10 +529,3 @@ class Manifest(_Strict):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise BundleError("the manifest is not valid", where=where, got=describe(error)) from error
-
-
-def describe(error: ValidationError) -> str:
-    """Return what pydantic found wrong as one line, each complaint after the key that it is about."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'manifest'}: {item['msg']}" for item in error.errors()
-    )

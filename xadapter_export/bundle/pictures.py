@@ -8,7 +8,7 @@ from typing import Annotated, Final, overload
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xadapter_export.bundle.manifest import describe
+from xadapter_export.bundle.small_files import check_file, describe, read_text
 from xadapter_export.errors import BundleError
 
 
@@ -22,6 +22,7 @@ class Picture(BaseModel):
 
 
 _MOST_IN_MEMORY: Final = 100_000  # pictures; a million of them would take a GiB
+LONGEST_LINE: Final = 1 << 16  # bytes for each picture, on average
 
 
 class PictureFile(Sequence[Picture]):
@@ -37,9 +38,12 @@ class PictureFile(Sequence[Picture]):
     def __init__(self, path: Path, *, num_pictures: int) -> None:
         self._path = path
         try:
+            check_file(path, "the list of images", largest=num_pictures * LONGEST_LINE)
             with path.open("rb") as stream:
                 self._bytes = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: it is empty
+            if isinstance(error, BundleError):
+                raise
             raise BundleError("the list of images cannot be read", where=path, got=error) from error
         ends, block = [np.zeros(1, np.int64)], 1 << 24
         for start in range(0, len(self._bytes), block):
@@ -75,10 +79,7 @@ def read_pictures(path: Path, *, num_pictures: int) -> Sequence[Picture]:
     """
     if num_pictures > _MOST_IN_MEMORY:
         return PictureFile(path, num_pictures=num_pictures)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError("the list of images cannot be read", where=path, got=error) from error
+    text = read_text(path, "the list of images", largest=num_pictures * LONGEST_LINE)
     lines = text.removesuffix("\n").split("\n")
     if len(lines) != num_pictures:
         raise BundleError("wrong number of images", where=path, expected=num_pictures, got=len(lines))

@@ -1,10 +1,16 @@
-"""Folders that are complete or not there: written beside the final place, synced, and renamed."""
+"""Folders that are complete or not there: written beside the final place, synced, and renamed.
+
+Whoever writes one holds a lock on it, which the system drops when the process ends, however it ends. So the
+next run knows what a killed one left behind.
+"""
 
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +65,7 @@ def staged_folder(
     """Write a folder beside its final place, and move it there when the block ends well.
 
     Whatever ends the block early, Ctrl-C included, removes the temporary folder and leaves the old one alone.
+    What a killed run left beside ``final`` is removed first.
 
     Args:
         final: Where the folder goes. Missing parents are made.
@@ -71,15 +78,22 @@ def staged_folder(
         OutputWriteError: If the disk is full or the place cannot be written.
         ConfigError: If ``final`` is a root, which has no name.
     """
-    final = _resolve(Path(final))
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    final = resolved(Path(final))
+    temporary = _hidden(final, "tmp")
     staged = StagedFolder(temporary, final, marker)
     made: list[Path] = []
+    lock: int | None = None
     try:
         with _blame_the_output(final):
+            _clear_leftovers(final)
             check_replaceable(final, marker, force=force)
             made = [parent for parent in final.parents if not parent.exists()]
-            temporary.mkdir(parents=True)
+            while lock is None or not temporary.exists():  # who clears leftovers may come before the lock
+                _unlock(lock)
+                temporary.mkdir(parents=True)
+                lock = _lock(temporary, wait=True)
+                if lock is None:
+                    break
         try:
             yield staged
         except OSError as error:
@@ -93,12 +107,19 @@ def staged_folder(
                 _move_into_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(lock)
         for parent in made:  # innermost first
             with suppress(OSError):  # it was never made, or is no longer empty
                 parent.rmdir()
 
 
-def _resolve(final: Path) -> Path:
+def resolved(final: Path) -> Path:
+    """Return the place of a folder, links followed.
+
+    Raises:
+        OutputWriteError: If there can be none.
+        ConfigError: If it is a root, which has no name.
+    """
     try:
         resolved = final.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: a NUL
@@ -174,7 +195,8 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         _sync_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         return
-    old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    old = _hidden(final, "old")
+    lock = _lock(final)
     try:
         if final.exists():
             final.rename(old)
@@ -191,8 +213,55 @@ def _move_into_place(temporary: Path, final: Path) -> None:
                     hint=f"rename {old} to {final.name}",
                 ) from error
         raise
+    finally:
+        _unlock(lock)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.xad.{kind}")
+
+
+def _clear_leftovers(final: Path) -> None:
+    """Remove what killed runs left beside a folder, and move back an old one if nothing took its place."""
+    ours = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{8}}\.xad\.(tmp|old)")
+    try:
+        found = [path for path in final.parent.iterdir() if ours.fullmatch(path.name)]
+    except OSError:
+        return
+    for path in found:
+        if path.is_symlink() or not path.is_dir() or (lock := _lock(path)) is None:
+            continue
+        if path.suffix == ".old" and not final.exists():
+            with suppress(OSError):
+                path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        _unlock(lock)
+
+
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """Lock a folder; None where another process holds it, unless it is waited for, or there are no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.command import NamedPath, XadCommand, example, json_option, make_console, print_json
 from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import OutputExistsError, OutputWriteError, import_extra
 
@@ -44,7 +45,7 @@ def output_options(function: F) -> F:
     """Add ``--output`` and ``--force``."""
     function = click.option("--force", is_flag=True, help="Replace an existing bank.")(function)
     return click.option(
-        "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the new bank."
+        "-o", "--output", type=NamedPath(path_type=Path), required=True, help="Folder for the new bank."
     )(function)
 
 
@@ -126,6 +127,9 @@ def build(
     """
     if bool(sources) == bool(dataset):
         raise click.UsageError("Give either SOURCE or --dataset.")
+    from xadapter_export.bank.output import check_output
+
+    check_output(output, force=force)  # before PyTorch is imported, which takes seconds
     start = time.monotonic()
     main_process = os.environ.get("RANK", "0") == "0"
     rate, line = _Rate(), "{done} of {total} images{note}"
@@ -230,7 +234,7 @@ def info(folder: str, as_json: bool) -> None:
     "-k", "--top-k", "k", type=click.IntRange(min=1), default=8, show_default=True, help="Number of results."
 )
 @click.option(
-    "--html", "sheet", type=click.Path(path_type=Path), help="Also write an HTML page that shows the images."
+    "--html", "sheet", type=NamedPath(path_type=Path), help="Also write an HTML page that shows the images."
 )
 @click.option(
     "--pictures",
@@ -407,7 +411,7 @@ def convert(
     ),
 )
 @click.argument("folder", metavar="BANK")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the index.")
+@click.option("-o", "--output", type=NamedPath(path_type=Path), required=True, help="Folder for the index.")
 @click.option("--force", is_flag=True, help="Replace an existing index.")
 @click.option(
     "--kind",
@@ -475,12 +479,12 @@ def index(
     cls=XadCommand,
     epilog=example("xad-export --experts v -o bundle", "xad-bank swap bundle bank -o bundle-with-my-bank"),
 )
-@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.argument("bundle", metavar="BUNDLE", type=NamedPath(path_type=Path))
 @click.argument("folder", metavar="BANK")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Folder for the new bundle. [default: replace BUNDLE]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
@@ -569,7 +573,8 @@ def _write_page(path: Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written may not be removed either
+            temporary.unlink(missing_ok=True)
         raise OutputWriteError("the page cannot be written", where=path, got=error.strerror) from error
 
 

@@ -92,6 +92,16 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class NamedPath(click.Path):
+    """A path that is not empty: pathlib takes an empty one for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; see the class."""
+        if value == "":
+            self.fail("the path is empty; give the name of a folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class LazyGroup(click.Group):
     """A group that imports a sub-command only when it is asked for.
 
@@ -133,6 +143,13 @@ def session_options(function: F) -> F:
         "providers",
         multiple=True,
         help="onnxruntime execution provider, such as CUDAExecutionProvider; may be repeated. [default: CPU]",
+    )(function)
+
+
+def revision_option(function: F) -> F:
+    """Add ``--revision``."""
+    return click.option(
+        "--revision", metavar="NAME", help="Branch, tag or commit of a bundle on the Hub. [default: main]"
     )(function)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
@@ -85,7 +86,7 @@ def shared_options(function: F) -> F:
         ),
         click.option(
             "--control-folder",
-            type=click.Path(path_type=Path),
+            type=NamedPath(path_type=Path),
             help="Folder for the trained control; an existing one is reused. [default: MODEL-control]",
         ),
         click.option(
@@ -106,7 +107,7 @@ def shared_options(function: F) -> F:
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
+            type=NamedPath(path_type=Path),
             help="Folder to write results.json, results.md and charts to.",
         ),
         click.option("--force", is_flag=True, help="Replace existing results."),
@@ -168,7 +169,7 @@ def evaluate() -> None:
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="JSON lines with item, label and optional descriptor (Memory Colors), or CSV with object and color "
     "(ColorTerms).",
 )
@@ -242,7 +243,7 @@ evaluate.add_command(_old_color, "colour")
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="CSV with object, plural, optional annotators, and one column per color with its share (CoDa).",
 )
 @click.option(
@@ -298,7 +299,7 @@ def coda(
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="A data file, or a folder with one file per split. [default: GLUE from the hub]",
 )
 @click.option("--split", default="validation", show_default=True, help="Split to evaluate.")
@@ -354,7 +355,7 @@ def glue(
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="UTF-8 text file with one sentence per line.",
 )
 @click.option(

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from xadapter_export.bundle.folder import MANIFEST_NAME
 from xadapter_export.bundle.opsets import check_opset
+from xadapter_export.bundle.staging import check_replaceable, resolved
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     as_typed,
     example,
@@ -127,7 +130,7 @@ def _default_targets() -> str:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Folder for the bundle. [default: bundle-<experts>]",
 )
 @click.option(
@@ -265,6 +268,7 @@ def export(
     from xadapter_export.exporters.makers.axis_profile import parse_profile
 
     options["profile"] = parse_profile(ranges)
+    check_replaceable(resolved(output), MANIFEST_NAME, force=bool(options["force"]))
     with show_progress(quiet=quiet) as (on_stage, _):
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")

@@ -1,12 +1,19 @@
 """``xad inspect``: show what is in a bundle."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from xadapter_export.cli.command import XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.command import (
+    NamedPath,
+    XadCommand,
+    example,
+    json_option,
+    make_console,
+    print_json,
+    revision_option,
+)
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -23,19 +30,24 @@ MOST_FILES = 4  # of a deployment; the manifest has all
     cls=XadCommand,
     epilog=example("xad-export --experts t --opset 17 -o bundle", "xad-inspect bundle"),
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=NamedPath())
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Check every file against its hash."
 )
 @click.option(
     "--verbose", is_flag=True, help="Also show files, optimizations, inputs, outputs and parameters."
 )
+@revision_option
 @json_option
-def inspect(bundle: Path, verify: bool, verbose: bool, as_json: bool) -> None:
-    """Show a bundle's variants, their sizes and how they were checked."""
+def inspect(bundle: str, verify: bool, verbose: bool, revision: str | None, as_json: bool) -> None:
+    """Show a bundle's variants, their sizes and how they were checked.
+
+    BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. With --no-verify, only its
+    manifest is downloaded.
+    """
     from xadapter_export.bundle.folder import read_bundle
 
-    manifest = read_bundle(bundle, verify=verify).manifest
+    manifest = read_bundle(bundle, revision=revision, verify=verify, on_demand=not verify).manifest
     if as_json:
         print_json(json.loads(manifest.to_json()))
         return

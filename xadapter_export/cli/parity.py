@@ -2,18 +2,19 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from xadapter_export.bundle.model_card import describe_agreement
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
     make_console,
     print_json,
+    revision_option,
     session_options,
 )
 from xadapter_export.errors import ParityError
@@ -23,6 +24,7 @@ from xadapter_export.targets import all_targets
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from xadapter_export.bundle.folder import Bundle
     from xadapter_export.bundle.manifest import ExpertSet, Variant
     from xadapter_export.parity import Check, ParityReport
 
@@ -59,7 +61,7 @@ class _Findings:
     cls=XadCommand,
     epilog=example("xad-export --experts t --opset 17 -o bundle", "xad-parity bundle"),
 )
-@click.argument("bundles", metavar="BUNDLE...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("bundles", metavar="BUNDLE...", type=NamedPath(), nargs=-1, required=True)
 @click.option(
     "--experts",
     type=click.Choice(EXPERT_SETS),
@@ -82,19 +84,23 @@ class _Findings:
 @click.option(
     "--every-cell", is_flag=True, help="Show every comparison, not only the worst one of each output."
 )
+@revision_option
 @session_options
 @json_option
 def parity(
-    bundles: tuple[Path, ...],
+    bundles: tuple[str, ...],
     experts: "tuple[ExpertSet, ...]",
     variants: tuple[str, ...],
     engine: str | None,
     every_cell: bool,
+    revision: str | None,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Check a bundle's outputs against PyTorch.
+
+    BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name.
 
     PyTorch is not needed: the bundle carries inputs and PyTorch's outputs for them. The command runs every
     fp32 graph on these inputs, compares the outputs and each expert's contribution with PyTorch's, and prints
@@ -108,17 +114,19 @@ def parity(
     """
     if engine is not None and (providers or threads is not None):
         raise click.UsageError("--engine runs on this machine's GPU; remove --provider and --threads.")
+    from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.bundle.machine import read_machine
     from xadapter_export.parity import prove_engines
     from xadapter_export.parity.table import parity_table
 
     found: dict[str, _Findings] = {}
-    for bundle in bundles:
+    for name in bundles:
+        bundle = read_bundle(name, revision=revision)
         if engine is not None:
-            report = prove_engines(bundle, engine, experts or None, variants=variants or None)
-            found[str(bundle)] = _Findings(report)
+            report = prove_engines(bundle.folder, engine, experts or None, variants=variants or None)
+            found[name] = _Findings(report)
         else:
-            found[str(bundle)] = _examine(bundle, experts or None, variants, providers or None, threads)
+            found[name] = _examine(bundle, experts or None, variants, providers or None, threads)
     reports = {bundle: of.report for bundle, of in found.items() if of.report is not None}
     num_lossy = sum(len(of.lossy) for of in found.values())
     if as_json:
@@ -144,7 +152,7 @@ def parity(
 
 
 def _examine(
-    bundle: Path,
+    bundle: "Bundle",
     experts: "tuple[ExpertSet, ...] | None",
     variants: tuple[str, ...],
     providers: tuple[str, ...] | None,
@@ -155,10 +163,9 @@ def _examine(
     Raises:
         As ``prove_bundle`` and ``check_lossy``.
     """
-    from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.parity import TOLERANCES, check_lossy, prove_bundle
 
-    manifest = read_bundle(bundle).manifest
+    folder, manifest = bundle.folder, bundle.manifest
     held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
     lossy = [v for v in held if v.precision not in TOLERANCES and (not variants or v.name in variants)]
     # What is not among the lossy ones is proven, or there is no such variant.
@@ -167,7 +174,7 @@ def _examine(
     checks: tuple[Check, ...] = ()
     if exact:
         report = prove_bundle(
-            bundle,
+            folder,
             experts,
             variants=exact if variants else None,
             providers=providers,
@@ -176,7 +183,7 @@ def _examine(
         )
     if lossy:
         checks = check_lossy(
-            bundle,
+            folder,
             experts,
             variants=variants or None,
             providers=providers,

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
     make_console,
     print_json,
+    revision_option,
     session_options,
 )
 from xadapter_export.errors import InputTextError
@@ -37,7 +39,7 @@ BAR_COLUMNS = 24
         'xad-run bundle "The color of a banana is [MASK]."',
     ),
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=NamedPath())
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @click.option(
     "--experts", type=click.Choice(EXPERT_SETS), help="Expert set to use. [default: the bundle's first]"
@@ -62,13 +64,13 @@ BAR_COLUMNS = 24
 )
 @click.option(
     "--index",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Index made by xad-bank index, for a bundle exported with --retrieval external. [default: exact "
     "search]",
 )
 @click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Directory for OpenVINO's compiled-model cache and the timings of --variant fastest (faster "
     "startup).",
 )
@@ -85,10 +87,11 @@ BAR_COLUMNS = 24
     is_flag=True,
     help="Fall back to the CPU, with a warning, if --provider does not start or an engine cannot run.",
 )
+@revision_option
 @session_options
 @json_option
 def run(
-    bundle: Path,
+    bundle: str,
     texts: tuple[str, ...],
     compare: bool,
     top_k: int,
@@ -100,8 +103,8 @@ def run(
 ) -> None:
     """Run a bundle on your text.
 
-    Prints the answers with scores, and the images they were based on. Use - as TEXT to read one text per line
-    from stdin.
+    BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. Use - as TEXT to read one
+    text per line from stdin. Prints the answers with scores, and the images they were based on.
     """
     if compare and opening["experts"]:
         raise click.UsageError("--compare shows all expert sets; remove --experts.")
@@ -143,7 +146,7 @@ class Reply:
 
 
 def _read_stdin() -> list[str]:
-    """Return the lines of stdin that are not blank; UTF-8 whatever the locale says.
+    """Return the lines of stdin that are not blank, with a warning about the others; UTF-8 in every locale.
 
     Raises:
         InputTextError: If they are not UTF-8.
@@ -156,7 +159,11 @@ def _read_stdin() -> list[str]:
             got=error,
             hint="convert them to UTF-8, for example with iconv -t UTF-8",
         ) from error
-    return [line for line in text.splitlines() if line.strip()]
+    lines = text.splitlines()
+    kept = [line for line in lines if line.strip()]
+    if len(kept) < len(lines):
+        click.echo(f"Warning: blank lines of stdin have no answer: {len(lines) - len(kept)}", err=True)
+    return kept
 
 
 def _ask(
@@ -197,12 +204,13 @@ def _show(console: "Console", reply: Reply, first: Reply, *, label: str | None) 
         number = [f"mask {getattr(answer, 'mask', 0) + 1}"] if len(masks) > 1 else []
         table.add_row(*number, answer.word, f"{answer.score:6.1%}", bar)
     if reply.embedding:
-        cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
         start = ", ".join(f"{value:.3f}" for value in reply.embedding[:4])
-        name = f"{label}: " if label else ""
-        table.add_row(
-            f"{name}{len(reply.embedding)} numbers [{start}, ...], cosine with the first {cosine:.4f}"
-        )
+        shown = f"{label}: " if label else ""
+        shown += f"{len(reply.embedding)} numbers [{start}, ...]"
+        if reply is not first:
+            cosine = sum(a * b for a, b in zip(reply.embedding, first.embedding, strict=True))
+            shown += f", cosine with the first {cosine:.4f}"
+        table.add_row(shown)
     console.print(table)
     if reply.pictures:
         console.print(f"  looked at: {_captions(reply.pictures)}")

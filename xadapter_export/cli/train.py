@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from xadapter_export.bank.record import CHECKPOINT_RECORD_NAME
+from xadapter_export.bundle.staging import check_replaceable, resolved
 from xadapter_export.cli.command import (
+    NamedPath,
     XadCommand,
     example,
     json_option,
@@ -54,7 +57,9 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
     if get_origin(kind) is tuple:
         return click.option(option, multiple=True, metavar="VALUE", help=f"{help_text} May be repeated.")
     names = ["-o", option] if name == "output" else [option]
-    return click.option(*names, metavar="PATH" if kind is Path else "VALUE", help=help_text)
+    if kind is Path:
+        return click.option(*names, type=NamedPath(path_type=str), metavar="PATH", help=help_text)
+    return click.option(*names, metavar="VALUE", help=help_text)
 
 
 @click.command(
@@ -64,7 +69,7 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
         "xad-train --plm builtin --clip builtin --bank builtin --train-files text.txt --epochs 2 -o plugin",
     ),
 )
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings; flags override it.")
+@click.option("--config", type=NamedPath(path_type=Path), help="TOML file with settings; flags override it.")
 @_flags
 @click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option
@@ -79,6 +84,8 @@ def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     is_first = os.environ.get("RANK", "0") == "0"
     settings = None if config is not None and has_arms(config) else read_config(config, given)
+    if settings is not None:
+        check_replaceable(resolved(settings.output), CHECKPOINT_RECORD_NAME, force=settings.force)
     line = "train  step {done} of {total}{note}"
     with show_progress(quiet=quiet or not is_first, line=line) as (on_stage, on_step):
         on_stage("load", "PyTorch")

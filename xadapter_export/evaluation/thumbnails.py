@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bank.record import THUMBNAILS_NAME
-from xadapter_export.bank.thumbnails import read_thumbnails
+from xadapter_export.bank.thumbnails import check_pixels, inside_or_none, read_thumbnails
 from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.runtime.answers import RetrievedPicture
 
@@ -40,14 +40,13 @@ def load_thumbnails(
     streams: dict[int, Any] = {}
     bank = source.parent if source.name == THUMBNAILS_NAME else source
     if (bank / THUMBNAILS_NAME).is_file():
-        found = read_thumbnails(bank, set(id_of_row))
-        streams = {row: io.BytesIO(webp) for row, webp in found}
+        thumbnails = read_thumbnails(bank, set(id_of_row))
+        streams = {row: io.BytesIO(webp) for row, webp in thumbnails}
     elif source.is_dir():
         for row, name in id_of_row.items():
-            for path in ((source / f"{name}{suffix}").resolve() for suffix in _SUFFIXES):
-                if path.is_relative_to(source.resolve()) and path.is_file():  # an id may not lead elsewhere
-                    streams[row] = path
-                    break
+            found = (inside_or_none(source, f"{name}{suffix}") for suffix in _SUFFIXES)
+            if (path := next(filter(None, found), None)) is not None:
+                streams[row] = path
     else:
         raise ConfigError(
             "no images found",
@@ -58,8 +57,14 @@ def load_thumbnails(
     for row, stream in streams.items():
         try:
             with pillow.open(stream) as image:
+                check_pixels(image)
                 small = image.convert("RGBA")
-        except (OSError, ValueError):  # not a picture that pillow knows
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            pillow.DecompressionBombError,
+        ):  # not a picture that pillow knows, or a bomb
             continue
         small.thumbnail((side, side))
         images[row] = np.asarray(small, dtype=np.uint8)

@@ -30,6 +30,7 @@ from xadapter_export.bundle.manifest import (
 )
 from xadapter_export.exporters.portable.check import component_parameters
 from xadapter_export.exporters.portable.merge import MergedModel, Part, tap_name
+from xadapter_export.model.checkpoint import write_tokenizer_config
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.tasks import TASKS
@@ -93,8 +94,16 @@ def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, wit
     """Writes what the runtime needs beside the graphs: PLM configuration, tokenizers, captions."""
     config = model.plm.model.config.to_dict()
     config.pop("_name_or_path", None)
+    if labels := model.config.labels:
+        config |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    # What transformers.js needs to know to load onnx/model.onnx by the name of the bundle.
+    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": True}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     model.plm.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
+    write_tokenizer_config(model, folder)
     if with_clip and model.clip is not None:
         model.clip.tokenizer.save(str(folder / CLIP_TOKENIZER_NAME), pretty=False)
     if with_rows and model.bank is not None:

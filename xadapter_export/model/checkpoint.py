@@ -1,16 +1,18 @@
 """Reads and writes checkpoint folders: strict, safetensors only, every frozen part checked by its hash."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.hub import HubRepo, push_files
+from xadapter_export.bundle.small_files import LARGEST_TEXT, check_files, read_model, read_text
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
@@ -41,43 +43,55 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise CheckpointError(
             f"checkpoint {folder}: {RECORD_NAME} is missing; expected a folder written by save_pretrained"
         )
-    try:
-        return CheckpointRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
-        else:
-            reason = str(error)
-        raise CheckpointError(f"checkpoint {path}: {reason}") from error
+    return read_model(path, CheckpointRecord, "the checkpoint's record", CheckpointError)
 
 
-def find_checkpoint(source: str | Path) -> Path:
-    """Finds a checkpoint folder, fetching it from the hub where ``source`` is a hub id.
+def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+    """Finds a checkpoint folder, downloading it where ``source`` is ``org/name`` on the Hub.
 
     Raises:
-        CheckpointError: If it is neither a folder nor a reachable hub id.
+        CheckpointError: If it is neither a folder nor a name on the Hub.
+        HubError: If it cannot be downloaded.
+        ConfigError: If there is a revision, and it is a folder.
     """
     if str(source) == BUILTIN:
         return builtin_folder()
+    if (repo := HubRepo.find(source, revision)) is not None:
+        return repo.at_commit(repo.fetch_first(RECORD_NAME)).fetch(_FILES)
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    raise CheckpointError(
+        f"checkpoint {source} is neither a folder nor a reachable hub id; "
+        "give a folder written by save_pretrained, or nothing for the built-in checkpoint"
+    )
 
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub client raises many kinds; each means the source cannot be had
-        raise CheckpointError(
-            f"checkpoint {source} is neither a folder nor a reachable hub id; "
-            "give a folder written by save_pretrained, or nothing for the built-in checkpoint"
-        ) from error
+
+def push_checkpoint(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Uploads a checkpoint folder; see ``XAdapterModel.push_to_hub``."""
+    read_record(folder)
+    _refuse_pickles(folder)
+    patterns = (*_FILES, "README.md")
+    files = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return push_files(folder, names, repo, private=private, revision=revision, message=message)
 
 
 def read_checkpoint(
-    source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None
+    source: str | Path,
+    *,
+    plm: str | Path | None = None,
+    clip: str | Path | None = None,
+    revision: str | None = None,
 ) -> XAdapterModel:
     """Reads a checkpoint; see ``XAdapterModel.from_pretrained``."""
-    folder = find_checkpoint(source)
+    folder = find_checkpoint(source, revision)
     record = read_record(folder)
     _refuse_pickles(folder)
     plm_source = plm or _local_or(folder / "plm", record.plm.source)
@@ -103,7 +117,29 @@ def read_checkpoint(
             )
     _load_plugin(model, folder / PLUGIN_NAME)
     model.calibration = _read_calibration(folder / CALIBRATION_NAME)
+    for name, recorded_sha256, sha256 in (
+        (PLUGIN_NAME, record.plugin_sha256, plugin_sha256(model)),
+        (CALIBRATION_NAME, record.calibration_sha256, _text_sha256(model.calibration)),
+    ):
+        if sha256 != recorded_sha256:
+            raise HashMismatchError(
+                "the checkpoint is not the one that was saved",
+                where=folder / name,
+                expected=f"SHA-256 {recorded_sha256}",
+                got=sha256,
+                hint="copy the checkpoint again",
+            )
     return model.eval()
+
+
+def plugin_sha256(model: XAdapterModel) -> str:
+    """Hashes what was trained, with those of its settings that are not the default."""
+    settings = model.config.model_dump(mode="json", exclude_defaults=True)
+    return weights_sha256(model.trained_state(), settings)
+
+
+def _text_sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _local_or(folder: Path, source: str) -> str | Path:
@@ -111,6 +147,7 @@ def _local_or(folder: Path, source: str) -> str | Path:
 
 
 def _refuse_pickles(folder: Path) -> None:
+    check_files(folder, "a file of the checkpoint", CheckpointError)
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}:
             raise CheckpointError(
@@ -122,10 +159,7 @@ def _refuse_pickles(folder: Path) -> None:
 def _read_calibration(path: Path) -> str | None:
     if not path.is_file():
         return None
-    try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read as UTF-8: {error}") from error
+    return read_text(path, "the calibration texts", CheckpointError, largest=LARGEST_TEXT)
 
 
 def _load_plugin(model: XAdapterModel, path: Path) -> None:
@@ -133,7 +167,7 @@ def _load_plugin(model: XAdapterModel, path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is missing; it holds the trained plug-in")
     try:
         state = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error}); the file is truncated or not safetensors"
         ) from error
@@ -170,7 +204,15 @@ def write_checkpoint(
         plm = plm.model_copy(update={"source": public_name(plm.source)})
     if stores_clip:
         clip = clip and clip.model_copy(update={"source": public_name(clip.source)})
-    record = CheckpointRecord(config=model.config, plm=plm, clip=clip, bank=bank, training=training)
+    record = CheckpointRecord(
+        config=model.config,
+        plm=plm,
+        clip=clip,
+        bank=bank,
+        plugin_sha256=plugin_sha256(model),
+        calibration_sha256=_text_sha256(more_files.get(CALIBRATION_NAME, model.calibration)),
+        training=training,
+    )
     with staged_folder(folder, force=True, marker=RECORD_NAME) as staged:
         staging = staged.path
         (staging / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -182,7 +224,7 @@ def write_checkpoint(
         if model.calibration is not None:
             (staging / CALIBRATION_NAME).write_text(model.calibration, encoding="utf-8", newline="")
         for name, text in more_files.items():
-            (staging / name).write_text(text, encoding="utf-8")
+            (staging / name).write_text(text, encoding="utf-8", newline="")
         if model.bank is not None:
             model.bank.save(staging)
         if stores_plm:
@@ -200,6 +242,11 @@ def _save_plm(model: XAdapterModel, folder: Path, dtype: torch.dtype) -> None:
     finally:
         nn.Module.to(model.plm.model, torch.float32)
     model.plm.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_tokenizer_config(model, folder)
+
+
+def write_tokenizer_config(model: XAdapterModel, folder: Path) -> None:
+    """Writes ``tokenizer_config.json``, without which transformers and transformers.js read no tokenizer."""
     mask = {"mask_token": model.text_encoder.mask_token} if model.text_encoder.mask_token else {}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

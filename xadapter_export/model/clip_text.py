@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from xadapter_export.bundle.manifest import describe
-from xadapter_export.errors import CheckpointError, UnsupportedError
+from xadapter_export.bundle.small_files import describe, read_object
+from xadapter_export.errors import CheckpointError, UnsupportedError, panics_as
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.clip_tokenizer import OPEN_CLIP_VOCAB_SIZE, clip_tokenizer
 from xadapter_export.model.export_layers import PackedAttention, PackedLayer, additive_mask
@@ -352,10 +352,10 @@ def _from_source(source: str | Path) -> OpenClipTower:
             "Save the weights as safetensors"
         )
     try:
-        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        settings = read_object(config_path, "the configuration of CLIP", CheckpointError)
         model_cfg = settings.get("model_cfg", settings)  # open_clip's own model files have no wrapper
         weights = load_file(weights_path)
-    except (ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, MemoryError, SafetensorError) as error:
         raise CheckpointError(
             f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})"
         ) from error
@@ -398,7 +398,8 @@ def _tokenizer_for(config: ClipTextConfig, path: Path | None, source: str) -> To
             f"expected a {path.name}"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with panics_as(CheckpointError, f"CLIP {source}: {path.name} cannot be read"):
+            tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception
         raise CheckpointError(f"CLIP {source}: {path.name} cannot be read ({error})") from error
     if tokenizer.get_vocab_size() > config.vocab_size:

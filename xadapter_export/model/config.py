@@ -91,11 +91,18 @@ class BankPart(_Strict):
 
 
 class CheckpointRecord(_Strict):
-    """The contents of ``xadapter.json``."""
+    """The contents of ``xadapter.json``.
+
+    Attributes:
+        plugin_sha256: Hash of what was trained, with the settings that are not the default.
+        calibration_sha256: Hash of ``calibration.jsonl``; None where there is none.
+    """
 
     format_version: Literal[1] = 1
     config: XAdapterConfig
     plm: FrozenPart
     clip: FrozenPart | None
     bank: BankPart | None
+    plugin_sha256: Sha256
+    calibration_sha256: Sha256 | None = None
     training: dict[str, str | int | float | bool | None] = {}

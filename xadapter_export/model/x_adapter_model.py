@@ -7,6 +7,7 @@ size, D CLIP embedding size, W CLIP text width, P masks per text, L labels.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self, cast
 
 import torch
@@ -190,22 +191,61 @@ class XAdapterModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, plm: str | Path | None = None, clip: str | Path | None = None
+        cls,
+        source: str | Path,
+        *,
+        plm: str | Path | None = None,
+        clip: str | Path | None = None,
+        revision: str | None = None,
     ) -> Self:
         """Reads a checkpoint: a folder or a hub id.
 
         Args:
-            source: Checkpoint folder or hub id.
+            source: Checkpoint folder or hub id, ``org/name``.
             plm: Where the PLM is, if not where the checkpoint says; its weights must have the recorded hash.
             clip: Where CLIP is, likewise.
+            revision: Branch, tag or commit on the Hub; ``main`` if None.
 
         Raises:
             CheckpointError: If anything is missing, broken or does not fit.
             HashMismatchError: If PLM, CLIP or bank is not the one the plug-in was trained with.
+            HubError: If it cannot be downloaded.
+            ConfigError: If there is a revision, and the checkpoint is a folder.
         """
         from xadapter_export.model.checkpoint import read_checkpoint
 
-        return cast(Self, read_checkpoint(source, plm=plm, clip=clip))
+        return cast(Self, read_checkpoint(source, plm=plm, clip=clip, revision=revision))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+        self_contained: bool = False,
+    ) -> str:
+        """Uploads a checkpoint to the Hugging Face Hub, as one commit that replaces what was there.
+
+        Args:
+            repo: ``org/name``; made if it is not there.
+            private: Whether a repository that is made is private; the account's default if None.
+            revision: Branch to commit to, made if it is not there; ``main`` if None.
+            message: The commit's message.
+            self_contained: As ``save_pretrained``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: If anything goes wrong; then nothing was committed.
+        """
+        from xadapter_export.model.checkpoint import push_checkpoint
+
+        with TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "checkpoint"
+            self.save_pretrained(checkpoint, self_contained=self_contained)
+            return push_checkpoint(checkpoint, repo, private=private, revision=revision, message=message)
 
     def save_pretrained(
         self,

@@ -6,7 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from xadapter_export.bundle.manifest import VariantParity, describe
+from xadapter_export.bundle.manifest import VariantParity
+from xadapter_export.bundle.small_files import describe, read_object
 from xadapter_export.errors import BundleError, ParityError
 from xadapter_export.parity.compare import TOLERANCES, Cell, Tolerance
 from xadapter_export.targets import PORTABLE
@@ -99,14 +100,12 @@ class ParityReport(BaseModel):
         Raises:
             BundleError: If it is not a report.
         """
+        fields = read_object(path, "the parity report")
+        fields.pop("passed", None)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            fields.pop("passed")
             return cls.model_validate(fields)
         except ValidationError as error:
             raise BundleError("not a parity report", where=path, got=describe(error)) from error
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise BundleError("not a parity report", where=path, got=error) from error
 
 
 def _tolerance(variant: str) -> Tolerance:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from xadapter_export.bundle.manifest import Candidate
-from xadapter_export.errors import ConfigError
+from xadapter_export.errors import ConfigError, panics_as
 from xadapter_export.runtime.text import check_texts, without_limits
 
 
@@ -38,7 +38,8 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
     unknown = {"[UNK]", "<unk>", getattr(tokenizer.model, "unk_token", None)}
     found: dict[int, Candidate] = {}
     for word in (word.strip() for word in check_texts(words, "candidate")):
-        encoding = tokenizer.encode(f" {word}", add_special_tokens=False)
+        with panics_as(ConfigError, "the tokenizer gives up on a candidate", where=repr(word)):
+            encoding = tokenizer.encode(f" {word}", add_special_tokens=False)
         if len(encoding.ids) != 1 or encoding.tokens[0] in unknown:
             raise ConfigError(
                 "a candidate is not one token of the language model",

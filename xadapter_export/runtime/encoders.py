@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from xadapter_export.bundle.folder import CLIP_TOKENIZER_NAME, TOKENIZER_NAME, Bundle
-from xadapter_export.errors import BundleError
+from xadapter_export.errors import BundleError, XAdapterError, panics_as
 from xadapter_export.runtime.text import TextEncoder, TowerTokens
 
 
@@ -41,6 +41,9 @@ def load_encoders(bundle: Bundle) -> tuple[TextEncoder, TextEncoder]:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        with panics_as(BundleError, "the tokenizer cannot be read", where=path):
+            return Tokenizer.from_file(str(path))
+    except XAdapterError:
+        raise
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise BundleError("the tokenizer cannot be read", where=path, got=error) from error

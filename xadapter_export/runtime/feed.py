@@ -1,9 +1,11 @@
-"""Check arrays against a bundle's IO contract before they go into the graph."""
+"""Check arrays against a bundle's IO contract: before they go into the graph, and what comes out."""
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest
-from xadapter_export.errors import ShapeError
+from xadapter_export.errors import BundleError, ShapeError
 from xadapter_export.sessions.session import Array
 
 
@@ -36,3 +38,62 @@ def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manif
             )
         feed[tensor.name] = array
     return feed
+
+
+def check_outputs(
+    outputs: Mapping[str, Array],
+    feed: Mapping[str, Array],
+    spec: ExpertSetSpec,
+    manifest: Manifest,
+    name: str,
+) -> None:
+    """Refuse outputs that are no answer to what was asked.
+
+    Args:
+        outputs: What the graph gave, by name.
+        feed: What it was given.
+        spec: The contract of its set.
+        manifest: The bundle's.
+        name: Of the variant.
+
+    Raises:
+        BundleError: If an output has another dtype or shape than the contract says, holds NaN or infinity, or
+            names a picture that the bank does not have.
+    """
+    sizes: dict[str | int, int] = {}
+    for tensor in spec.inputs:
+        sizes |= dict(zip(tensor.axes, feed[tensor.name].shape, strict=True))
+    for tensor in spec.outputs:
+        if tensor.name not in outputs:
+            continue
+        value = outputs[tensor.name]
+        wanted = tuple(axis if isinstance(axis, int) else sizes.get(axis, axis) for axis in tensor.axes)
+        fits = value.dtype == tensor.dtype and value.ndim == len(wanted) and _fits(value.shape, wanted)
+        expected = got = None
+        if not fits:
+            problem = "a graph's output has the wrong shape or dtype"
+            expected, got = f"({', '.join(map(str, wanted))}) {tensor.dtype}", f"{value.shape} {value.dtype}"
+        # A sum is finite where every number is: float32 sums of logits are far from its limits.
+        elif value.dtype.kind == "f" and not np.isfinite(value.sum()):
+            problem = "the graph's outputs contain NaN or infinity"
+        elif (
+            tensor.name == "retrieved" and manifest.bank and not _are_rows(value, manifest.bank.num_pictures)
+        ):
+            problem = "the graph retrieves a picture that the bank does not have"
+        else:
+            continue
+        raise BundleError(
+            problem,
+            where=f"{tensor.name} of {name}",
+            expected=expected,
+            got=got,
+            hint="copy or export the bundle again; xad-parity shows which graphs are right",
+        )
+
+
+def _are_rows(value: Array, num_pictures: int) -> bool:
+    return not value.size or (value.min() >= 0 and value.max() < num_pictures)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    return all(isinstance(axis, str) or axis == size for axis, size in zip(wanted, shape, strict=True))

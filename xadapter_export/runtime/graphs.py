@@ -1,5 +1,6 @@
 """The graphs of one session: which answers for each expert set, opened once and checked on this processor."""
 
+import os
 import threading
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Final
 from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import Deployment, ExpertSet
-from xadapter_export.errors import ParityError, XAdapterError
+from xadapter_export.errors import ConfigError, ParityError, XAdapterError
 from xadapter_export.parity.recorded import Check, files_of_record, opened_record
 from xadapter_export.runtime.choose import Choice, choose, rank
 from xadapter_export.runtime.fastest import BUDGET_S, OPENING_S, key_of, recall, remember, time_in_turn
@@ -48,6 +49,7 @@ class Graphs:
         self._sessions: dict[ExpertSet, OnnxSession] = {}
         self._checks: list[Check] = []
         self._lock = threading.Lock()
+        self._process = os.getpid()
         if how.variant == FASTEST:
             self._choose_fastest(first)
         else:
@@ -78,8 +80,14 @@ class Graphs:
 
         Raises:
             ParityError: If the variant that was named, or every one that suits, gives wrong answers here.
+            ConfigError: If the process was forked from the one that opened it, which has its threads.
             As ``XAdapterSession.load``.
         """
+        if os.getpid() != self._process:
+            raise ConfigError(
+                "the session was loaded before this process was forked, and its threads stayed behind",
+                hint="load the bundle in each process",
+            )
         with self._lock:
             while experts not in self._sessions:
                 choice = self.choice(experts)

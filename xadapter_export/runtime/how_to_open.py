@@ -1,6 +1,6 @@
 """How a session opens a bundle: everything that ``XAdapterSession.load`` takes by keyword."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ class SessionOptions(TypedDict, total=False):
     verify: bool
     allow_fallback: bool
     check: CheckWhen
+    revision: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class HowToOpen:
             process for the same files, ``always``, or ``never``. One that gives something else on this
             processor is refused with a warning, and the next best answers; see
             ``XAdapterSession.checks``. Engines are not asked.
+        revision: Branch, tag or commit of a bundle on the Hub; ``main`` if None.
 
     Raises:
         ConfigError: If ``num_threads`` or ``batch_size`` is below 1, ``cache_size`` is below 0, or there is
@@ -89,6 +91,7 @@ class HowToOpen:
     verify: bool = True
     allow_fallback: bool = False
     check: CheckWhen = "once"
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("cache_size", 0), ("num_threads", 1)):
@@ -103,6 +106,11 @@ class HowToOpen:
         """``cache_dir`` as a path."""
         return None if self.cache_dir is None else Path(self.cache_dir)
 
-    def verifying(self, bundle: Bundle, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Compare the hashes of files while the body opens them, where that was asked for."""
+    def verifying(self, bundle: Bundle, names: Collection[str]) -> AbstractContextManager[None]:
+        """Download files, and compare their hashes while the body opens them, where that was asked for.
+
+        Raises:
+            HubError: If one cannot be downloaded.
+        """
+        bundle.fetch(names)
         return verifying(bundle, names) if self.verify else nullcontext()

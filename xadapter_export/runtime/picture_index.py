@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from xadapter_export.bundle.bank_rows import Float32, Int64
 from xadapter_export.bundle.folder import inside, sha256_file
-from xadapter_export.bundle.manifest import FileEntry, InnerPath, Sha256, Size, describe
+from xadapter_export.bundle.manifest import FileEntry, InnerPath, Sha256, Size
+from xadapter_export.bundle.small_files import read_model
 from xadapter_export.errors import BundleError, HashMismatchError, XAdapterError, import_extra
 from xadapter_export.sessions.retrieval import PictureIndex
 
@@ -149,17 +150,14 @@ def read_index_record(folder: Path) -> IndexRecord:
         BundleError: If there is none, or it is wrong.
     """
     path = folder / INDEX_RECORD_NAME
-    try:
-        return IndexRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise BundleError("the index's record is not valid", where=path, got=describe(error)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    if not path.exists():
         raise BundleError(
             "this is not an index",
             where=folder,
             expected=f"a folder with {INDEX_RECORD_NAME}",
             hint="make one with: xad-bank index BUNDLE -o INDEX",
-        ) from error
+        )
+    return read_model(path, IndexRecord, "the index's record")
 
 
 def open_index(folder: Path | str, *, verify: bool = True) -> PictureIndex:

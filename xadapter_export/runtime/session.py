@@ -36,7 +36,7 @@ from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import find_candidates
 from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
-from xadapter_export.runtime.feed import check_feed
+from xadapter_export.runtime.feed import check_feed, check_outputs
 from xadapter_export.runtime.graphs import Graphs
 from xadapter_export.runtime.how_to_open import HowToOpen, SessionOptions
 from xadapter_export.runtime.split import SplitPairs
@@ -77,7 +77,9 @@ class XAdapterSession:
         """Load a bundle.
 
         Args:
-            bundle: Its folder.
+            bundle: Its folder, or its name on the Hugging Face Hub, ``org/name``. From there a file is
+                downloaded when it is needed, into the Hub's own cache: the graphs of another expert set when
+                that is first asked.
             options: How: ``experts="v"``, ``variant="cpu-int8"``, ``num_threads=2``; ``HowToOpen`` lists
                 them all, with their defaults.
 
@@ -86,6 +88,7 @@ class XAdapterSession:
             ParityError: If the variant that was named gives wrong answers on this processor, or all that
                 suit do.
             HashMismatchError: If a file was changed.
+            HubError: If a file cannot be downloaded.
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
             MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
@@ -94,7 +97,7 @@ class XAdapterSession:
                 of the bundle's bank.
         """
         how = HowToOpen(**options)
-        found = read_bundle(bundle, verify=False)
+        found = read_bundle(bundle, revision=how.revision, verify=False, on_demand=True)
         try:
             return cls(found, how)
         except (ProviderError, MissingExtraError) as error:
@@ -106,6 +109,10 @@ class XAdapterSession:
             what = f", with {session.answered_by}" if is_for_gpu else ""
             warnings.warn(f"{error}; using the CPU instead{what}", UserWarning, stacklevel=2)
             return session
+
+    def __repr__(self) -> str:
+        folder, sets = self.bundle.folder, ", ".join(self.manifest.expert_sets)
+        return f"XAdapterSession({str(folder)!r}, experts={self.experts!r} of {sets}, {self.answered_by})"
 
     @property
     def manifest(self) -> Manifest:
@@ -355,6 +362,15 @@ class XAdapterSession:
         """
         return _retrieves(self._spec(experts))
 
+    def text_encoder(self, experts: ExpertSet | None = None) -> TextEncoder:
+        """Return the encoder that makes what ``run`` takes with an expert set, and nothing that it does not.
+
+        Raises:
+            BundleError: If the bundle does not hold the expert set.
+        """
+        takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
+        return self._clip_encoder if takes_clip else self._encoder
+
     def run(
         self,
         inputs: Mapping[str, Array],
@@ -391,15 +407,10 @@ class XAdapterSession:
             assert runtime is not None  # it was opened
             file = self.bundle.folder / choice.variant.file
             raise BundleError(f"{runtime.name} cannot run the graph", where=file, got=error) from error
-        for name, value in zip(names, values, strict=True):
-            # A sum is finite where every number is: float32 sums of logits are far from its limits.
-            if value.dtype.kind == "f" and not np.isfinite(value.sum()):
-                raise BundleError(
-                    "the graph's outputs contain NaN or infinity",
-                    where=f"{name} of {self._graphs.choice(experts or self.experts).name}",
-                    hint="copy or export the bundle again; xad-parity shows which graphs are right",
-                )
-        return dict(zip(names, values, strict=True))
+        found = dict(zip(names, values, strict=True))
+        name = self._graphs.choice(experts or self.experts).name
+        check_outputs(found, feed, spec, self.manifest, name)
+        return found
 
     def _read_pictures(self) -> Sequence[Picture]:
         """Return the pictures of the bank, where a graph says which ones it looked at."""
@@ -413,11 +424,6 @@ class XAdapterSession:
         self.manifest.variants_of(name)  # says clearly that a set is not there
         return self.manifest.expert_sets[name]
 
-    def _encoder_for(self, experts: ExpertSet | None) -> TextEncoder:
-        """Return the encoder that makes what the expert set takes, and nothing that it does not."""
-        takes_clip = any(tensor.name == "clip_input_ids" for tensor in self._spec(experts).inputs)
-        return self._clip_encoder if takes_clip else self._encoder
-
     def _batches(
         self,
         texts: list[str],
@@ -427,7 +433,7 @@ class XAdapterSession:
         require_mask: bool = False,
     ) -> Iterator[tuple[list[int], dict[str, Int64Array]]]:
         """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
-        encoder = self._encoder_for(experts)
+        encoder = self.text_encoder(experts)
         tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
         engine = self._graphs.choice(experts or self.experts).engine
         size = self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))

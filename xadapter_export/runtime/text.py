@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from xadapter_export.bundle.manifest import TowerFacts
-from xadapter_export.errors import ConfigError, InputTextError
+from xadapter_export.errors import ConfigError, InputTextError, panics_as
 
 Int64Array = NDArray[np.int64]
 
@@ -76,7 +76,8 @@ class TowerTokens:
     def __init__(self, tokenizer: Tokenizer, facts: TowerFacts) -> None:
         self._tokenizer = without_limits(tokenizer)
         self._facts = facts
-        empty = self._tokenizer.encode("").ids
+        with panics_as(ConfigError, "the CLIP tokenizer gives up on an empty text"):
+            empty = self._tokenizer.encode("").ids
         self._num_special = len(empty)
         if empty[-1:] != [facts.end_token_id] or facts.context_length < len(empty):
             raise ConfigError(
@@ -209,7 +210,7 @@ class TextEncoder:
 
         Raises:
             InputTextError: If a text is empty, is not a string, has no mask where one is required, or has
-                masks too far apart to be read together.
+                masks too far apart to be read together; or the tokenizer gives up on it.
 
         Source:
             Without a mask beyond the limit, the ids are those of tokenizers 0.23 with its ``longest_first``
@@ -222,6 +223,12 @@ class TextEncoder:
                 "the numbers of texts and second texts differ", expected=len(firsts), got=len(seconds)
             )
 
+        with panics_as(InputTextError, "the tokenizer gives up on a text", where=_quoted(firsts[0])):
+            return self._tokenize(firsts, seconds, require_mask=require_mask)
+
+    def _tokenize(
+        self, firsts: list[str], seconds: list[str] | None, *, require_mask: bool
+    ) -> list[TokenizedText]:
         sources = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
         encodings = self.tokenizer.encode_batch(sources)
         cut = [self._cut(encoding, text) for encoding, text in zip(encodings, firsts, strict=True)]

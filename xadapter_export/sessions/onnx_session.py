@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from xadapter_export.bundle.graph_check import check_onnx
-from xadapter_export.bundle.graph_file import with_weights
+from xadapter_export.bundle.graph_file import read_linked, with_weights
 from xadapter_export.errors import (
     BundleError,
     MissingExtraError,
@@ -53,9 +53,10 @@ def open_onnx(model_file: Path, how: Opening = AS_IT_IS) -> OnnxSession:
     if how.num_threads is not None:
         options.intra_op_num_threads = how.num_threads
     model: str | bytes = str(model_file)
-    if how.appended or how.weights:
-        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(model_file.parent))
-        model = model_file.read_bytes()
+    if how.appended or how.weights or model_file.is_symlink():
+        is_link = model_file.is_symlink()
+        model, folder = read_linked(model_file) if is_link else (model_file.read_bytes(), model_file.parent)
+        options.add_session_config_entry(_WEIGHTS_FOLDER_KEY, str(folder))
         model = (with_weights(model, model_file, how.weights) if how.weights else model) + how.appended
     try:
         slow = _SLOW_FUSIONS if names == [CPU_PROVIDER] else ()

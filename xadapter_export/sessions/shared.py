@@ -5,6 +5,7 @@ offers no way to share the packed ones; without packing the mapped file is share
 a third or more. One loaded graph may answer any number of threads, so that is what is shared.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from weakref import WeakValueDictionary
@@ -57,6 +58,7 @@ def open_shared_engine(bundle: Bundle, made: Deployment, *, verify: bool) -> Onn
 
 
 def _share(key: tuple[object, ...], open_it: Callable[[], OnnxSession]) -> OnnxSession:
+    key = (os.getpid(), *key)  # a graph that was loaded before a fork has no threads after it
     with _lock:
         session = _loaded.get(key)
         if session is None:

@@ -26,6 +26,7 @@ from xadapter_export.bundle.folder import (
     list_files,
     read_bundle,
 )
+from xadapter_export.bundle.graph_check import beside, check_onnx
 from xadapter_export.bundle.graph_file import GraphFile, extra_outputs
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
 from xadapter_export.bundle.staging import staged_folder
@@ -97,6 +98,7 @@ def swap_bank(
     """
     in_place = output is None
     old = read_bundle(bundle)
+    _check_graphs(old)
     reader = BankReader(bank)
     if in_place:
         _check_only_listed(old)
@@ -121,6 +123,13 @@ def swap_bank(
         num_searched = _check_answers(new, reader)
         manifest = _record_answers(new)
     return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)))
+
+
+def _check_graphs(old: Bundle) -> None:
+    """Refuse a bundle with a graph that could do harm, before any is opened."""
+    for variant in old.manifest.variants:
+        for graph in variant.graph_files if variant.is_onnx else ():
+            check_onnx(old.file(graph), beside(graph, variant.weight_files))
 
 
 def _check_only_listed(bundle: Bundle) -> None:

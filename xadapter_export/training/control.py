@@ -1,10 +1,10 @@
 """The control that a result counts beside: the same training with nothing of CLIP in the memory."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from xadapter_export.bundle.small_files import read_object
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import reads_bank, reads_text
 from xadapter_export.training.config import lay_over, make_config
@@ -93,7 +93,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
             hint="use an existing control",
         )
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path, "the record of the training", CheckpointError)
         if not all(isinstance(record[name], dict) for name in ("config", "files", "frozen_sha256_before")):
             raise TypeError("config, files and frozen_sha256_before are objects")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.folder import sha256_file
@@ -58,7 +57,13 @@ from xadapter_export.training.examples import (
 )
 from xadapter_export.training.frozen_features import FeatureCache, frozen_features
 from xadapter_export.training.objective import TrainingModel
-from xadapter_export.training.trainer import WEIGHTS_NAME, DivergedError, Progress, XAdapterTrainer
+from xadapter_export.training.trainer import (
+    WEIGHTS_NAME,
+    DivergedError,
+    Progress,
+    XAdapterTrainer,
+    load_state,
+)
 
 from transformers import EarlyStoppingCallback, set_seed  # isort: skip  # cured by model.plm
 from transformers.integrations.integration_utils import TensorBoardCallback  # isort: skip
@@ -497,7 +502,7 @@ class _Learner:
         finished = folder / "finished.json"
         kept = _read(finished)
         if kept is not None:  # by an earlier start of this run
-            plugin.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
+            load_state(plugin, folder)
             return kept["history"], kept["steps"]
 
         with Progress(self.on_step) as progress, reporters_write_to(self.config.run_folder):
@@ -588,7 +593,7 @@ def _read(path: Path) -> Any:
     """Read JSON; None where there is none, or what an old version or an accident left."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

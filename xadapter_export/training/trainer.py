@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.errors import OutputWriteError, XAdapterError
+from xadapter_export.errors import CheckpointError, OutputWriteError, XAdapterError
 from xadapter_export.torchvision_cure import cure_torchvision
 from xadapter_export.training.objective import TrainingModel
 
@@ -98,14 +98,25 @@ class XAdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model
-        self._load_plugin(Path(resume_from_checkpoint))
+        load_state(self.model.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_plugin(Path(str(self.state.best_model_checkpoint)))
+        load_state(self.model.model, Path(str(self.state.best_model_checkpoint)))
 
-    def _load_plugin(self, folder: Path) -> None:
-        state = load_file(folder / WEIGHTS_NAME)
-        self.model.model.load_state_dict(state, strict=False)
+
+def load_state(plugin: nn.Module, folder: Path) -> None:
+    """Put the weights of a state of the training into a plug-in.
+
+    Raises:
+        CheckpointError: If they cannot be read, or are of another plug-in.
+    """
+    path = folder / WEIGHTS_NAME
+    try:
+        plugin.load_state_dict(load_file(path), strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of another shape
+        raise CheckpointError(
+            "a state of the training is damaged", where=path, got=error, hint=f"remove {folder} and resume"
+        ) from error
 
 
 class Progress(TrainerCallback):
