@@ -121,22 +121,40 @@ def split_projections(model: ir.Model) -> int:
     for node in list(model.graph):
         for output in node.outputs:
             slices = [use.node for use in output.uses() if use.node.op_type == "Slice" and use.idx == 0]
-            bounds = [[_constant(value) for value in user.inputs[1:4]] for user in slices]
-            if len(slices) < 2 or any(b is None or b.size != 1 for bound in bounds for b in bound):
-                continue
-            edges = [(int(b[0].item()), int(b[1].item())) for b in bounds]  # type: ignore[union-attr]  # checked above
-            if len(slices) != len(output.uses()) or any(a[1] != b[0] for a, b in pairwise(edges)):
+            bounds = [bound for bound in map(_slice_bounds, slices) if bound is not None]
+            if len(bounds) < 2 or len(bounds) != len(output.uses()) or not _covers(bounds, output):
                 continue
             sizes = ir.node(
-                "Constant", [], {"value": ir.tensor(np.array([b - a for a, b in edges], np.int64))}
+                "Constant",
+                [],
+                {"value": ir.tensor(np.array([end - start for start, end, _ in bounds], np.int64))},
             )
-            split = ir.node("Split", [output, sizes.outputs[0]], {"axis": -1}, num_outputs=len(slices))
+            split = ir.node(
+                "Split", [output, sizes.outputs[0]], {"axis": bounds[0][2]}, num_outputs=len(slices)
+            )
             model.graph.insert_after(node, [sizes, split])
             for user, value in zip(slices, split.outputs, strict=True):
                 ir.convenience.replace_all_uses_with(user.outputs[0], value)
             model.graph.remove(slices, safe=True)
             count += 1
     return count
+
+
+def _slice_bounds(node: ir.Node) -> tuple[int, int, int] | None:
+    """Start, end and axis of a ``Slice`` of one axis, in steps of 1."""
+    constants = [_constant(value) for value in node.inputs[1:]]
+    numbers = [int(c.item()) for c in constants if c is not None and c.size == 1]
+    if len(numbers) != len(constants) or len(numbers) < 3 or numbers[3:] not in ([], [1]):
+        return None
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _covers(bounds: list[tuple[int, int, int]], value: ir.Value) -> bool:
+    """Whether slices are all of a value, one behind the other."""
+    axis = bounds[0][2]
+    whole = bounds[-1][1] if value.shape is None else value.shape[axis]
+    behind = all(one[1:] == (other[0], axis) for one, other in pairwise(bounds))
+    return behind and (bounds[0][0], bounds[-1][1:]) == (0, (whole, axis))
 
 
 def fuse_quick_gelu(model: ir.Model) -> int:

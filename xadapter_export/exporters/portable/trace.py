@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import onnx
@@ -99,6 +100,8 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
     """Converts to the opset with the converter of the onnx package, which sees no large weights."""
     if model.opset_imports[""] == opset:
         return model
+    if opset < _LOWEST_TRACED:
+        _slice_splits(model.graph)
     initializers = dict(model.graph.initializers)
     large = {
         name: value
@@ -119,6 +122,27 @@ def _convert(model: ir.Model, opset: int) -> ir.Model:
         value.const_value = large[str(value.name)].const_value
         converted.graph.register_initializer(value)
     return converted
+
+
+def _slice_splits(graph: ir.Graph) -> None:
+    """Writes each ``Split`` as slices: the converter knows no way from that of opset 18 to that of 17."""
+    for node in [node for node in graph if node.op_type == "Split"]:
+        axis, start = node.attributes.get_int("axis", 0), 0
+        sizes = [None if output.shape is None else output.shape[axis] for output in node.outputs]
+        if not all(isinstance(size, int) for size in sizes):
+            continue  # which the converter then refuses
+        for output, size in zip(node.outputs, sizes, strict=True):
+            end = start + cast(int, size)
+            bounds = [
+                ir.node("Constant", [], {"value": ir.tensor(np.array([number], np.int64))})
+                for number in (start, end, axis)
+            ]
+            start = end
+            part = ir.node("Slice", [node.inputs[0], *(bound.outputs[0] for bound in bounds)])
+            part.outputs[0].shape, part.outputs[0].type = output.shape, output.type
+            graph.insert_before(node, [*bounds, part])
+            ir.convenience.replace_all_uses_with(output, part.outputs[0])
+        graph.remove(node, safe=True)
 
 
 def _name_axes(model: ir.Model, merged: MergedModel) -> None:
