@@ -111,6 +111,7 @@ def folder(tmp_path: Path, builtin_export: "ExportResult", monkeypatch: pytest.M
     from xadapter_export.model.builtin import builtin_folder
 
     shutil.copytree(builtin_folder(), tmp_path / "my-checkpoint")
+    (tmp_path / "my-bank").mkdir()
     FeatureBank.load(builtin_folder()).save(tmp_path / "my-bank")
     shutil.copytree(builtin_export.folder, tmp_path / "bundle")
     (tmp_path / "export").mkdir()
@@ -121,6 +122,7 @@ def folder(tmp_path: Path, builtin_export: "ExportResult", monkeypatch: pytest.M
     return tmp_path
 
 
+@pytest.mark.filterwarnings("default")  # a reader would see a warning and read on
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
     blocks = list(blocks_of(page))
