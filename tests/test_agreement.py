@@ -417,6 +417,30 @@ def test_rows_retrieved_are_compared_in_any_order() -> None:
     assert share_of_same_rows(answers(None), answers(None)) is None
 
 
+def test_labeled_texts_are_compared_with_fp32_like_the_others(filler: XAdapterModel) -> None:
+    inputs = tuple(
+        TensorSpec(name=name, dtype="int64", axes=("batch", "seq"))
+        for name in ("input_ids", "attention_mask")
+    )
+    spec = ExpertSetSpec(inputs=inputs, outputs=(), taps=(), component_parameters={})
+    texts = CalibrationTexts(("lime", "a lime is green"))
+    labeled = Questions(CalibrationTexts(("is it", "red cherry and lime and banana")), right=(0, 1), columns=None)
+    probe = make_probe(filler.text_encoder, spec, "text-classification", texts, labeled)
+
+    def logits(feed: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+        lengths = feed["attention_mask"].sum(1).astype(np.float32)
+        return [np.stack([lengths, np.full_like(lengths, 7.0)], 1)]
+
+    def wrong_on_the_longest(feed: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+        return [np.minimum(logits(feed, names)[0], 7.0 - np.array([0.1, 0.0], np.float32))]
+
+    longest = max(int(feed["attention_mask"].sum(1).max()) for feed in probe.question_feeds)
+    assert longest > max(int(feed["attention_mask"].sum(1).max()) for feed in probe.feeds)
+    agreement = measure(logits, wrong_on_the_longest, probe, "int8", "cpu-int8")
+    assert (agreement.num_texts, agreement.num_answers, agreement.num_questions) == (4, 4, 2)
+    assert agreement.same_top == 0.75
+
+
 def test_the_values_of_a_regression_are_correlated(filler: XAdapterModel) -> None:
     inputs = tuple(
         TensorSpec(name=name, dtype="int64", axes=("batch", "seq"))

@@ -98,7 +98,8 @@ class Probe:
         task: What the graphs answer.
         feeds: Inputs of the texts on which answers are compared.
         retrieves: Whether the graphs give retrieved rows.
-        questions: Questions with a known answer, or None.
+        questions: Questions with a known answer, or None. Where any answer may be given, as to what a text is
+            labeled, variants are compared with fp32 on these too: they are asked anyway.
         question_feeds: Inputs of their texts, in their order.
     """
 
@@ -107,6 +108,11 @@ class Probe:
     retrieves: bool
     questions: Questions | None
     question_feeds: tuple[Feed, ...]
+
+    @property
+    def compares_questions(self) -> bool:
+        """Whether answers to the questions are compared like those to the texts."""
+        return self.questions is not None and self.questions.columns is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +229,12 @@ def collect(runner: Runner, probe: Probe, name: str) -> Answers:
         first, *rest = runner(feed, names)
         vectors.append(task.rows(np.asarray(first, np.float32), feed))
         retrieved += [np.asarray(rows, np.int64) for rows in rest]
-    said = [_say(runner(feed, [output])[0], feed, probe) for feed in probe.question_feeds]
+    said = []
+    for feed in probe.question_feeds:
+        rows = task.rows(np.asarray(runner(feed, [output])[0], np.float32), feed)
+        said.append(_say(rows, probe))
+        if probe.compares_questions:
+            vectors.append(rows)
     answers = Answers(
         name,
         np.concatenate(vectors),
@@ -279,8 +290,9 @@ def compare(
     default_min = default.min_cosine if same_top is None else default.min_same_top
     minimum = default_min if min_agreement is None else min_agreement
     points = default.max_points_lost if max_points_lost is None else max_points_lost
+    compared = (*probe.feeds, *(probe.question_feeds if probe.compares_questions else ()))
     return Agreement(
-        num_texts=sum(len(feed["input_ids"]) for feed in probe.feeds),
+        num_texts=sum(len(feed["input_ids"]) for feed in compared),
         num_answers=len(ours),
         same_top=same_top,
         same_top_interval=None if same_top is None else wilson_interval(same_top, len(ours)),
@@ -385,8 +397,7 @@ def check(agreement: Agreement, variant_name: str) -> None:
         )
 
 
-def _say(logits: Array, feed: Feed, probe: Probe) -> NDArray[np.int64]:
-    rows = TASKS[probe.task].rows(np.asarray(logits, np.float32), feed)
+def _say(rows: Float32Array, probe: Probe) -> NDArray[np.int64]:
     columns = None if probe.questions is None else probe.questions.columns
     said: NDArray[np.int64] = (rows if columns is None else rows[:, columns]).argmax(1)
     return said
