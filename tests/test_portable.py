@@ -45,7 +45,7 @@ def leaves_windows_first(node: ast.AST) -> bool:
     """Whether a function returns on Windows before it does anything else."""
     if not isinstance(node, ast.FunctionDef):
         return False
-    first = node.body[1 if ast.get_docstring(node) else 0]
+    first = node.body[min(ast.get_docstring(node) is not None, len(node.body) - 1)]
     return (
         isinstance(first, ast.If)
         and ast.unparse(first.test) in ("sys.platform == 'win32'", "os.name != 'posix'")
