@@ -424,7 +424,9 @@ def test_labeled_texts_are_compared_with_fp32_like_the_others(filler: XAdapterMo
     )
     spec = ExpertSetSpec(inputs=inputs, outputs=(), taps=(), component_parameters={})
     texts = CalibrationTexts(("lime", "a lime is green"))
-    labeled = Questions(CalibrationTexts(("is it", "red cherry and lime and banana")), right=(0, 1), columns=None)
+    labeled = Questions(
+        CalibrationTexts(("is it", "red cherry and lime and banana")), right=(0, 1), columns=None
+    )
     probe = make_probe(filler.text_encoder, spec, "text-classification", texts, labeled)
 
     def logits(feed: Mapping[str, Array], names: Sequence[str]) -> list[Array]:

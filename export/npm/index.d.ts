@@ -53,7 +53,10 @@ export interface Parts extends LoadOptions {
 }
 
 /** An error whose message a user can act on. */
-export class XAdapterError extends Error {}
+export class XAdapterError extends Error {
+  /** "words" if a candidate is wrong. */
+  readonly field?: string;
+}
 
 /** A loaded bundle. Graphs are opened when they are first asked. */
 export class XAdapterSession {
