@@ -386,7 +386,7 @@ def test_many_pictures_are_proven_too(tmp_path: Path) -> None:
 
 
 def test_keys_that_were_learned_for_their_prototypes_cannot_be_swapped(tmp_path: Path) -> None:
-    model = make_model(tmp_path, experts="v", retrieval={"mode": "static", "query": "sentence"})
+    model = make_model(tmp_path, experts="v", retrieval={"mode": "static"}, layer="sentence-query")
     export(model, tmp_path / "bundle", "v")
     write_bank(tmp_path / "bank", 30, 6, None)
     before = contents(tmp_path / "bundle")

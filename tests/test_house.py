@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.branches import found_in
+from xadapter_export.layers import LAYERS
 from xadapter_export.model.plm import FAMILIES
 from xadapter_export.model.towers import TEXT_TOWERS
 from xadapter_export.targets import TARGETS, all_variants
@@ -48,7 +50,13 @@ SEAMS = {
         ("model/post_norm.py",),
     ),
     "text towers": Seam(set(TEXT_TOWERS), ("model/clip_text.py",)),
+    "kinds of layers": Seam(set(LAYERS), ("layers", "model/x_adapter.py")),
 }
+LAYER_OBJECTS = {
+    name
+    for kind in map(LAYERS.__getitem__, LAYERS)
+    for name in (kind.name.replace("-", "_").upper(), kind.torch_half.partition(":")[2])
+}  # TOKEN_QUERY, TokenQueryLayer
 
 CODE = ("xadapter_export", "train", "export", "benchmarks", "tests", "docs", "examples")
 MOST_PARAMETERS, MOST_LINES, MOST_LINES_OF_A_COMMAND = 8, 60, 39
@@ -107,6 +115,24 @@ def found_in_library(seam: Seam) -> list[str]:
 @pytest.mark.parametrize("seam", SEAMS.values(), ids=SEAMS)
 def test_a_name_is_compared_in_its_own_room_alone(seam: Seam) -> None:
     assert found_in_library(seam) == []
+
+
+def names_a_layer(node: ast.expr) -> bool:
+    """Whether an expression is one of our kinds of layer, or its module."""
+    name = getattr(node, "id", getattr(node, "attr", None))
+    return name in LAYER_OBJECTS or (isinstance(node, ast.Attribute) and names_a_layer(node.value))
+
+
+def test_no_code_outside_its_room_branches_on_a_kind_of_layer() -> None:
+    found = [
+        f"{file.relative_to(PACKAGE).as_posix()}:{line}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        if not any(file.is_relative_to(PACKAGE / room) for room in SEAMS["kinds of layers"].rooms)
+        for line in found_in(file.read_text("utf-8"), names_a_layer)
+    ]
+    assert found == []
+    for line in ("isinstance(x, SentenceQueryLayer)", "kind is TOKEN_QUERY", "x == layers.TOKEN_QUERY.name"):
+        assert list(found_in(line, names_a_layer)), line
 
 
 @pytest.mark.parametrize("seam", SEAMS.values(), ids=SEAMS)

@@ -196,7 +196,7 @@ def test_candidates_are_columns_of_the_full_logits(models: dict[str, XAdapterMod
 
 
 def test_a_static_bank_that_the_sentence_asks_is_folded_too(tmp_path: Path) -> None:
-    model = make_model(tmp_path, experts="v", retrieval={"mode": "static", "query": "sentence"})
+    model = make_model(tmp_path, experts="v", retrieval={"mode": "static"}, layer="sentence-query")
     inputs = model.encode(TEXTS)
     folded = MergedModel(model, "v", "fill-mask")
     unfolded = MergedModel(model, "v", "fill-mask", without={"folded_bank"})

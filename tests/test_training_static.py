@@ -19,7 +19,7 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.pooling import unit_length
 from xadapter_export.model.towers import load_clip
-from xadapter_export.model.x_adapter import SentenceXAdapterLayer
+from xadapter_export.model.x_adapter import LayerShape, SentenceQueryLayer
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.text import clip_text
 from xadapter_export.training import TrainResult, read_config, train
@@ -32,13 +32,14 @@ ANSWERS = {
 }
 QUESTIONS = ["the color of a banana is [MASK].", "[MASK] fruit is very very green."]
 B, T, H, R, A, C, M = 2, 5, 12, 8, 2, 6, 4
+SHAPE = LayerShape(hidden_size=H, memory_width=C, adapter_width=R, num_heads=A, num_rows=M)
 
 
 @pytest.fixture
-def layer() -> SentenceXAdapterLayer:
+def layer() -> SentenceQueryLayer:
     """A layer of which no weight is zero."""
     torch.manual_seed(0)
-    made = SentenceXAdapterLayer(H, C, R, A, M)
+    made = SentenceQueryLayer(SHAPE)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -64,7 +65,7 @@ def normed(row: np.ndarray[Any, Any], norm: torch.nn.LayerNorm) -> np.ndarray[An
 
 
 def by_loops(
-    layer: SentenceXAdapterLayer, hidden: Tensor, prototypes: Tensor, lengths: list[int]
+    layer: SentenceQueryLayer, hidden: Tensor, prototypes: Tensor, lengths: list[int]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The contribution ``(B, T, H)`` and the share of each prototype ``(B, A, M)``, number by number."""
     weights = {name: tensor.detach().double().numpy() for name, tensor in layer.state_dict().items()}
@@ -97,7 +98,7 @@ def by_loops(
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 2], [1, 3]])
 def test_it_is_what_loops_compute(
-    layer: SentenceXAdapterLayer, hidden: Tensor, prototypes: Tensor, lengths: list[int]
+    layer: SentenceQueryLayer, hidden: Tensor, prototypes: Tensor, lengths: list[int]
 ) -> None:
     mask = additive_mask(torch.arange(T)[None] < torch.tensor(lengths)[:, None])
     expected, shares = by_loops(layer, hidden, prototypes, lengths)
@@ -112,7 +113,7 @@ def test_it_is_what_loops_compute(
     np.testing.assert_allclose(shares.sum(-1), 1.0)
 
 
-def test_padding_changes_nothing(layer: SentenceXAdapterLayer, hidden: Tensor, prototypes: Tensor) -> None:
+def test_padding_changes_nothing(layer: SentenceQueryLayer, hidden: Tensor, prototypes: Tensor) -> None:
     alone = layer(hidden[:1, :3], prototypes, None, additive_mask(torch.ones((1, 3), dtype=torch.int64)))
     mask = additive_mask(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
     noise = hidden.clone()
@@ -125,14 +126,14 @@ def test_padding_changes_nothing(layer: SentenceXAdapterLayer, hidden: Tensor, p
 
 
 def test_a_fresh_layer_adds_exactly_nothing(hidden: Tensor, prototypes: Tensor) -> None:
-    fresh = SentenceXAdapterLayer(H, C, R, A, M)
+    fresh = SentenceQueryLayer(SHAPE)
     assert not fresh(hidden, prototypes).any()
     assert fresh.prototype_keys.shape == (M, R)
     assert fresh.prototype_keys.requires_grad
 
 
 def test_every_prototype_has_a_key_of_its_own(
-    layer: SentenceXAdapterLayer, hidden: Tensor, prototypes: Tensor
+    layer: SentenceQueryLayer, hidden: Tensor, prototypes: Tensor
 ) -> None:
     same = prototypes[:, :1].expand(-1, M, -1)  # features that cannot be told apart
     with torch.no_grad():
@@ -159,7 +160,7 @@ def run(parts: Path, output: Path, **more: Any) -> TrainResult:
         "train_files": [str(parts / "text.jsonl")],
         "experts": "v",
         "retrieval": "static",
-        "query": "sentence",
+        "layer": "sentence-query",
         "layers": [1, 2],
         "adapter_width": 16,
         "num_heads": 2,
@@ -214,7 +215,7 @@ def test_distillation_alone_leaves_the_output_at_its_start(parts: Path, tmp_path
 def test_the_same_plugin_comes_back_from_disk(taught: TrainResult) -> None:
     again = XAdapterModel.from_pretrained(taught.folder)
     assert again.clip is None  # it taught, and is no longer needed
-    assert (again.config.retrieval.mode, again.config.retrieval.query) == ("static", "sentence")
+    assert (again.config.retrieval.mode, again.config.layer) == ("static", "sentence-query")
     state = taught.model.trained_state()
     assert [tuple(t.shape) for name, t in state.items() if "prototype_keys" in name] == [(N, 16)] * 2
     assert state.keys() == again.trained_state().keys()
@@ -228,7 +229,7 @@ def test_the_same_plugin_comes_back_from_disk(taught: TrainResult) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"retrieval": "topk"}, "query = sentence needs retrieval = static"),
+        ({"retrieval": "topk"}, "layer = sentence-query needs retrieval = static"),
         ({"distill_steps": 3}, "distill_steps needs a distill_weight above 0"),
         ({"distill_weight": 1.0, "clip": None}, "clip: needed by"),
     ],
@@ -246,8 +247,8 @@ def test_settings_that_do_not_go_together(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> XAdapterModel:
     """Random weights, none of them small: what parity is asked of."""
-    retrieval = {"mode": "static", "query": "sentence"}
-    made = make_model(tmp_path_factory.mktemp("model"), experts="v", retrieval=retrieval)
+    folder = tmp_path_factory.mktemp("model")
+    made = make_model(folder, experts="v", retrieval={"mode": "static"}, layer="sentence-query")
     made.clip = None
     made.text_encoder = made.make_text_encoder(made.plm.max_seq)
     return made

@@ -1,10 +1,11 @@
 """Things that a user names and that other packages may add: ours, and those of an entry point group."""
 
+import importlib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from xadapter_export.errors import UnsupportedError
+from xadapter_export.errors import ConfigError, UnsupportedError
 
 
 class Named(Protocol):
@@ -67,3 +68,16 @@ class Registry(Generic[Entry]):
                 f"an entry point gives another {self._what}", where=where, got=getattr(entry, "name", entry)
             )
         return cast(Entry, entry)
+
+
+def load_named(place: str) -> Any:
+    """Import what an entry names, ``module:attribute``: so a table imports nothing that is heavy.
+
+    Raises:
+        ConfigError: If there is no such attribute.
+    """
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError as error:
+        raise ConfigError("a table names what is not there", where=place, got=error) from error

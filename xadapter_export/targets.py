@@ -11,15 +11,14 @@ Another package adds a target as an entry point of the group ``xadapter_export.t
 Makers and openers are named, and imported when they are needed.
 """
 
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
-from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.errors import UnsupportedError
 from xadapter_export.registry import Registry
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -308,16 +307,3 @@ def all_targets() -> tuple[Target, ...]:
 def all_variants() -> Mapping[str, VariantName]:
     """Return every variant and deployment that can be asked for, by name."""
     return {str(name): name for target in all_targets() for name in target.variants}
-
-
-def load_named(place: str) -> Any:
-    """Import what a row names, ``module:attribute``.
-
-    Raises:
-        ConfigError: If there is no such attribute.
-    """
-    module, _, attribute = place.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError as error:
-        raise ConfigError("the table of targets names what is not there", where=place, got=error) from error

@@ -34,6 +34,7 @@ from train.demo.stages import Stages
 from train.minilm import minilm_folder
 from train.tables import Grid, print_grid, spread, write_results
 from xadapter_export.bank.compact import compact_bank
+from xadapter_export.layers import TOKEN_QUERY
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.plm import NoMlmHeadError, load_plm
 from xadapter_export.model.plm_family import PlmFamily
@@ -327,7 +328,7 @@ def ablations(static: dict[str, Any], training: dict[str, Any]) -> dict[str, Arm
             "texts": ["colors", "facts", "seen_names"],
         },
         "static, sentence query, not distilled": {**static, "distill_weight": 0.0, "distill_steps": 0},
-        "static, each token asks, distilled": {**static, "query": "token"},
+        "static, each token asks, distilled": {**static, "layer": TOKEN_QUERY.name},
     }
     steps = training["ablation_steps"]
     return {

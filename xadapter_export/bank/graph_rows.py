@@ -3,7 +3,7 @@
 A bundle with a swapped bank holds the numbers that an export would have written.
 
 Dimensions: N bank size, D CLIP embedding size, G groups of numbers of a row that share a scale, S numbers of
-a group, R adapter width.
+a group.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from xadapter_export.bank.rows import Float32
 from xadapter_export.bundle.folder import PROJECTIONS_NAME
 from xadapter_export.errors import BundleError
+from xadapter_export.layers import LAYERS, LayerKind
 
 REST_STEPS = 254  # of a code: what rounding leaves over is at most half of one, and int8 has 127 steps
-NORM_EPSILON = 1e-5  # of the plug-in's memory norm, which is torch's default
 
 _CANDIDATES = 16  # at least: of 1,000,000 rows, random or clustered, they held the best 4 of all 400 queries
 _GROUP_SIZES = (128, 64, 32, 16)  # what MatMulNBits takes; 256 is slower by a seventh on AVX-512
@@ -78,68 +78,49 @@ def to_half(values: Float32) -> NDArray[np.float16]:
 
 
 @dataclass(frozen=True)
-class MemoryProjection:
-    """What an expert's layer does to its memory: norm, keys, values. It depends on the memory alone.
+class Projections:
+    """What a swap folds a static bank with.
 
     Attributes:
-        norm_weight: ``(D,) float32``, like ``norm_bias``.
-        key_weight: ``(R, D) float32``, like ``value_weight``; biases are ``(R,)``.
+        kind: The kind of the layers.
+        states: The tensors that ``LayerKind.fold`` reads, of each layer, by the PLM layer's number.
     """
 
-    norm_weight: Float32
-    norm_bias: Float32
-    key_weight: Float32
-    key_bias: Float32
-    value_weight: Float32
-    value_bias: Float32
+    kind: LayerKind
+    states: Mapping[str, Mapping[str, Float32]]
 
-    def fold(self, rows: Float32) -> tuple[Float32, Float32]:
-        """Return keys and values ``(1, N, R) float32`` of a bank ``(N, D) float32``.
-
-        They are computed in float64, as the exporter does with PyTorch: rounded to float32 they are the same.
-        """
-        memory = rows.astype(np.float64)
-        memory -= memory.mean(-1, keepdims=True)
-        memory /= np.sqrt((memory * memory).mean(-1, keepdims=True) + NORM_EPSILON)
-        memory = memory * self.norm_weight + self.norm_bias
-        keys = memory @ self.key_weight.T.astype(np.float64) + self.key_bias
-        values = memory @ self.value_weight.T.astype(np.float64) + self.value_bias
-        return keys[None].astype(np.float32), values[None].astype(np.float32)
+    def save(self, folder: Path) -> None:
+        """Write them into a bundle."""
+        tensors = {
+            f"{layer}.{name}": np.ascontiguousarray(array)
+            for layer, state in self.states.items()
+            for name, array in state.items()
+        }
+        save_file(tensors, folder / PROJECTIONS_NAME, {"layer": self.kind.name})
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Float32]) -> Self:
-        """Take the parameters of a layer, by their names there."""
-        parts = {"norm": "memory_norm", "key": "key", "value": "value"}
-        return cls(
-            **{f"{part}_{kind}": state[f"{name}.{kind}"] for part, name in parts.items() for kind in _KINDS}
-        )
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote.
 
-
-_KINDS = ("weight", "bias")
-
-
-def save_projections(folder: Path, projections: Mapping[str, MemoryProjection]) -> None:
-    """Write what a swap folds a static bank with, by PLM layer."""
-    tensors = {
-        f"{layer}.{name}": np.ascontiguousarray(array)
-        for layer, projection in projections.items()
-        for name, array in vars(projection).items()
-    }
-    save_file(tensors, folder / PROJECTIONS_NAME)
-
-
-def load_projections(path: Path) -> dict[str, MemoryProjection]:
-    """Read what ``save_projections`` wrote.
-
-    Raises:
-        BundleError: If it is not that.
-    """
-    try:
-        tensors = load_file(path)
-        layers: dict[str, dict[str, Float32]] = {}
-        for name, array in tensors.items():
-            layer, _, part = name.partition(".")
-            layers.setdefault(layer, {})[part] = array
-        return {layer: MemoryProjection(**parts) for layer, parts in layers.items()}
-    except (OSError, SafetensorError, TypeError) as error:
-        raise BundleError("the projections of the bank cannot be read", where=path, got=error) from error
+        Raises:
+            BundleError: If it is not that.
+            UnsupportedError: If the kind of layer is not known here.
+        """
+        states: dict[str, dict[str, Float32]] = {}
+        try:
+            with safe_open(path, "numpy") as file:
+                kind = LAYERS[(file.metadata() or {})["layer"]]
+                for key in file.keys():  # noqa: SIM118  # it is no dict
+                    layer, _, name = key.partition(".")
+                    states.setdefault(layer, {})[name] = file.get_tensor(key)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise BundleError("the projections of the bank cannot be read", where=path, got=error) from error
+        for state in states.values():
+            if set(state) != set(kind.fold_reads):
+                raise BundleError(
+                    "the projections of the bank are incomplete",
+                    where=path,
+                    expected=", ".join(kind.fold_reads),
+                    got=", ".join(sorted(state)),
+                )
+        return cls(kind, states)

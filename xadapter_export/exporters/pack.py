@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from xadapter_export.bank.graph_rows import save_projections
+from xadapter_export.bank.graph_rows import Projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
@@ -28,8 +28,10 @@ from xadapter_export.bundle.manifest import (
     TensorSpec,
     Variant,
 )
+from xadapter_export.experts import V
 from xadapter_export.exporters.portable.check import component_parameters
 from xadapter_export.exporters.portable.merge import MergedModel, Part, tap_name
+from xadapter_export.layers import LAYERS
 from xadapter_export.model.checkpoint import write_tokenizer_config
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -86,8 +88,13 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 def write_projections(model: XAdapterModel, folder: Path, merged: MergedModel) -> None:
     """Writes what another static bank is folded with; nothing where its keys were learned for this one."""
-    if merged.folds_bank and model.config.retrieval.query != "sentence":
-        save_projections(folder, merged.bank_projections())
+    kind = LAYERS[model.config.layer]
+    if merged.folds_bank and not kind.learns_rows:
+        states = {layer: merged.adapter(layer, V.name).state_dict() for layer in merged.adapters}
+        projections = {
+            layer: {name: state[name].numpy() for name in kind.fold_reads} for layer, state in states.items()
+        }
+        Projections(kind, projections).save(folder)
 
 
 def write_companions(model: XAdapterModel, folder: Path, *, with_clip: bool, with_rows: bool) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xadapter_export.bundle.manifest import Sha256, SomeExperts, Task
 from xadapter_export.experts import EXPERT_SETS
+from xadapter_export.layers import LAYERS, TOKEN_QUERY, LayerName
 from xadapter_export.tasks import FILL_MASK, TASKS
 
 
@@ -20,13 +21,10 @@ class RetrievalConfig(_Strict):
     """Where the V-expert's memory comes from; fixed at training.
 
     ``topk``: the ``k`` bank rows nearest (cosine) to CLIP's text embedding of the sentence.
-    ``static``: every row of a small bank of prototypes, with no CLIP tower at all; ``k`` is not used. Each
-    token asks for itself, or, with ``query`` ``sentence``, all tokens together, and each prototype has a key
-    that is learned.
+    ``static``: every row of a small bank of prototypes, with no CLIP tower at all; ``k`` is not used.
     """
 
     mode: Literal["topk", "static"] = "topk"
-    query: Literal["token", "sentence"] = "token"
     k: Annotated[int, Field(ge=1)] = 4
 
 
@@ -38,6 +36,7 @@ class XAdapterConfig(_Strict):
         layers: PLM layers before which the experts are added, counted from 0, ascending.
         adapter_width: R, width of the attention inside the plug-in; a multiple of ``num_heads``.
         num_heads: Attention heads of each expert.
+        layer: The kind of layer; see ``layers``.
         retrieval: The V-expert's retrieval mode.
         task: What the model is for; decides head and outputs.
         labels: Class names of ``text-classification``, in the order of the logits; exactly one, the name of
@@ -48,6 +47,7 @@ class XAdapterConfig(_Strict):
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     adapter_width: Annotated[int, Field(ge=1)] = 64
     num_heads: Annotated[int, Field(ge=1)] = 4
+    layer: LayerName = TOKEN_QUERY.name
     retrieval: RetrievalConfig = RetrievalConfig()
     task: Task = FILL_MASK.name
     labels: tuple[str, ...] = ()
@@ -58,8 +58,8 @@ class XAdapterConfig(_Strict):
             raise ValueError(
                 f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}"
             )
-        if self.retrieval.query == "sentence" and self.retrieval.mode != "static":
-            raise ValueError("retrieval: a sentence query goes with static retrieval")
+        if LAYERS[self.layer].learns_rows and self.retrieval.mode != "static":
+            raise ValueError(f"layer {self.layer} needs static retrieval")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
         if TASKS[self.task].has_labels != bool(self.labels):

@@ -4,7 +4,7 @@ A family or a tower makes them: as its library has them, or with the same weight
 operators. Then query, key and value are one product, the attention scale is inside the query's
 weights, and the last layer computes queries, feed-forward and norms only where its result is read.
 
-Dimensions: B batch, T tokens, P positions that are read, H hidden size, A attention heads, M memory items.
+Dimensions: B batch, T tokens, P positions that are read, H hidden size, A attention heads.
 """
 
 from collections.abc import Callable, Sequence

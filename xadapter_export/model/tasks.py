@@ -7,7 +7,6 @@ V vocabulary, L labels, A answers that a mask accepts.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.model.pooling import mean_pool
+from xadapter_export.registry import load_named
 from xadapter_export.tasks import TaskSpec
 
 
@@ -66,8 +66,7 @@ class TaskHead(ABC):
 
 def task_head(task: TaskSpec) -> TaskHead:
     """Return the half of a task that needs PyTorch."""
-    module, _, name = task.torch_half.partition(":")
-    head: TaskHead = getattr(import_module(module), name)()
+    head: TaskHead = load_named(task.torch_half)()
     return head
 
 

@@ -17,6 +17,7 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
+from xadapter_export.layers import LAYERS, TOKEN_QUERY
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
 from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.plm import load_plm
@@ -25,7 +26,7 @@ from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.text_tower import TextTower
 from xadapter_export.model.towers import load_clip
-from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
+from xadapter_export.model.x_adapter import LayerShape, XAdapterLayer, make_layer
 from xadapter_export.runtime.text import TextEncoder, TowerTokens
 from xadapter_export.tasks import TASKS, TaskSpec
 
@@ -122,11 +123,16 @@ class XAdapterModel(nn.Module):
         self.text_encoder = self.make_text_encoder(plm.max_seq)
 
     def _make_layer(self, expert: Expert, memory_width: int) -> XAdapterLayer:
-        config = self.config
-        shape = self.plm.hidden_size, memory_width, config.adapter_width, config.num_heads
-        if KINDS[expert].reads == "bank" and config.retrieval.query == "sentence":
-            return SentenceXAdapterLayer(*shape, len(self.bank_features))
-        return XAdapterLayer(*shape)
+        config, kind = self.config, LAYERS[self.config.layer]
+        reads_static = KINDS[expert].reads == "bank" and config.retrieval.mode == "static"
+        shape = LayerShape(
+            self.plm.hidden_size,
+            memory_width,
+            config.adapter_width,
+            config.num_heads,
+            num_rows=len(self.bank_features) if reads_static else None,
+        )
+        return make_layer(TOKEN_QUERY if kind.learns_rows and not reads_static else kind, shape)
 
     def make_text_encoder(self, max_seq: int) -> TextEncoder:
         """Both tokenizers with their rules, for inputs of at most ``max_seq`` PLM tokens."""

@@ -8,10 +8,11 @@ from xadapter_export.bundle.folder import Bundle
 from xadapter_export.bundle.graph_check import beside
 from xadapter_export.bundle.manifest import Variant
 from xadapter_export.errors import UnsupportedError
+from xadapter_export.registry import load_named
 from xadapter_export.sessions.retrieval import Retriever, open_retriever
 from xadapter_export.sessions.session import AS_IT_IS, OnnxSession, Opening
 from xadapter_export.sessions.split_session import open_split
-from xadapter_export.targets import TARGETS, load_named
+from xadapter_export.targets import TARGETS
 
 
 def open_variant(

@@ -74,7 +74,7 @@ class SwappedFiles:
         manifest = kept.model_copy(
             update={
                 "bank": spec,
-                "expert_sets": self._recounted(spec),
+                "expert_sets": self._recounted(),
                 "variants": tuple(self._resized(variant) for variant in kept.variants),
             }
         )
@@ -159,15 +159,13 @@ class SwappedFiles:
             size += self._place(file).stat().st_size + sum(places.values())
         return variant.model_copy(update={"size_bytes": size})
 
-    def _recounted(self, spec: BankSpec) -> dict[ExpertSet, object]:
+    def _recounted(self) -> dict[ExpertSet, object]:
         """Return the expert sets with the numbers that their bank has now."""
-        before = self._kept.bank
-        assert before is not None  # checked before
         sets: dict[ExpertSet, object] = {}
         for name, of_set in self._kept.expert_sets.items():
             counts = dict(of_set.component_parameters)
             if "bank" in counts:
-                counts["bank"] = counts["bank"] // before.num_pictures * spec.num_pictures
+                counts["bank"] = self._make.num_parameters
             sets[name] = of_set.model_copy(update={"component_parameters": counts})
         return sets
 

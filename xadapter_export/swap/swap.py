@@ -192,8 +192,8 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
     _check_clip(kept, bank, reader, assume_clip=assume_clip)
     if bank.retrieval == "static" and not (old.folder / PROJECTIONS_NAME).is_file():
         raise UnsupportedError(
-            "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes "
-            f"(query = sentence), or it was not folded or is of a version without {PROJECTIONS_NAME}",
+            "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes, "
+            f"or it was not folded, or the bundle is of a version without {PROJECTIONS_NAME}",
             where=old.folder,
             hint="train with the new bank, or export again",
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bank.feature_bank import FeatureBank
-from xadapter_export.bank.graph_rows import load_projections, num_candidates, quantize_rows, to_half
+from xadapter_export.bank.graph_rows import Projections, num_candidates, quantize_rows, to_half
 from xadapter_export.bank.rows import Float32
 from xadapter_export.bundle.folder import PROJECTIONS_NAME, Bundle
 from xadapter_export.bundle.graph_file import Weight
@@ -43,9 +43,17 @@ class BankWeights:
         assert bank is not None  # checked before
         self._k = bank.k
         if bank.retrieval == "static":
-            for layer, projection in load_projections(old.file(PROJECTIONS_NAME)).items():
-                keys, values = projection.fold(self._rows)
+            projections = Projections.load(old.file(PROJECTIONS_NAME))
+            for layer, state in projections.states.items():
+                keys, values = projections.kind.fold(state, self._rows)
                 self._folded |= {f"bank_keys_{layer}": keys, f"bank_values_{layer}": values}
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers a portable graph holds of the bank."""
+        if self._folded:
+            return sum(array.size for array in self._folded.values())
+        return int(self._new.features.size)
 
     @cached_property
     def _rows(self) -> Float32:

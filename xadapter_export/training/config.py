@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from xadapter_export.bundle.manifest import SomeExperts, Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.experts import EXPERT_SETS, V, reads_bank, reads_text
+from xadapter_export.layers import LAYERS, SENTENCE_QUERY, TOKEN_QUERY, LayerName
 from xadapter_export.tasks import FILL_MASK, TASKS, TEXT_CLASSIFICATION
 
 COLOR_WORDS = (
@@ -48,6 +49,11 @@ class PluginSettings(_Table):
     )
     adapter_width: Positive = Field(64, description="Width of the attention inside the plug-in.")
     num_heads: Positive = Field(4, description="Attention heads of each expert.")
+    layer: LayerName = Field(
+        TOKEN_QUERY.name,
+        description=f"Kind of X-adapter layer: {TOKEN_QUERY.name}, or {SENTENCE_QUERY.name} (static "
+        "retrieval: one query per sentence, with a learned key for each prototype).",
+    )
     retrieval: Literal["topk", "static"] = Field(
         "topk",
         description="topk: search the bank for each text. static: attend to every row of a small bank.",
@@ -61,16 +67,11 @@ class PluginSettings(_Table):
         description="How to train both experts. joint: always together. sequential: V first, then T on top "
         "of it. alternating: V, T and both in turn, so that each also works alone.",
     )
-    query: Literal["token", "sentence"] = Field(
-        "token",
-        description="Static retrieval: one query per token, or one per sentence with a learned key for each "
-        "prototype.",
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.query == "sentence" and self.retrieval != "static":
-            raise ValueError("query = sentence needs retrieval = static")
+        if LAYERS[self.layer].learns_rows and self.retrieval != "static":
+            raise ValueError(f"layer = {self.layer} needs retrieval = static")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
             raise ValueError("layers must be in ascending order, without repeats")
         if self.adapter_width % self.num_heads:

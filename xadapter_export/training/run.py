@@ -34,6 +34,7 @@ from xadapter_export.errors import (
 )
 from xadapter_export.evaluation.labeled import Labeled, read_labeled
 from xadapter_export.experts import NONE, V, experts_of, reads_bank, reads_text, set_of
+from xadapter_export.layers import LAYERS, TOKEN_QUERY
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.checkpoint import RECORD_NAME
 from xadapter_export.model.config import BankPart, FrozenPart, RetrievalConfig, XAdapterConfig
@@ -245,16 +246,17 @@ def _make_model(
                 got=part.sha256[:12],
                 hint="get the original",
             )
-    experts, width, retrieval, query = (
+    experts, width, retrieval, layer = (
         config.plugin.experts,
         config.plugin.adapter_width,
         config.plugin.retrieval,
-        config.plugin.query,
+        config.plugin.layer,
     )
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
         width *= len(experts_of(config.plugin.experts))
-        experts, retrieval, query, clip = V.name, "static", "token", None
+        experts, retrieval, clip = V.name, "static", None
+        layer = TOKEN_QUERY.name if LAYERS[layer].learns_rows else layer
     model = XAdapterModel(
         XAdapterConfig.model_validate(
             {
@@ -262,7 +264,8 @@ def _make_model(
                 "layers": layers,
                 "adapter_width": width,
                 "num_heads": config.plugin.num_heads,
-                "retrieval": RetrievalConfig(mode=retrieval, query=query, k=config.plugin.k),
+                "layer": layer,
+                "retrieval": RetrievalConfig(mode=retrieval, k=config.plugin.k),
                 "task": config.task,
                 "labels": rows.labels,
             }

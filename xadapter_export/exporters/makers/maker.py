@@ -19,8 +19,9 @@ from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.makers.axis_profile import check_axes
 from xadapter_export.exporters.passes.quantize import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
+from xadapter_export.registry import load_named
 from xadapter_export.sessions.session import Array
-from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets, load_named
+from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets
 
 Say = Callable[[str], None]
 Graphs = dict[Part, ir.Model]

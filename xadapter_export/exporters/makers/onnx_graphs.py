@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.errors import ParityError
-from xadapter_export.experts import reads_text
 from xadapter_export.exporters.makers.maker import GraphJob, GraphMaker, Graphs, MadeGraph
 from xadapter_export.exporters.passes.bank_search import search_bank
 from xadapter_export.exporters.passes.fuse import run_pass
@@ -147,12 +146,13 @@ def _fuse(source: Source) -> tuple[ir.Model, list[Optimization]]:
     """
     model, merged = source.portable.clone(), source.merged
     num_attentions, num_products = merged.projection_counts
+    num_experts = sum(adapter.is_fused for adapter in merged.text_adapters)
     others = merged.has_other_layers  # they are fused where they happen to be written as ours
     expected = {
-        "fused_attention": num_attentions + _num_fused_experts(merged),
+        "fused_attention": num_attentions + num_experts,
         "split_projections": num_attentions if num_products < 3 * num_attentions else 0,
         "fused_gelu": 0 if others else _count(model, "Erf"),
-        "fused_quick_gelu": 0 if others else _count(model, "Sigmoid"),
+        "fused_quick_gelu": 0 if others else _num_quick_gelus(model),
     }
     steps = [run_pass(name, model, count, or_more=others) for name, count in expected.items()]
     return model, [step for step in steps if step is not None]
@@ -197,12 +197,14 @@ def _count(model: ir.Model, op_type: str) -> int:
     return sum((node.domain, node.op_type) == ("", op_type) for node in model.graph)
 
 
+def _num_quick_gelus(model: ir.Model) -> int:
+    """Sigmoids of something scaled; a kind of layer may have others, as a gate."""
+    sigmoids = [node.inputs[0] for node in model.graph if node.op_type == "Sigmoid"]
+    scaled = [value.producer() for value in sigmoids if value is not None]
+    return sum(node is not None and node.op_type == "Mul" for node in scaled)
+
+
 def _num_exact_gelus(model: ir.Model) -> int:
     """Fused ones, and from opset 20 the standard operator; that with tanh has no operator with a bias."""
     gelus = [node for node in model.graph if node.op_type == "Gelu"]
     return sum(node.attributes.get_string("approximate") != "tanh" for node in gelus)
-
-
-def _num_fused_experts(merged: MergedModel) -> int:
-    """Attentions of experts, but not those over a static bank, which the whole batch shares."""
-    return sum(reads_text([expert]) or merged.retrieves for _, expert in merged.taps)

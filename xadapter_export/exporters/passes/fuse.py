@@ -200,7 +200,7 @@ def run_pass(name: str, model: ir.Model, expected: int, *, or_more: bool = False
         What it saved, or None where the model has nothing for it.
 
     Raises:
-        ParityError: If it did not find its pattern as often as the model has it.
+        ParityError: If it did not find its pattern as often as the model is known to have it.
     """
     model.opset_imports[CONTRIB] = 1
     before = len(model.graph)

@@ -11,18 +11,16 @@ from collections.abc import Collection, Sequence
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xadapter_export.bank.graph_rows import MemoryProjection
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
 from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
 from xadapter_export.exporters.request import Retrieval, Step
-from xadapter_export.model.export_layers import PackedLayer, additive_mask, attend
+from xadapter_export.model.export_layers import PackedLayer, additive_mask
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
 from xadapter_export.model.text_tower import TextTower
-from xadapter_export.model.x_adapter import SentenceXAdapterLayer, XAdapterLayer
+from xadapter_export.model.x_adapter import Projected, XAdapterLayer
 from xadapter_export.model.x_adapter_model import XAdapterModel
 from xadapter_export.tasks import TASKS
 
@@ -120,22 +118,13 @@ class MergedModel(nn.Module):
         2 R numbers per picture and layer; so it is folded in static mode only.
         """
         for layer in self.adapters:
-            with torch.no_grad():
-                keys, values = _fold(self._v_adapter(layer), bank)
+            keys, values = self.adapter(layer, V.name).fold(bank)
             self.register_buffer(f"bank_keys_{layer}", keys)
             self.register_buffer(f"bank_values_{layer}", values)
 
-    def bank_projections(self) -> dict[str, MemoryProjection]:
-        """What makes keys and values of the bank, by PLM layer."""
-        return {
-            layer: MemoryProjection.from_state(
-                {name: tensor.numpy() for name, tensor in self._v_adapter(layer).state_dict().items()}
-            )
-            for layer in self.adapters
-        }
-
-    def _v_adapter(self, layer: str) -> XAdapterLayer:
-        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[layer])[V.name])
+    def adapter(self, layer: int | str, expert: Expert) -> XAdapterLayer:
+        """The layer of an expert before a PLM layer."""
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
 
     def _slice_decoder(self, candidate_ids: Sequence[int]) -> nn.Linear:
         decoder = self.plm.decoder
@@ -159,9 +148,16 @@ class MergedModel(nn.Module):
         return len(attentions), sum(len(attention.projections) for attention in attentions)
 
     @property
+    def text_adapters(self) -> list[XAdapterLayer]:
+        """Layers of experts that read what belongs to a text, and no static bank, which the batch shares."""
+        own = [tap for tap in self.taps if reads_text([tap[1]]) or self.retrieves]
+        return [self.adapter(*tap) for tap in own]
+
+    @property
     def has_other_layers(self) -> bool:
         """Whether a layer is written in a way of its own, so that nobody knows what of it can be fused."""
-        return not all(isinstance(layer, PackedLayer) for layer in self._layers)
+        packed = all(isinstance(layer, PackedLayer) for layer in self._layers)
+        return not (packed and all(adapter.is_fused for adapter in self.text_adapters))
 
     @property
     def _layers(self) -> list[nn.Module]:
@@ -291,34 +287,14 @@ class MergedModel(nn.Module):
         memory: tuple[Tensor, Tensor | None] | None,
         token_mask: Tensor,
     ) -> Tensor:
-        adapter = cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
-        memory_mask = None
+        adapter = self.adapter(layer, expert)
         if memory is not None:
-            keys, values = adapter.project_memory(memory[0])
-            memory_mask = memory[1]
+            projected = adapter.project_memory(*memory)
         else:
-            keys, values = self.get_buffer(f"bank_keys_{layer}"), self.get_buffer(f"bank_values_{layer}")
-        if isinstance(adapter, SentenceXAdapterLayer):
-            return adapter.attend(hidden, keys, values, None, token_mask)
-        scale = (keys.shape[-1] / adapter.num_heads) ** -0.5
-        query = adapter.query(adapter.norm(hidden)) * scale
-        return adapter.out(attend(query, keys, values, adapter.num_heads, memory_mask))  # type: ignore[no-any-return]  # nn.Module call
+            projected = Projected(*(self.get_buffer(f"bank_{part}_{layer}") for part in ("keys", "values")))
+        return adapter.attend_in_graph(hidden, projected, token_mask)
 
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:
             return self.plm.mlm_logits(hidden)
         return self.candidate_decoder(self.plm.mlm_transform(hidden))  # type: ignore[no-any-return]  # nn.Module call
-
-
-def _fold(adapter: XAdapterLayer, bank: Tensor) -> tuple[Tensor, Tensor]:
-    """``project_memory`` of ``(N, D)``, in float64 as ``MemoryProjection.fold``: the same bits."""
-    norm = adapter.memory_norm
-    wide = F.layer_norm(
-        bank[None].double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
-    )
-    keys, values = (
-        F.linear(wide, part.weight.double(), part.bias.double()) for part in (adapter.key, adapter.value)
-    )
-    if isinstance(adapter, SentenceXAdapterLayer):
-        keys = keys + adapter.prototype_keys
-    return keys.float(), values.float()
