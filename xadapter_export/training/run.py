@@ -246,15 +246,11 @@ def _make_model(
                 got=part.sha256[:12],
                 hint="get the original",
             )
-    experts, width, retrieval, layer = (
-        config.plugin.experts,
-        config.plugin.adapter_width,
-        config.plugin.retrieval,
-        config.plugin.layer,
-    )
+    plugin = config.plugin
+    experts, width, retrieval, layer = plugin.experts, plugin.adapter_width, plugin.retrieval, plugin.layer
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
-        width *= len(experts_of(config.plugin.experts))
+        width *= len(experts_of(experts))
         experts, retrieval, clip = V.name, "static", None
         layer = TOKEN_QUERY.name if LAYERS[layer].learns_rows else layer
     model = XAdapterModel(
