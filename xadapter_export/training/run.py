@@ -246,15 +246,11 @@ def _make_model(
                 got=part.sha256[:12],
                 hint="get the original",
             )
-    experts, width, retrieval, layer = (
-        config.plugin.experts,
-        config.plugin.adapter_width,
-        config.plugin.retrieval,
-        config.plugin.layer,
-    )
+    wanted = config.plugin
+    experts, width, retrieval, layer = wanted.experts, wanted.adapter_width, wanted.retrieval, wanted.layer
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
-        width *= len(experts_of(config.plugin.experts))
+        width *= len(experts_of(experts))
         experts, retrieval, clip = V.name, "static", None
         layer = TOKEN_QUERY.name if LAYERS[layer].learns_rows else layer
     model = XAdapterModel(
@@ -263,9 +259,9 @@ def _make_model(
                 "experts": experts,
                 "layers": layers,
                 "adapter_width": width,
-                "num_heads": config.plugin.num_heads,
+                "num_heads": wanted.num_heads,
                 "layer": layer,
-                "retrieval": RetrievalConfig(mode=retrieval, k=config.plugin.k),
+                "retrieval": RetrievalConfig(mode=retrieval, k=wanted.k),
                 "task": config.task,
                 "labels": rows.labels,
             }
