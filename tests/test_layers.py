@@ -195,6 +195,7 @@ def test_rows_beside_a_static_bank_stay_when_it_is_swapped(tmp_path: Path) -> No
     made = export(model, tmp_path / "bundle", "v")
     assert made.manifest.expert_sets["v"].component_parameters["bank"] == 2 * 2 * (N + NULLS) * 16
     features = np.random.default_rng(5).standard_normal((47, D)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
     bank = FeatureBank(features, tuple(make_bank().pictures[n % N] for n in range(47)))
     bank.save(tmp_path / "bank")
     swapped = swap_bank(made.folder, tmp_path / "bank", tmp_path / "swapped", assume_clip=True)

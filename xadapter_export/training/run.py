@@ -259,9 +259,9 @@ def _make_model(
                 "experts": experts,
                 "layers": layers,
                 "adapter_width": width,
-                "num_heads": config.plugin.num_heads,
+                "num_heads": wanted.num_heads,
                 "layer": layer,
-                "retrieval": RetrievalConfig(mode=retrieval, k=config.plugin.k),
+                "retrieval": RetrievalConfig(mode=retrieval, k=wanted.k),
                 "task": config.task,
                 "labels": rows.labels,
             }
