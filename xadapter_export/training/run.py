@@ -259,9 +259,9 @@ def _make_model(
                 "experts": experts,
                 "layers": layers,
                 "adapter_width": width,
-                "num_heads": wanted.num_heads,
+                "num_heads": plugin.num_heads,
                 "layer": layer,
-                "retrieval": RetrievalConfig(mode=retrieval, k=wanted.k),
+                "retrieval": RetrievalConfig(mode=retrieval, k=plugin.k),
                 "task": config.task,
                 "labels": rows.labels,
             }
