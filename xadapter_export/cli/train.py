@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
-from xadapter_export.bank.record import CHECKPOINT_RECORD_NAME
-from xadapter_export.bundle.staging import check_replaceable, resolved
 from xadapter_export.cli.command import (
     NamedPath,
     XadCommand,
@@ -85,6 +83,9 @@ def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None
     is_first = os.environ.get("RANK", "0") == "0"
     settings = None if config is not None and has_arms(config) else read_config(config, given)
     if settings is not None:
+        from xadapter_export.bank.record import CHECKPOINT_RECORD_NAME
+        from xadapter_export.bundle.staging import check_replaceable, resolved
+
         check_replaceable(resolved(settings.output), CHECKPOINT_RECORD_NAME, force=settings.force)
     line = "train  step {done} of {total}{note}"
     with show_progress(quiet=quiet or not is_first, line=line) as (on_stage, on_step):
