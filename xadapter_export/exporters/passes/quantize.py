@@ -42,7 +42,7 @@ from xadapter_export.exporters.passes.rounding import (
 from xadapter_export.sessions.session import Array
 from xadapter_export.targets import Precision
 
-KEPT = ("adapters.", "bank", "clip.text_projection", "candidate_decoder.")
+KEPT = ("adapters.", "bank", "clip.text.text_projection", "candidate_decoder.")
 _MIN_SIDE = 32  # rows and columns; below, it is no matrix to speak of (scales, token types)
 _SMALLEST_BLOCK = 16  # that ``MatMulNBits`` takes
 _FLOAT = np.float32
