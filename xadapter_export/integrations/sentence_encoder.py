@@ -15,7 +15,7 @@ from xadapter_export.bundle.folder import MANIFEST_NAME
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.runtime.how_to_open import SessionOptions
 from xadapter_export.runtime.session import XAdapterSession
-from xadapter_export.tasks import FEATURE_EXTRACTION
+from xadapter_export.tasks import FEATURE_EXTRACTION, TASKS
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -44,7 +44,7 @@ class XAdapterEncoder(InputModule):  # type: ignore[misc]  # sentence-transforme
     def __init__(self, bundle: Path | str, **options: Unpack[SessionOptions]) -> None:
         super().__init__()
         self.session = XAdapterSession.load(bundle, **options)
-        if self.session.manifest.task != FEATURE_EXTRACTION.name:
+        if TASKS[self.session.manifest.task].head is not None:
             raise UnsupportedError(
                 "the bundle gives no embeddings",
                 where=bundle,
