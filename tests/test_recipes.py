@@ -155,7 +155,7 @@ favor_share = 0.0
 layers = [2]
 num_heads = 1
 adapter_width = 16
-query = "sentence"
+layer = "sentence-query"
 distill_weight = 1.0
 distill_steps = 2
 """

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from train.demo.pictures import COLORS, DemoObject
 from train.demo.text import MASK, UNSEEN_TEMPLATES, draw_color_sentences, fill, list_facts
-from xadapter_export.model.checkpoint import CALIBRATION_NAME
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 MAX_BYTES = 12_000_000
@@ -37,6 +36,7 @@ def write_checkpoint(
         ValueError: If it is larger than the wheel may carry.
     """
     model.plm.source, model.clip.source = "built-in/plm", "built-in/clip"  # type: ignore[union-attr]  # it has a CLIP
+    model.calibration = draw_calibration(objects, seed)
     model.save_pretrained(
         folder,
         self_contained=True,
@@ -56,7 +56,6 @@ def write_checkpoint(
         "".join(json.dumps(describe_held_out(entry), ensure_ascii=False) + "\n" for entry in held_out),
         encoding="utf-8",
     )
-    (folder / CALIBRATION_NAME).write_text(draw_calibration(objects, seed), encoding="utf-8")
     shutil.copyfile(_NOTICE, folder / _NOTICE.name)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MAX_BYTES:
