@@ -197,6 +197,7 @@ def test_rows_beside_a_static_bank_stay_when_it_is_swapped(tmp_path: Path) -> No
     features = np.random.default_rng(5).standard_normal((47, D)).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     bank = FeatureBank(features, tuple(make_bank().pictures[n % N] for n in range(47)))
+    (tmp_path / "bank").mkdir()
     bank.save(tmp_path / "bank")
     swapped = swap_bank(made.folder, tmp_path / "bank", tmp_path / "swapped", assume_clip=True)
     assert swapped.num_cells > 0
