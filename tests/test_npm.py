@@ -188,8 +188,8 @@ def test_the_types_fit_and_find_mistakes(project: Path) -> None:
 
 @pytest.mark.parametrize("task", ["feature-extraction", "fill-mask"])
 def test_a_bundle_without_experts_loads_in_transformers_js(project: Path, tmp_path: Path, task: str) -> None:
-    export("builtin", tmp_path / "bundle", "none", task=task)
-    session = XAdapterSession.load(tmp_path / "bundle", variant="onnx-fp32")
+    export("builtin", tmp_path / "embeddings", "none", task=task)
+    session = XAdapterSession.load(tmp_path / "embeddings", variant="onnx-fp32")
     start = """
     import { env, pipeline, AutoModelForMaskedLM, AutoTokenizer, Tensor } from "@huggingface/transformers";
     env.localModelPath = argv[0];
