@@ -10,7 +10,7 @@ BUNDLES := build/bundles
 BASE_TESTS := $(addprefix tests/test_,compare.py errors.py folder.py manifest.py portable.py session.py text.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-base test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
+.PHONY: help install demo test test-slow test-base test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -44,10 +44,13 @@ test: $(STAMP) ## Run the tests.
 	$(MAKE) --no-print-directory --jobs 2 test-openvino test-others
 
 test-others: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" --ignore tests/test_openvino.py
 
 test-openvino: $(STAMP)  # beside the others: a worker of theirs has crashed after its last test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_openvino.py
+
+test-slow: $(STAMP) ## Run the tests that take minutes: blocks of the documentation, the npm package, equal exports.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow
 
 test-base: $(BASE)  ## Run the tests of what an app needs, without PyTorch; on Windows and macOS too.
 	@$(PIP) filelock hypothesis onnx pytest

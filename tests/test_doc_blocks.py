@@ -25,6 +25,8 @@ from docs.cli_reference import COMMANDS
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
 
+pytestmark = pytest.mark.slow  # minutes: `make test-slow`
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(

@@ -20,6 +20,8 @@ from xadapter_export import XAdapterSession, export
 from xadapter_export.errors import MissingExtraError
 from xadapter_export.model.builtin import builtin_folder
 
+pytestmark = pytest.mark.slow  # minutes: `make test-slow`
+
 ROOT = Path(__file__).parents[1]
 SETS = ("vt", "v", "t", "none")
 

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.tiny_checkpoint import make_model
 from xadapter_export import export
+
+pytestmark = pytest.mark.slow  # minutes: `make test-slow`
 
 
 def test_two_exports_are_byte_identical(tmp_path: Path) -> None:
