@@ -30,6 +30,7 @@ from train.demo.plugin import (
     pixel_accuracy,
     split_objects,
 )
+from train.demo.results import language_grid
 from train.demo.stages import Stages
 from train.minilm import minilm_folder
 from train.tables import Grid, print_grid, spread, write_results
@@ -41,6 +42,7 @@ from xadapter_export.model.plm_family import PlmFamily
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FROZEN, _TEXT_ONLY, _STATIC = "frozen PLM", "same adapter, text only", "V-expert, static (512 prototypes)"
+_CHECKED = (_FROZEN, _TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC)
 _ROWS = (
     "chance",
     "majority",
@@ -118,7 +120,7 @@ def main(
     found = comparison.run_splits()
     grids = [
         color_grid(found, comparison.split_sizes, comparison.title),
-        language_grid(found, comparison.title),
+        language_grid([entry.language for entry in found], _CHECKED, f" on {comparison.title}"),
     ]
     for grid in grids:
         print_grid(grid, console)
@@ -354,27 +356,6 @@ def color_grid(found: list[ArmResult], sizes: list[int], plm: str) -> Grid:
             )
             for name in _ROWS
         ),
-    )
-
-
-def language_grid(found: list[ArmResult], plm: str) -> Grid:
-    """The language check over the splits."""
-
-    def row(name: str) -> tuple[str, ...]:
-        checks = [entry.language[name] for entry in found]
-        ratio = mean(entry.language[name].loss / entry.language[_FROZEN].loss for entry in found)
-        return (
-            name,
-            spread([check.loss for check in checks], 3),
-            f"{100 * (ratio - 1):+.1f} %",
-            spread([100 * check.top1 for check in checks], 1),
-            spread([100 * check.color_rate for check in checks], 2),
-        )
-
-    return Grid(
-        f"Language check on {plm}: one masked word of sentences that were kept from training",
-        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
-        tuple(row(name) for name in (_FROZEN, _TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC)),
     )
 
 

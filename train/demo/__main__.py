@@ -187,7 +187,11 @@ class Build:
         *splits, shipped = (
             results.from_json(json.loads((folder / "result.json").read_text())) for folder in folders
         )
-        grids = (results.color_grid(shipped, splits), results.language_grid(splits), retrieval)
+        grids = (
+            results.color_grid(shipped, splits),
+            results.language_grid([split.language for split in splits]),
+            retrieval,
+        )
         for grid in grids[:2]:
             print_grid(grid, self.console)
         write_results(results_file, "train.demo", grids, _NOTES, f"seed {self.seed}")

@@ -1,6 +1,6 @@
 """What the splits' results become: tables, and JSON between stages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 
@@ -25,12 +25,20 @@ def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
     )
 
 
-def language_grid(splits: Sequence[SplitResult]) -> Grid:
-    """The language check, over all splits."""
+def language_grid(
+    splits: Sequence[Mapping[str, Language]], names: Iterable[str] | None = None, where: str = ""
+) -> Grid:
+    """The language check, over all splits.
+
+    Args:
+        splits: What was measured of each split, by arm; the frozen PLM is among them.
+        names: The arms to show; all if None.
+        where: Words of the title: `` on MiniLM-L6``.
+    """
 
     def row(name: str) -> tuple[str, ...]:
-        checks: list[Language] = [split.language[name] for split in splits]
-        ratio = mean(split.language[name].loss / split.language["frozen PLM"].loss for split in splits)
+        checks = [split[name] for split in splits]
+        ratio = mean(split[name].loss / split["frozen PLM"].loss for split in splits)
         return (
             name,
             spread([check.loss for check in checks], 3),
@@ -40,9 +48,9 @@ def language_grid(splits: Sequence[SplitResult]) -> Grid:
         )
 
     return Grid(
-        "Language check: one masked word of sentences that were kept from training",
+        f"Language check{where}: one masked word of sentences that were kept from training",
         ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
-        tuple(row(name) for name in splits[0].language),
+        tuple(row(name) for name in names or splits[0]),
     )
 
 
