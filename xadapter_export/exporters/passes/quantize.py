@@ -114,6 +114,7 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
         Recipe("int4_weights_tables_int8", 8, 4, 4),
         Recipe("int4_weights_tables_and_clip_int8", 8, 8, 4),
         Recipe("int4_small_blocks_tables_and_clip_int8", 8, 8, 4, int4_block=32),
+        Recipe("int4_small_blocks_tables_int8_clip_fp32", 8, 32, 4, int4_block=32),
     ),
 }
 
