@@ -343,6 +343,36 @@ def re_signed(text: str) -> str:
     )
 
 
+def test_an_export_is_signed_and_a_swap_loses_the_signature(keys: Path, tmp_path: Path) -> None:
+    from tests.tiny_checkpoint import make_model  # PyTorch, which the other tests do without
+    from tests.trust.kill import write_bank
+    from xadapter_export import export
+
+    output, key = tmp_path / "out", keys / "mine.pem"
+    export(make_model(tmp_path / "parts"), output, ("v",), sign=key)
+    write_bank(tmp_path / "bank", 7, 50)
+    read_signed_bundle(output, keys / "mine.pub")
+    statement = json.loads((output / SIGNATURE_NAME).read_text())["dsseEnvelope"]["payload"]
+    assert json.loads(base64.b64decode(statement))["subject"][0]["name"] == "out"
+    line = ("bank", "swap", output, tmp_path / "bank", "--assume-clip")
+    done = call(*line, "-o", tmp_path / "again", "--sign", key)
+    assert done.exit_code == 0, done.output
+    read_signed_bundle(tmp_path / "again", keys / "mine.pub")
+    assert "signed" not in done.stderr
+    done = call(*line)
+    assert done.exit_code == 0, done.output
+    assert "the old bundle was signed; the new one is not" in done.stderr
+    assert read_signature(read_bundle(output)) is None
+
+
+def test_a_key_that_cannot_sign_costs_no_export(keys: Path, tmp_path: Path) -> None:
+    done = call(
+        "export", tmp_path / "nowhere", "-o", tmp_path / "out", "--sign", keys / "mine.pub", "--quiet"
+    )
+    assert "the key to sign with cannot be read" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_librarys_own_command_verifies_and_signs(signed: Path, keys: Path) -> None:
     def own(*arguments: object) -> None:
