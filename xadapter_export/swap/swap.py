@@ -80,9 +80,7 @@ def swap_bank(
     sign: str | Path | None = None,
     force: bool = False,
 ) -> SwapResult:
-    """Replace the bank of a bundle; a bundle that cannot take it stays as it is.
-
-    The signature of the old bundle is not in the new one, which it would not be of.
+    """Replace the bank of a bundle; a bundle that cannot take it stays as it is. Its signature is left out.
 
     Args:
         bundle: The bundle.
@@ -109,7 +107,7 @@ def swap_bank(
     in_place = output is None
     signer = None if sign is None else BundleSigner(sign)
     old = read_bundle(bundle)
-    was_signed = (old.folder / SIGNATURE_NAME).exists()
+    lost = signer is None and (old.folder / SIGNATURE_NAME).exists()
     _check_graphs(old)
     reader = BankReader(bank)
     if in_place:
@@ -124,20 +122,27 @@ def swap_bank(
                 hint="choose a folder outside the bundle",
             )
         make = BankWeights(FeatureBank.load(reader.folder), old)
-        files = SwappedFiles(old, staged.path, kept, make)
-        manifest = files.write(spec, reader, staged.final.name)
+        SwappedFiles(old, staged.path, kept, make).write(spec, reader, staged.final.name)
         new = read_bundle(staged.path, verify=False)
-        num_cells = 0
-        if any(variant.precision in TOLERANCES for variant in manifest.variants):
-            report = prove_bundle(staged.path, verify=False)
-            report.raise_if_failed()
-            num_cells = len(report.cells)
+        num_cells = _prove_again(new)
         num_searched = _check_answers(new, reader)
         manifest = _record_answers(new)
-        signed = None if signer is None else signer.sign(replace(new, manifest=manifest), staged.final.name)
-    left_out = tuple(dict.fromkeys(leave_out))
-    lost_signature = signed is None and was_signed
-    return SwapResult(staged.final, manifest, num_cells, num_searched, left_out, lost_signature)
+        if signer is not None:
+            signer.sign(replace(new, manifest=manifest), staged.final.name)
+    return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)), lost)
+
+
+def _prove_again(new: Bundle) -> int:
+    """Compare the fp32 graphs with PyTorch, and return how many comparisons that were.
+
+    Raises:
+        ParityError: If one differs.
+    """
+    if all(variant.precision not in TOLERANCES for variant in new.manifest.variants):
+        return 0
+    report = prove_bundle(new.folder, verify=False)
+    report.raise_if_failed()
+    return len(report.cells)
 
 
 def _check_graphs(old: Bundle) -> None:
