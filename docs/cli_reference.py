@@ -13,6 +13,7 @@ from xadapter_export.cli.main import xad
 from xadapter_export.cli.parity import parity
 from xadapter_export.cli.push import push
 from xadapter_export.cli.run import run
+from xadapter_export.cli.sign import sign
 from xadapter_export.cli.train import train
 
 _WIDTH = 100
@@ -25,6 +26,7 @@ COMMANDS: dict[str, click.Command] = {
     "xad-run": run,
     "xad-parity": parity,
     "xad-inspect": inspect,
+    "xad-sign": sign,
     "xad-push": push,
 }
 

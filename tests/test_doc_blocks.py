@@ -36,7 +36,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 RUN = {"console", "bash", "sh", "python"}
-SHELL = {"mkdir", "printf"}
+SHELL = {"mkdir", "openssl", "printf"}
 _BLOCK = re.compile(
     r"(?:^ *<!-- not run: (?P<reason>.+?) -->\n|^ *`(?P<file>[\w.]+\.(?:py|toml))`:\n)?\n?"
     r"(?P<indent> *)```(?P<language>\w+)\n(?P<code>.*?)^ *```$",

@@ -29,7 +29,7 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.graph_check import check_onnx, check_openvino
 from xadapter_export.bundle.graph_file import Field, serialize
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.cli.bank import _write_page
+from xadapter_export.bundle.staging import staged_file
 from xadapter_export.cli.main import xad
 from xadapter_export.errors import BundleError, CheckpointError, ConfigError, InputTextError, OutputWriteError
 from xadapter_export.evaluation.thumbnails import load_thumbnails
@@ -392,8 +392,12 @@ def test_a_page_on_a_disk_that_takes_nothing_is_one_line(
 
     for name in ("write_text", "unlink"):
         monkeypatch.setattr(Path, name, refuse)
-    with pytest.raises(OutputWriteError, match=r"the page cannot be written: .*Read-only"):
-        _write_page(tmp_path / "sheet.html", "")
+    page = tmp_path / "sheet.html"
+    with (
+        pytest.raises(OutputWriteError, match=r"output cannot be written: .*Read-only"),
+        staged_file(page) as file,
+    ):
+        file.write_text("")
 
 
 @pytest.mark.parametrize(

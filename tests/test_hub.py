@@ -17,14 +17,16 @@ from huggingface_hub import constants
 from docs.cli_reference import COMMANDS
 from tests.documents import code_blocks
 from tests.hub_server import FakeHub, Repo, serving
+from tests.test_signature import write_key
 from tests.tiny_bundle import rehash, write_bundle
 from xadapter_export import XAdapterSession
-from xadapter_export.bundle.folder import read_bundle
+from xadapter_export.bundle.folder import SIGNATURE_NAME, read_bundle
+from xadapter_export.bundle.signature import sign_bundle
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.cli.parity import parity
 from xadapter_export.cli.push import push
 from xadapter_export.cli.run import run
-from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, HubError
+from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, HubError, SignatureError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"  # so huggingface_hub uploads
@@ -309,6 +311,26 @@ def test_a_bundle_is_pushed_and_pulled(hub: FakeHub, tiny: Path) -> None:
     }  # fmt: skip
     assert len(hub.uploads) > 1  # some by git-lfs' protocol
     assert XAdapterSession.load(NAME).fill_mask(TEXT) == XAdapterSession.load(tiny).fill_mask(TEXT)
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_signed_bundle_is_verified_from_the_hub(hub: FakeHub, broken: Path, tmp_path: Path) -> None:
+    write_key(tmp_path, "mine")
+    sign_bundle(broken, tmp_path / "mine.pem")
+    read_bundle(broken).push_to_hub(NAME)
+    session = XAdapterSession.load(NAME, verify_key=tmp_path / "mine.pub", experts="v")
+    assert session.fill_mask(TEXT) == XAdapterSession.load(broken, experts="v").fill_mask(TEXT)
+    assert set(read_bundle(broken).manifest.files) < set(hub.downloads())
+    shown = CliRunner().invoke(inspect, [NAME, "--verify-key", str(tmp_path / "mine.pub")])
+    assert "verified, with key with SHA-256" in shown.stdout
+    (broken / "bank.jsonl").write_text("".join((broken / "bank.jsonl").read_text().splitlines(True)[::-1]))
+    rehash(broken)
+    refused = CliRunner().invoke(push, [str(broken), NAME])
+    assert refused.stderr.startswith("Error: a file was changed after signing")
+    (broken / SIGNATURE_NAME).unlink()
+    read_bundle(broken).push_to_hub(NAME)
+    with pytest.raises(SignatureError, match="the bundle is not signed"):
+        XAdapterSession.load(NAME, verify_key=tmp_path / "mine.pub")
 
 
 @pytest.mark.usefixtures("logged_in")

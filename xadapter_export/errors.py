@@ -95,6 +95,10 @@ class HashMismatchError(CheckpointError, BundleError):
     """A file or a set of weights that is not the one that was recorded."""
 
 
+class SignatureError(BundleError):
+    """A bundle that is not signed, or whose signature is of other files or by somebody else."""
+
+
 class HubError(CheckpointError, BundleError):
     """The Hugging Face Hub could not give or take what was asked of it."""
 

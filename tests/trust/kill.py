@@ -38,7 +38,7 @@ class Case:
     read: Callable[[Path], object]
 
 
-def _write_bank(folder: Path, seed: int, num_rows: int) -> None:
+def write_bank(folder: Path, seed: int, num_rows: int) -> None:
     import numpy as np
 
     from xadapter_export.bank import FeatureBank
@@ -58,7 +58,7 @@ def _read_bank(folder: Path) -> object:
 
 def _prepare_banks(folder: Path) -> None:
     for seed, name in enumerate(("one", "two", "out")):
-        _write_bank(folder / name, seed, 4000)
+        write_bank(folder / name, seed, 4000)
 
 
 def _prepare_pictures(folder: Path) -> None:
@@ -69,7 +69,7 @@ def _prepare_pictures(folder: Path) -> None:
     for number in range(48):
         color = tuple(rng.randrange(256) for _ in range(3))
         Image.new("RGB", (32, 32), color).save(folder / "pictures" / f"{number}.png")
-    _write_bank(folder / "out", 0, 30)
+    write_bank(folder / "out", 0, 30)
 
 
 def _read_bundle(folder: Path) -> object:
@@ -86,7 +86,7 @@ def _prepare_bundle(folder: Path, *experts: str) -> None:
     model = make_model(folder / "parts")
     model.save_pretrained(folder / "checkpoint", self_contained=True)
     export(model, folder / "out", experts)
-    _write_bank(folder / "bank", 7, 50)
+    write_bank(folder / "bank", 7, 50)
 
 
 def _prepare_training(folder: Path) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _LIBRARY = "xadapter-export"
-_BUILTIN = "builtin"  # whose license is known: that of this package
+BUILTIN = "builtin"  # whose license is known: that of this package
 
 
 def with_card_data(
@@ -40,7 +40,7 @@ def with_card_data(
     data = ModelCardData(
         library_name=_LIBRARY,
         pipeline_tag=TASKS[task].pipeline_tag,
-        base_model=[source for source in sources if _is_hub_id(source)] or None,
+        base_model=[source for source in sources if is_hub_id(source)] or None,
         license=license_name,
         tags=["x-adapter", *tags],
         model_name=name if results else None,
@@ -58,7 +58,7 @@ def bundle_card_data(text: str, name: str, manifest: Manifest) -> str:
         name,
         manifest.task,
         parts,
-        license_name="apache-2.0" if manifest.checkpoint.source == _BUILTIN else None,
+        license_name="apache-2.0" if manifest.checkpoint.source == BUILTIN else None,
         tags=sorted({"onnx" if variant.is_onnx else variant.target for variant in manifest.variants}),
         results=_results_of(manifest),
     )
@@ -94,5 +94,6 @@ def _results_of(manifest: Manifest) -> list["EvalResult"]:
     return found
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a source is the name of a repository on the Hub."""
     return source.count("/") == 1 and ":" not in source and not source.startswith("built-in/")

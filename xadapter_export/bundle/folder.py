@@ -31,6 +31,7 @@ REFERENCE_NAME = "reference.npz"
 PROVEN_BANK_NAME = "reference_bank.npz"
 SWAPPED_NAME = "reference_swapped.npz"
 PARITY_NAME = "parity.json"
+SIGNATURE_NAME = "model.sig"  # made after the manifest, which does not list it
 
 
 def sha256_file(path: Path) -> str:
@@ -40,8 +41,12 @@ def sha256_file(path: Path) -> str:
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
-    """Return size and hash of every file under a folder but its manifest, by relative path with slashes."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    """Return size and hash of every file under a folder, by relative path with slashes.
+
+    The manifest is not among them, nor the signature.
+    """
+    others = {folder / MANIFEST_NAME, folder / SIGNATURE_NAME}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in others)
     return {
         path.relative_to(folder).as_posix(): FileEntry(
             size_bytes=path.stat().st_size, sha256=sha256_file(path)
@@ -107,7 +112,9 @@ class Bundle:
         Raises:
             HubError: If anything goes wrong; then nothing was committed.
         """
-        files = (MANIFEST_NAME, *self.manifest.files)
+        files = [MANIFEST_NAME, *self.manifest.files]
+        if (self.folder / SIGNATURE_NAME).is_file():
+            files.append(SIGNATURE_NAME)
         return push_files(self.folder, files, repo, private=private, revision=revision, message=message)
 
 
@@ -262,6 +269,16 @@ def companions(manifest: Manifest) -> set[str]:
     if any(tensor.name == "retrieved" for spec in manifest.expert_sets.values() for tensor in spec.outputs):
         names.add(BANK_NAME)
     return names
+
+
+def unlisted_files(bundle: Bundle) -> list[str]:
+    """Return every file in a bundle's folder that its manifest does not list, links to folders too.
+
+    The manifest and the signature are not among them.
+    """
+    listed = {MANIFEST_NAME, SIGNATURE_NAME, *bundle.manifest.files}
+    paths = (path for path in bundle.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(bundle.folder).as_posix() for path in paths} - listed)
 
 
 def _files_to_list(bundle: Bundle) -> set[str]:

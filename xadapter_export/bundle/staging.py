@@ -113,6 +113,27 @@ def staged_folder(
                 parent.rmdir()
 
 
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Write a file beside its final place, and move it there when the block ends well.
+
+    Yields:
+        Where to write it. What a killed run left there is gone.
+
+    Raises:
+        OutputWriteError: If it cannot be written.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        with _blame_the_output(final):
+            temporary.unlink(missing_ok=True)
+            yield temporary
+            temporary.replace(final)
+    finally:
+        with suppress(OSError):  # what could not be written may not be removed either
+            temporary.unlink(missing_ok=True)
+
+
 def resolved(final: Path) -> Path:
     """Return the place of a folder, links followed.
 

@@ -3,16 +3,23 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xadapter_export.cli.command import NamedPath, XadCommand, example, json_option, make_console, print_json
+from xadapter_export.cli.command import (
+    NamedPath,
+    XadCommand,
+    example,
+    json_option,
+    make_console,
+    print_json,
+    sign_option,
+)
 from xadapter_export.cli.progress import show_progress
-from xadapter_export.errors import OutputExistsError, OutputWriteError, import_extra
+from xadapter_export.errors import OutputExistsError, import_extra
 
 if TYPE_CHECKING:
     from xadapter_export.bank.reader import BankReader
@@ -259,6 +266,7 @@ def search(
         raise OutputExistsError("the output path already exists", where=sheet, hint="replace it with --force")
     from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
     from xadapter_export.bank.nearest import check_k, find_nearest
+    from xadapter_export.bundle.staging import staged_file
 
     check_k(reader, k)
     text_search = import_extra("xadapter_export.bank_builder.text_search", "bank", "export")
@@ -270,7 +278,8 @@ def search(
     if sheet is not None:
         about = f"{reader.num_pictures} {reader.kind}, the nearest {k} by CLIP's cosine"
         page = render_sheet(query, about, hits, find_thumbnails(reader, hits, pictures))
-        _write_page(sheet, page)
+        with staged_file(sheet) as path:
+            path.write_text(page, encoding="utf-8")
     if as_json:
         print_json(
             [{"row": hit.row, **hit.picture.model_dump(), "score": round(hit.score, 6)} for hit in hits]
@@ -496,6 +505,7 @@ def index(
     "repeated.",
 )
 @click.option("--assume-clip", is_flag=True, help="Accept a bank that does not record which CLIP made it.")
+@sign_option
 @json_option
 def swap(
     bundle: Path,
@@ -504,19 +514,23 @@ def swap(
     force: bool,
     leave_out: tuple[str, ...],
     assume_clip: bool,
+    sign: Path | None,
     as_json: bool,
 ) -> None:
     """Replace the bank in a bundle, without PyTorch or a new export.
 
     The new bank must come from the same CLIP; it may have any number of images. The command repeats the
     parity check and compares what each graph retrieves with a direct search of the bank. If anything fails,
-    the bundle stays as it is. Swapping the old bank back in restores the old bundle.
+    the bundle stays as it is. Swapping the old bank back in restores the old bundle. The new bundle does not
+    keep the signature of the old one: sign it with --sign or xad-sign.
     """
     from xadapter_export.swap.swap import swap_bank
 
     result = swap_bank(
-        bundle, _resolve(folder), output, leave_out=leave_out, assume_clip=assume_clip, force=force
+        bundle, _resolve(folder), output, leave_out=leave_out, assume_clip=assume_clip, sign=sign, force=force
     )
+    if result.lost_signature:
+        click.echo("note: the old bundle was signed; the new one is not. Sign it with xad-sign.", err=True)
     held = result.manifest.bank
     assert held is not None  # it was just put there
     if as_json:
@@ -564,18 +578,6 @@ def _report(output: Path, record: "BankRecord", *, as_json: bool) -> None:
     else:
         click.echo(f"{record.num_pictures} {record.kind}, {record.dim} wide, {record.dtype}")
         click.echo(f"bank: {output}")
-
-
-def _write_page(path: Path, page: str) -> None:
-    """Write the page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # what could not be written may not be removed either
-            temporary.unlink(missing_ok=True)
-        raise OutputWriteError("the page cannot be written", where=path, got=error.strerror) from error
 
 
 class _Rate:

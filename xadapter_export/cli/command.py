@@ -153,6 +153,25 @@ def revision_option(function: F) -> F:
     )(function)
 
 
+def verify_key_option(function: F) -> F:
+    """Add ``--verify-key``."""
+    return click.option(
+        "--verify-key",
+        type=NamedPath(path_type=Path),
+        help="PEM file with the public key, or trusted certificates, that the bundle must be signed with.",
+    )(function)
+
+
+def sign_option(function: F) -> F:
+    """Add ``--sign``."""
+    return click.option(
+        "--sign",
+        metavar="KEY",
+        type=NamedPath(path_type=Path),
+        help="Sign the new bundle with this private key (PEM); see xad-sign.",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)

@@ -18,6 +18,7 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    sign_option,
 )
 from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import UnsupportedError, import_extra
@@ -245,6 +246,7 @@ def _default_targets() -> str:
     help="Split each graph that uses CLIP in two, so repeated texts skip the CLIP half. [default: only with "
     "--retrieval external]",
 )
+@sign_option
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--quiet", is_flag=True, help="Do not show progress.")
 @json_option

@@ -1,6 +1,7 @@
 """``xad inspect``: show what is in a bundle."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_json,
     revision_option,
+    verify_key_option,
 )
 from xadapter_export.tasks import TASKS
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from xadapter_export.bundle.folder import Bundle
     from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
 
 MB = 1_000_000
@@ -37,32 +40,94 @@ MOST_FILES = 4  # of a deployment; the manifest has all
 @click.option(
     "--verbose", is_flag=True, help="Also show files, optimizations, inputs, outputs and parameters."
 )
+@click.option(
+    "--bom",
+    metavar="FILE",
+    type=NamedPath(path_type=Path),
+    help="Write the bundle's parts, with hashes and licenses, as a CycloneDX ML-BOM (JSON).",
+)
+@click.option(
+    "--license",
+    "licenses",
+    metavar="PART=SPDX",
+    multiple=True,
+    help="License of a part in --bom, such as plm=Apache-2.0; also clip, bank, plug-in and bundle; may be "
+    "repeated.",
+)
+@verify_key_option
 @revision_option
 @json_option
-def inspect(bundle: str, verify: bool, verbose: bool, revision: str | None, as_json: bool) -> None:
+def inspect(
+    bundle: str,
+    verify: bool,
+    verbose: bool,
+    bom: Path | None,
+    licenses: tuple[str, ...],
+    verify_key: Path | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
     """Show a bundle's variants, their sizes and how they were checked.
 
     BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. With --no-verify, only its
     manifest is downloaded.
     """
+    if licenses and bom is None:
+        raise click.UsageError("--license is for --bom; add it.")
     from xadapter_export.bundle.folder import read_bundle
 
-    manifest = read_bundle(bundle, revision=revision, verify=verify, on_demand=not verify).manifest
+    found = read_bundle(bundle, revision=revision, verify=verify, on_demand=not verify)
+    manifest = found.manifest
+    signed = _describe_signature(found, verify_key, verify=verify)
+    if bom is not None:
+        _write_bom(bom, found, licenses)
     if as_json:
-        print_json(json.loads(manifest.to_json()))
+        print_json(json.loads(manifest.to_json()) | {"signature": signed})
         return
     tables = [_variants(manifest, verbose=verbose), _choices(manifest)]
     tables += [_deployments(manifest, verbose=verbose), _refused(manifest)]
     if verbose:
         tables += [_optimizations(manifest), _tensors(manifest), _parameters(manifest)]
     console = make_console()
-    _print_facts(console, _facts(manifest, verify=verify))
+    _print_facts(console, _facts(manifest, verify=verify) | {"signed": signed})
     for table in tables:
         if table.row_count:
             console.print()
             console.print(table)
     console.print()
     _print_facts(console, _sources(manifest, verbose=verbose))
+
+
+def _describe_signature(bundle: "Bundle", key: Path | None, *, verify: bool) -> str:
+    """Return who signed a bundle, and whether that was verified.
+
+    Raises:
+        SignatureError: If the signature is of other files; with a key, as ``verify_signature``.
+    """
+    from xadapter_export.bundle.signature import check_signed_files, read_signature, verify_signature
+
+    if key is not None:
+        return f"verified, with {verify_signature(bundle, key).signer}"
+    if not verify:
+        return "not read"
+    if (signature := read_signature(bundle)) is None:
+        return "no"
+    check_signed_files(bundle, signature)
+    return f"not verified (use --verify-key), with {signature.signer}"
+
+
+def _write_bom(path: Path, bundle: "Bundle", licenses: tuple[str, ...]) -> None:
+    """Write the ML-BOM of a bundle, and say of which parts no license is known."""
+    from xadapter_export.bundle.bom import make_bom
+    from xadapter_export.bundle.staging import staged_file
+
+    if path.resolve().is_relative_to(bundle.folder.resolve()):
+        raise click.UsageError("--bom would add a file to the bundle; write it to another folder.")
+    bom, unknown = make_bom(bundle, dict(entry.partition("=")[::2] for entry in licenses))
+    with staged_file(path) as file:
+        file.write_text(bom, encoding="utf-8")
+    if unknown:
+        click.echo(f"note: no license known for {', '.join(unknown)}; add it with --license", err=True)
 
 
 def _print_facts(console: "Console", facts: "dict[str, str]") -> None:

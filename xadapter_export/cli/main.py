@@ -15,6 +15,7 @@ _COMMANDS = {
     "parity": ("xadapter_export.cli.parity:parity", "Check a bundle's outputs against PyTorch."),
     "run": ("xadapter_export.cli.run:run", "Run a bundle on your text."),
     "inspect": ("xadapter_export.cli.inspect:inspect", "Show a bundle's variants, sizes and checks."),
+    "sign": ("xadapter_export.cli.sign:sign", "Sign a bundle, so others can verify who made it."),
     "push": ("xadapter_export.cli.push:push", "Upload a bundle or checkpoint to the Hugging Face Hub."),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +17,7 @@ from xadapter_export.cli.command import (
     print_json,
     revision_option,
     session_options,
+    verify_key_option,
 )
 from xadapter_export.errors import ParityError
 from xadapter_export.experts import EXPERT_SETS
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from xadapter_export.bundle.folder import Bundle
     from xadapter_export.bundle.manifest import ExpertSet, Variant
     from xadapter_export.parity import Check, ParityReport
+    from xadapter_export.parity.everything import Finding
 
 
 _SWAPPED_NOTE = (
@@ -84,6 +87,13 @@ class _Findings:
 @click.option(
     "--every-cell", is_flag=True, help="Show every comparison, not only the worst one of each output."
 )
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Check hashes, signature, and every variant on this processor, and print one line each.",
+)
+@verify_key_option
 @revision_option
 @session_options
 @json_option
@@ -93,6 +103,8 @@ def parity(
     variants: tuple[str, ...],
     engine: str | None,
     every_cell: bool,
+    everything: bool,
+    verify_key: Path | None,
     revision: str | None,
     providers: tuple[str, ...],
     threads: int | None,
@@ -112,43 +124,98 @@ def parity(
 
     If the bank was swapped, graphs with the V-expert are checked with rows of the old bank.
     """
+    if everything:
+        if experts or variants or engine or every_cell:
+            raise click.UsageError("--all checks every variant; remove the options that choose some.")
+        _check_everything(bundles, verify_key, revision, providers, threads, as_json=as_json)
+        return
     if engine is not None and (providers or threads is not None):
         raise click.UsageError("--engine runs on this machine's GPU; remove --provider and --threads.")
     from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.bundle.machine import read_machine
+    from xadapter_export.bundle.signature import verify_signature
     from xadapter_export.parity import prove_engines
-    from xadapter_export.parity.table import parity_table
 
     found: dict[str, _Findings] = {}
     for name in bundles:
         bundle = read_bundle(name, revision=revision)
-        if engine is not None:
+        if verify_key is not None:
+            verify_signature(bundle, verify_key)
+        if engine is None:
+            found[name] = _examine(bundle, experts or None, variants, providers or None, threads)
+        else:
             report = prove_engines(bundle.folder, engine, experts or None, variants=variants or None)
             found[name] = _Findings(report)
-        else:
-            found[name] = _examine(bundle, experts or None, variants, providers or None, threads)
     reports = {bundle: of.report for bundle, of in found.items() if of.report is not None}
-    num_lossy = sum(len(of.lossy) for of in found.values())
     if as_json:
         print_json({bundle: _to_json(of) for bundle, of in found.items()})
     else:
-        console = make_console()
-        if reports:
-            console.print(parity_table(reports, every_cell=every_cell))
-        if num_lossy:
-            console.print(_lossy_table(found))
+        _print_tables(found, every_cell=every_cell)
     for report in reports.values():
         report.raise_if_failed()
     for name, of in found.items():
-        _require_agreement(name, of)
         _require_the_same(name, of, str(read_machine()))
         if of.swapped:
             click.echo(_SWAPPED_NOTE.format(bundle=name), err=True)
     num_cells = sum(len(report.cells) for report in reports.values())
+    num_lossy = sum(len(of.lossy) for of in found.values())
     num_cases = sum(len(of.checks) for of in found.values())
     proven = f"passed, {num_cells} comparisons" if reports else "no fp32 variant to check"
     recorded = f"; {num_lossy} lossy variants unchanged, {num_cases} cases" if num_lossy else ""
     click.echo(f"parity: {proven}{recorded}; on {read_machine()}", err=True)
+
+
+def _check_everything(
+    bundles: tuple[str, ...],
+    key: Path | None,
+    revision: str | None,
+    providers: tuple[str, ...],
+    threads: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print a line for each check of each bundle.
+
+    Raises:
+        ParityError: If one failed.
+        As ``read_bundle``.
+    """
+    from xadapter_export.bundle.folder import read_bundle
+    from xadapter_export.bundle.machine import read_machine
+    from xadapter_export.parity.everything import check_everything
+
+    console = make_console()
+    found: dict[str, list[Finding]] = {}
+    for name in bundles:
+        bundle = read_bundle(name, revision=revision, verify=False)
+        found[name] = []
+        for finding in check_everything(bundle, key, providers=providers or None, num_threads=threads):
+            found[name].append(finding)
+            if not as_json:
+                of_bundle = f"{name}: " if len(bundles) > 1 else ""
+                line = f"{finding.verdict:<12} {of_bundle}{finding.check}: {finding.says}"
+                console.print(line, style="bold red" if finding.verdict == "FAILED" else None, soft_wrap=True)
+    if as_json:
+        checks = {name: [asdict(finding) for finding in of] for name, of in found.items()}
+        print_json({"processor": str(read_machine()), "bundles": checks})
+    failed = [(name, finding) for name, of in found.items() for finding in of if finding.verdict == "FAILED"]
+    if failed:
+        total = sum(len(of) for of in found.values())
+        what = f"{len(failed)} of {total} checks failed"
+        raise ParityError(what, where=f"{failed[0][0]}, {failed[0][1].check}", got=failed[0][1].says)
+    click.echo(f"parity: nothing failed; on {read_machine()}", err=True)
+
+
+def _print_tables(found: dict[str, _Findings], *, every_cell: bool) -> None:
+    """Print what was compared with PyTorch, and what lossy variants give."""
+    from xadapter_export.parity.table import parity_table
+
+    console = make_console()
+    reports = {bundle: of.report for bundle, of in found.items() if of.report is not None}
+    if reports:
+        console.print(parity_table(reports, every_cell=every_cell))
+    if any(of.lossy for of in found.values()):
+        console.print(_lossy_table(found))
 
 
 def _examine(
@@ -215,6 +282,8 @@ def _to_json(of: _Findings) -> dict[str, object]:
 def _lossy_table(found: dict[str, _Findings]) -> "Table":
     from rich.table import Table
 
+    from xadapter_export.parity.recorded import describe_checks
+
     table = Table(
         caption="agreement: measured against fp32 at export; here: root mean square of the differences from "
         "the outputs recorded at export, and the limit",
@@ -233,21 +302,10 @@ def _lossy_table(found: dict[str, _Findings]) -> "Table":
                 variant.expert_set,
                 variant.name,
                 measured,
-                _describe_checks(checks),
+                describe_checks(checks),
                 style=None if is_right else "bold red",
             )
     return table
-
-
-def _describe_checks(checks: "list[Check]") -> str:
-    """Return in a few words what a variant gives here, by its worst case."""
-    if not checks:
-        return "not run with these providers"
-    worst = max(checks, key=lambda c: (not c.passed, (c.difference or 0.0) / (c.bound or 1.0)))
-    if not worst.passed:
-        return f"FAILED: {worst.got}"
-    allowed = "" if worst.bound is None else f", {worst.difference or 0.0:.1e} of {worst.bound:.1e}"
-    return f"passed, {len(checks)} cases{allowed}"
 
 
 def _require_agreement(bundle: str, of: _Findings) -> None:
@@ -266,11 +324,12 @@ def _require_agreement(bundle: str, of: _Findings) -> None:
 
 
 def _require_the_same(bundle: str, of: _Findings, processor: str) -> None:
-    """Refuse a lossy variant that does not give here what it gave when it was made.
+    """Refuse a lossy variant that nobody measured, or that gives here something else than at export.
 
     Raises:
         ParityError: If there is one.
     """
+    _require_agreement(bundle, of)
     for check in of.checks:
         if not check.passed:
             raise ParityError(

@@ -28,9 +28,12 @@ def push(folder: Path, repo: str, private: bool | None, revision: str | None, me
     whatever else the repository had. Prints the address of the commit.
     """
     from xadapter_export.bundle.folder import MANIFEST_NAME, read_bundle
+    from xadapter_export.bundle.signature import check_signed_files, read_signature
 
     if (folder / MANIFEST_NAME).is_file():
         bundle = read_bundle(folder)
+        if (signature := read_signature(bundle)) is not None:
+            check_signed_files(bundle, signature)
         url = bundle.push_to_hub(repo, private=private, revision=revision, message=message)
     else:
         checkpoint = import_extra("xadapter_export.model.checkpoint", "export", "train")

@@ -16,6 +16,7 @@ from xadapter_export.cli.command import (
     print_json,
     revision_option,
     session_options,
+    verify_key_option,
 )
 from xadapter_export.errors import InputTextError
 from xadapter_export.experts import EXPERT_SETS
@@ -87,6 +88,7 @@ BAR_COLUMNS = 24
     is_flag=True,
     help="Fall back to the CPU, with a warning, if --provider does not start or an engine cannot run.",
 )
+@verify_key_option
 @revision_option
 @session_options
 @json_option

@@ -33,6 +33,7 @@ from xadapter_export.bundle.manifest import (
     Variant,
 )
 from xadapter_export.bundle.model_card import model_card
+from xadapter_export.bundle.signature import BundleSigner
 from xadapter_export.bundle.staging import StagedFolder, staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
 from xadapter_export.experts import reads_bank
@@ -118,7 +119,9 @@ def export(
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or does not hold an expert that was asked for.
-        ConfigError: If options do not go together, or do not fit the checkpoint.
+        ConfigError: If options do not go together, or do not fit the checkpoint; or the key to sign with
+            cannot be read.
+        MissingExtraError: If the bundle is to be signed, and model-signing is not installed.
         UnsupportedError: If the opset, PLM or CLIP is not supported.
         OutputExistsError: If the folder is in the way.
         OutputWriteError: If it cannot be written.
@@ -127,6 +130,7 @@ def export(
         XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
     request = ExportRequest(experts=experts, **options)
+    signer = None if request.sign is None else BundleSigner(request.sign)
     deploy_options = DeployOptions(request.profile, tuple(request.compute_capabilities))
     check_options(request.wanted.deployments, deploy_options)
     with staged_folder(Path(output), force=request.force) as staged:
@@ -150,6 +154,8 @@ def export(
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
+        if signer is not None:
+            signer.sign(Bundle(staged.path, manifest), staged.final.name)
     for line in (not_made := _not_deployed(request.wanted, manifest)):
         warnings.warn(line, LeftOutWarning, stacklevel=2)
     return ExportResult(staged.final, manifest, report, (*judge.left_out, *not_made))

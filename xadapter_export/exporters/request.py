@@ -49,6 +49,7 @@ class ExportOptions(TypedDict, total=False):
     without: Collection[Step]
     retrieval: Retrieval
     split: bool
+    sign: str | Path | None
     force: bool
 
 
@@ -80,6 +81,7 @@ class ExportRequest:
             choice; every set that reads CLIP is then split.
         split: Make two graphs of every set that reads CLIP: what a text asks CLIP and the bank, and the
             answer, so that a session can keep the first for texts that come again.
+        sign: Private key to sign the bundle with, see ``BundleSigner``; None to leave it unsigned.
         force: Replace a bundle that is already there.
 
     Raises:
@@ -106,6 +108,7 @@ class ExportRequest:
     without: Collection[Step] = ()
     retrieval: Retrieval = "in-graph"
     split: bool = False
+    sign: str | Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:

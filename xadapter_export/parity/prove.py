@@ -98,7 +98,7 @@ def prove_bundle(
         ParityError: If there is nothing to compare, or less than when the bundle was made.
     """
     bundle = read_bundle(folder, verify=verify)
-    chosen = [variant for variant in _choose(bundle, expert_sets, variants) if _runs_on(variant, providers)]
+    chosen = [variant for variant in _choose(bundle, expert_sets, variants) if runs_on(variant, providers)]
     reference = read_reference(bundle)
     old_bank = read_proven_bank(bundle)
     cells: list[Cell] = []
@@ -213,7 +213,7 @@ def check_lossy(
     for variant in [
         v for v in held if v.precision not in TOLERANCES and (not variants or v.name in variants)
     ]:
-        if not _runs_on(variant, providers):
+        if not runs_on(variant, providers):
             continue
         session = open_variant(bundle, variant, Opening(providers, num_threads))
         with opened_record(bundle) as record:
@@ -221,7 +221,7 @@ def check_lossy(
     return tuple(checks)
 
 
-def _runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
+def runs_on(variant: Variant, providers: Sequence[Provider] | None) -> bool:
     """Whether a variant is made for these providers."""
     names = [name if isinstance(name, str) else name[0] for name in providers or [CPU_PROVIDER]]
     return TARGETS[variant.target].runs_with(names)

@@ -15,7 +15,7 @@ under the same keys what graphs with the V-expert give with the new bank, fp32 o
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, cast
@@ -90,6 +90,17 @@ class Check:
     def expected(self) -> str | None:
         """What would have been right, in a few words; None where that is not a number."""
         return None if self.bound is None or self.difference is None else f"at most {self.bound:.1e} off"
+
+
+def describe_checks(checks: Sequence[Check]) -> str:
+    """Return in a few words what a variant gives here, by its worst case."""
+    if not checks:
+        return "not run with these providers"
+    worst = max(checks, key=lambda c: (not c.passed, (c.difference or 0.0) / (c.bound or 1.0)))
+    if not worst.passed:
+        return f"FAILED: {worst.got}"
+    allowed = "" if worst.bound is None else f", {worst.difference or 0.0:.1e} of {worst.bound:.1e}"
+    return f"passed, {len(checks)} cases{allowed}"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class SessionOptions(TypedDict, total=False):
     cache_size: int
     cache_dir: Path | str | None
     verify: bool
+    verify_key: Path | str | None
     allow_fallback: bool
     check: CheckWhen
     revision: str | None
@@ -65,6 +66,9 @@ class HowToOpen:
             compiled, a few MB each: the next load takes a third of the time; and where what
             ``variant="fastest"`` measured is kept. None for nothing written.
         verify: Whether to compare every file that is used with its hash first.
+        verify_key: PEM file with the public key, or the trusted certificates, that the bundle must be signed
+            with; then every file is downloaded, and compared with what was signed, before any is opened. See
+            ``bundle.signature.verify_signature``. None for no such check.
         allow_fallback: Whether the CPU may answer, with a warning, where a provider does not start, or
             an engine cannot be run: with the same variant, or where that is for a GPU with what ``auto``
             gives.
@@ -89,6 +93,7 @@ class HowToOpen:
     cache_size: int = CACHE_SIZE
     cache_dir: Path | str | None = None
     verify: bool = True
+    verify_key: Path | str | None = None
     allow_fallback: bool = False
     check: CheckWhen = "once"
     revision: str | None = None

@@ -22,6 +22,7 @@ from xadapter_export.bundle.manifest import (
     Variant,
 )
 from xadapter_export.bundle.pictures import Picture, read_pictures
+from xadapter_export.bundle.signature import read_signed_bundle
 from xadapter_export.errors import (
     BundleError,
     ConfigError,
@@ -88,16 +89,22 @@ class XAdapterSession:
             ParityError: If the variant that was named gives wrong answers on this processor, or all that
                 suit do.
             HashMismatchError: If a file was changed.
+            SignatureError: If there is a ``verify_key``, and the bundle is not what was signed with it.
             HubError: If a file cannot be downloaded.
             ProviderError: If a provider is not there or does not start; of an engine, if there is no GPU, or
                 no engine for it.
-            MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, is not installed.
+            MissingExtraError: If onnxruntime, or OpenVINO or TensorRT for what it runs, or model-signing for
+                a ``verify_key``, is not installed.
             ConfigError: As ``HowToOpen``; if ``cache_dir`` cannot be written; the variant cannot go with the
                 providers: fp16 runs on no CPU; or there is an index and nothing to use it, or it is not one
                 of the bundle's bank.
         """
         how = HowToOpen(**options)
-        found = read_bundle(bundle, revision=how.revision, verify=False, on_demand=True)
+        if how.verify_key is None:
+            found = read_bundle(bundle, revision=how.revision, verify=False, on_demand=True)
+        else:
+            found = read_signed_bundle(bundle, how.verify_key, revision=how.revision)
+            how = replace(how, verify=False)  # just done, for every file
         try:
             return cls(found, how)
         except (ProviderError, MissingExtraError) as error:

@@ -9,7 +9,7 @@ Dimensions: N bank size, D CLIP embedding size, K retrieved pictures.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,14 +21,17 @@ from xadapter_export.bundle.bank_rows import Float32, Int64
 from xadapter_export.bundle.folder import (
     MANIFEST_NAME,
     PROJECTIONS_NAME,
+    SIGNATURE_NAME,
     SWAPPED_NAME,
     Bundle,
     list_files,
     read_bundle,
+    unlisted_files,
 )
 from xadapter_export.bundle.graph_check import beside, check_onnx
 from xadapter_export.bundle.graph_file import GraphFile, extra_outputs
 from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
+from xadapter_export.bundle.signature import BundleSigner
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
 from xadapter_export.experts import reads_bank
@@ -56,6 +59,7 @@ class SwapResult:
         num_cells: How many comparisons with PyTorch were repeated; 0 where the bundle has no fp32 variant.
         num_searched: How many retrievals of the new bank were compared with a search of it on disk.
         left_out: Names of the variants and deployments that were left out.
+        lost_signature: Whether the old bundle was signed, and the new one is not.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class SwapResult:
     num_cells: int
     num_searched: int
     left_out: tuple[str, ...]
+    lost_signature: bool = False
 
 
 def swap_bank(
@@ -72,9 +77,10 @@ def swap_bank(
     *,
     leave_out: Sequence[str] = (),
     assume_clip: bool = False,
+    sign: str | Path | None = None,
     force: bool = False,
 ) -> SwapResult:
-    """Replace the bank of a bundle; a bundle that cannot take it stays as it is.
+    """Replace the bank of a bundle; a bundle that cannot take it stays as it is. Its signature is left out.
 
     Args:
         bundle: The bundle.
@@ -83,6 +89,7 @@ def swap_bank(
         leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle;
             a target stands for all of its deployments.
         assume_clip: Take a bank that does not say which CLIP it is of.
+        sign: Private key to sign the new bundle with, see ``BundleSigner``; None to leave it unsigned.
         force: Replace a bundle that is already at ``output``.
 
     Raises:
@@ -90,6 +97,7 @@ def swap_bank(
         CheckpointError: If the bank cannot be read.
         ConfigError: If the bank does not fit the bundle, something to leave out is not there, or ``output``
             is inside the bundle.
+        MissingExtraError: If it is to be signed, and model-signing is not installed.
         UnsupportedError: If something in the bundle depends on the bank in a way that cannot be redone.
         OutputExistsError: If something is in the way, or in a bundle to be replaced is a file that its
             manifest does not list.
@@ -97,7 +105,9 @@ def swap_bank(
         ParityError: If the new bundle is not proven again.
     """
     in_place = output is None
+    signer = None if sign is None else BundleSigner(sign)
     old = read_bundle(bundle)
+    lost = signer is None and (old.folder / SIGNATURE_NAME).exists()
     _check_graphs(old)
     reader = BankReader(bank)
     if in_place:
@@ -112,17 +122,27 @@ def swap_bank(
                 hint="choose a folder outside the bundle",
             )
         make = BankWeights(FeatureBank.load(reader.folder), old)
-        files = SwappedFiles(old, staged.path, kept, make)
-        manifest = files.write(spec, reader, staged.final.name)
+        SwappedFiles(old, staged.path, kept, make).write(spec, reader, staged.final.name)
         new = read_bundle(staged.path, verify=False)
-        num_cells = 0
-        if any(variant.precision in TOLERANCES for variant in manifest.variants):
-            report = prove_bundle(staged.path, verify=False)
-            report.raise_if_failed()
-            num_cells = len(report.cells)
+        num_cells = _prove_again(new)
         num_searched = _check_answers(new, reader)
         manifest = _record_answers(new)
-    return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)))
+        if signer is not None:
+            signer.sign(replace(new, manifest=manifest), staged.final.name)
+    return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)), lost)
+
+
+def _prove_again(new: Bundle) -> int:
+    """Compare the fp32 graphs with PyTorch, and return how many comparisons that were.
+
+    Raises:
+        ParityError: If one differs.
+    """
+    if all(variant.precision not in TOLERANCES for variant in new.manifest.variants):
+        return 0
+    report = prove_bundle(new.folder, verify=False)
+    report.raise_if_failed()
+    return len(report.cells)
 
 
 def _check_graphs(old: Bundle) -> None:
@@ -138,14 +158,12 @@ def _check_only_listed(bundle: Bundle) -> None:
     Raises:
         OutputExistsError: If there are such files.
     """
-    listed = {MANIFEST_NAME, *bundle.manifest.files}
-    for path in sorted(path for path in bundle.folder.rglob("*") if not path.is_dir()):
-        if path.relative_to(bundle.folder).as_posix() not in listed:
-            raise OutputExistsError(
-                "the bundle holds a file that its manifest does not list, which replacing it would remove",
-                where=path,
-                hint="move it away, or write to another folder with -o",
-            )
+    if unlisted := unlisted_files(bundle):
+        raise OutputExistsError(
+            "the bundle holds a file that its manifest does not list, which replacing it would remove",
+            where=bundle.folder / unlisted[0],
+            hint="move it away, or write to another folder with -o",
+        )
 
 
 def _keep(manifest: Manifest, leave_out: Sequence[str]) -> Manifest:
