@@ -92,8 +92,8 @@ def test_objects_show_pictures_or_else_captions(tiny: Path, tmp_path: Path) -> N
     draw_objects(answers, seen, {0: image, 1: image}, tmp_path / "some.png")
     draw_objects(answers, seen, {0: image, 1: image, 2: image}, tmp_path / "all.png")
     draw_objects(answers, seen, {}, tmp_path / "none.png")
-    with Image.open(tmp_path / "all.png") as image:
-        columns = (np.abs(np.asarray(image.convert("RGB")).astype(int) - MAGENTA).max(-1) <= 2).any(0)
+    with Image.open(tmp_path / "all.png") as drawn:
+        columns = (np.abs(np.asarray(drawn.convert("RGB")).astype(int) - MAGENTA).max(-1) <= 2).any(0)
     assert columns.argmax() < 0.75 * len(columns)  # next to the bars, with no wide gap
     some, every, none = (share_of(tmp_path / f"{name}.png", MAGENTA) for name in ("some", "all", "none"))
     assert every == pytest.approx(2 * some, rel=0.1)  # an object with a picture that is missing has captions
