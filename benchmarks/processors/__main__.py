@@ -286,9 +286,9 @@ def _notes(
         f"This machine: {cpu()}. onnxruntime {versions()['onnxruntime']}, OpenVINO {versions()['openvino']}.",
         f"Texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2: "
         f"{' and '.join(f'{count} for {case}' for case, count in texts.items())}, by a plain session of "
-        "onnxruntime; our session is asked the first five. What was more than a point off was asked again, "
-        f"{' and '.join(f'{MORE_TEXTS[case]} texts of {case}' for case in texts)} ("
-        "its cell says what the variant keeps of those natively). The column "
+        "onnxruntime; our session ran the first five. Cells that were more than a point off were run again, "
+        f"with {' and '.join(f'{MORE_TEXTS[case]} texts of {case}' for case in texts)} ("
+        "the cell shows what the variant keeps of those natively). The column "
         "manifest is the gate's figure, of up to 1,000 texts. A number in bold differs by more "
         f"than {MOST_POINTS:g} point from what the variant keeps natively of the same texts.",
         "MiniLM gives embeddings: its numbers are mean cosines, times 100. Its plug-in is random.",
