@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimization, TensorSpec, Variant
 
 MB = 1_000_000
 MOST_FILES = 4  # of a deployment; the manifest has all
@@ -37,9 +37,14 @@ MOST_FILES = 4  # of a deployment; the manifest has all
 @click.option(
     "--verbose", is_flag=True, help="Also show files, optimizations, inputs, outputs and parameters."
 )
+@click.option(
+    "--time", "timed", is_flag=True, help="Time the variants on this machine, about 2 s per expert set."
+)
 @revision_option
 @json_option
-def inspect(bundle: str, verify: bool, verbose: bool, revision: str | None, as_json: bool) -> None:
+def inspect(
+    bundle: str, verify: bool, verbose: bool, timed: bool, revision: str | None, as_json: bool
+) -> None:
     """Show a bundle's variants, their sizes and how they were checked.
 
     BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name. With --no-verify, only its
@@ -48,15 +53,16 @@ def inspect(bundle: str, verify: bool, verbose: bool, revision: str | None, as_j
     from xadapter_export.bundle.folder import read_bundle
 
     manifest = read_bundle(bundle, revision=revision, verify=verify, on_demand=not verify).manifest
+    speeds = _time(bundle, revision, manifest) if timed else {}
     if as_json:
-        print_json(json.loads(manifest.to_json()))
+        print_json({**json.loads(manifest.to_json()), **({"timed": speeds} if timed else {})})
         return
-    tables = [_variants(manifest, verbose=verbose), _choices(manifest)]
+    tables = [_variants(manifest, verbose=verbose), _speeds(speeds), _choices(manifest)]
     tables += [_deployments(manifest, verbose=verbose), _refused(manifest)]
     if verbose:
         tables += [_optimizations(manifest), _tensors(manifest), _parameters(manifest)]
     console = make_console()
-    _print_facts(console, _facts(manifest, verify=verify))
+    _print_facts(console, _facts(manifest, verify=verify, timed=timed))
     for table in tables:
         if table.row_count:
             console.print()
@@ -70,13 +76,15 @@ def _print_facts(console: "Console", facts: "dict[str, str]") -> None:
         console.print(f"{name:<12}{value}")
 
 
-def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
+def _facts(manifest: "Manifest", *, verify: bool, timed: bool) -> dict[str, str]:
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     checked = "hashes verified" if verify else "hashes not verified"
     facts = {
         "task": f"{manifest.task}: {TASKS[manifest.task].says}",
         "files": f"{len(manifest.files)}, {size_bytes / MB:.1f} MB, {checked}",
     }
+    if not timed:
+        facts["speed"] = "not measured here; add --time"
     if manifest.labels is not None:
         facts["labels"] = ", ".join(manifest.labels)
     if manifest.candidates is not None:
@@ -117,6 +125,25 @@ def _variants(manifest: "Manifest", *, verbose: bool) -> "Table":
             *([variant.file] if verbose else []),
             _proof(variant, verbose=verbose),
         )
+    return table
+
+
+def _time(bundle: str, revision: str | None, manifest: "Manifest") -> dict[str, str]:
+    """What the variants of each expert set take here for one text."""
+    from xadapter_export.runtime.session import XAdapterSession
+
+    def time(experts: "ExpertSet") -> str:
+        return XAdapterSession.load(
+            bundle, revision=revision, experts=experts, variant="fastest"
+        ).variant_reason
+
+    return {experts: time(experts) for experts in manifest.expert_sets}
+
+
+def _speeds(speeds: "dict[str, str]") -> "Table":
+    table = _table("experts", "one text on this machine")
+    for experts, measured in speeds.items():
+        table.add_row(experts, measured.removeprefix("measured: "))
     return table
 
 
