@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
@@ -28,6 +29,10 @@ from xadapter_export.cli.push import push
 from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, HubError
 from xadapter_export.model.builtin import builtin_folder
+
+if TYPE_CHECKING:
+    from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.model.x_adapter_model import XAdapterModel
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"  # so huggingface_hub uploads
@@ -108,13 +113,11 @@ def test_an_evaluation_takes_a_name(hub: FakeHub, tiny: Path, tmp_path: Path) ->
     assert "a revision is for repositories on the Hub" in refused.output
 
 
-def test_a_swap_and_a_search_take_names(hub: FakeHub, tmp_path: Path) -> None:
-    from tests.tiny_checkpoint import make_model  # needs PyTorch
-    from xadapter_export import export
-
-    model = make_model(tmp_path, experts="v")
-    model.save_pretrained(tmp_path / "checkpoint")
-    hub.add(NAME, export(model, tmp_path / "bundle").folder)
+def test_a_swap_and_a_search_take_names(
+    hub: FakeHub, tiny_model: "XAdapterModel", tiny_export: "ExportResult", tmp_path: Path
+) -> None:
+    tiny_model.save_pretrained(tmp_path / "checkpoint")
+    hub.add(NAME, tiny_export.folder)
     hub.add("fruit/small", tmp_path / "checkpoint")
     asked = ["swap", NAME, "fruit/small", "--assume-clip"]
     done = CliRunner().invoke(bank, [*asked, "-o", str(tmp_path / "swapped")])
