@@ -1,7 +1,10 @@
 # Every target makes the venv it needs on first use. `make help` lists them.
 VENV ?= .venv
 PYTHON ?= python3
-BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(SCRIPTS)
+OTHERS := $(VENV)-integrations
+OTHERS_BIN := $(OTHERS)/$(SCRIPTS)
 BASE := $(VENV)/.installed-base
 DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
@@ -10,7 +13,7 @@ BUNDLES := build/bundles
 BASE_TESTS := $(addprefix tests/test_,compare.py errors.py folder.py manifest.py portable.py session.py text.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-base test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
+.PHONY: help install demo test test-slow test-base test-integrations test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -56,6 +59,17 @@ test-slow: $(STAMP) ## Run the tests that `make test` leaves out, each a minute 
 test-base: $(BASE)  ## Run the tests of what an app needs, without PyTorch; on Windows and macOS too.
 	@$(PIP) filelock hypothesis onnx pytest
 	$(BIN)/python -m pytest $(BASE_TESTS)
+
+test-integrations: $(OTHERS)/.installed ## Run the tests of other libraries, in a venv of their own.
+	OMP_NUM_THREADS=1 $(OTHERS_BIN)/python -m pytest tests/test_integrations.py
+
+$(OTHERS)/.installed: pyproject.toml constraints.txt
+	@echo "Installing sentence-transformers, LangChain and LlamaIndex into $(OTHERS)."
+	@$(PYTHON) -m venv $(OTHERS)
+	@$(OTHERS_BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(OTHERS_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export]" \
+	    sentence-transformers langchain-core llama-index-core filelock hypothesis pytest
+	@touch $@
 
 web: $(STAMP) ## Build the browser page around the built-in checkpoint and serve it; needs npm. PORT=8000
 	$(BIN)/xad-export --config export/web.toml -o $(BUNDLES)/web --force

@@ -20,10 +20,7 @@ from benchmarks.verdicts import MOST_OF_AUTO, Measured, Results, Row, Verdict, c
 
 _WIDTH: Final = 200
 _FEEDINGS = {"user": "as its user feeds it", "equal": "at our lengths"}
-_PAINTS = (
-    "#9a9da3", "#c9c2b8", "#3b78c4", "#7fb0e6", "#ee8a2c", "#f2cb3d", "#7f57a8", "#4a9b54", "#cf3a3a",
-    "#26262b", "#2aa5a0", "#f08fb4",
-)  # fmt: skip
+_PAPER = "#fbfaf7"
 _MAIN = ("eager", "compile", "ort", "ort-fused-int8", "openvino", "openvino-int8", "plm-ort")
 
 
@@ -254,7 +251,7 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw ms of the main contestants for every shape, a panel for each case, expert set and kind of answer.
+    """Draw ms of the main contestants: a row for each case, expert set and kind of answer, a panel a shape.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -264,35 +261,56 @@ def draw(results: Results, path: Path) -> None:
     import_extra("matplotlib", "report")
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[str, str, str], list[Cell]] = {}
+    tables: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in results.cells:
-        panels.setdefault((cell.case, cell.experts, cell.head), []).append(cell)
-    figure = Figure(figsize=(13, 4.4 * len(panels) + 0.6), dpi=130, layout="constrained", facecolor="#fbfaf7")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, ((case, experts, head), cells) in zip(axes, panels.items(), strict=True):
-        found = dict.fromkeys(row for cell in cells for row in results.cells[cell])
-        rows = [row for row in found if is_main(row)] or list(found)
-        width = 0.86 / len(rows)
-        for number, row in enumerate(rows):
-            shown = [
-                (i, results.cells[cell][row]) for i, cell in enumerate(cells) if row in results.cells[cell]
-            ]
-            places = [i + (number - (len(rows) - 1) / 2) * width for i, _ in shown]
-            heights = [measured.median_ms for _, measured in shown]
-            is_ours = row.contestant.startswith("ours")
-            bars = axis.bar(
-                places, heights, width * 0.94, label=label(row),
-                color=_PAINTS[number % len(_PAINTS)], hatch="//" if is_ours else None, edgecolor="#fbfaf7",
-            )  # fmt: skip
-            axis.bar_label(bars, [_ms(height) for height in heights], fontsize=6, padding=1, rotation=90)
-        axis.set_yscale("log")
-        axis.margins(y=0.18)
-        axis.set_ylabel("median ms")
-        axis.set_xticks(range(len(cells)), [f"{cell.batch} x {cell.seq} tokens" for cell in cells])
-        axis.set_title(f"{case}, experts {experts}, {head}", loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        tables.setdefault((cell.case, cell.experts, cell.head), []).append(cell)
+    orders = [_in_chart(results, cells) for cells in tables.values()]
+    width = 3.2 + 1.9 * max(map(len, tables.values()))
+    figure = Figure(
+        (width, sum(0.27 * len(rows) + 1.0 for rows in orders)),
+        dpi=130,
+        layout="constrained",
+        facecolor=_PAPER,
+    )
+    parts = figure.subfigures(len(tables), 1, squeeze=False, height_ratios=[len(rows) + 4 for rows in orders])
+    for part, ((case, experts, head), cells), rows in zip(parts[:, 0], tables.items(), orders, strict=True):
+        part.set_facecolor(_PAPER)
+        part.suptitle(f"{case}, experts {experts}, {head}", x=0.01, ha="left", fontsize=11)
+        for axis, cell in zip(part.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
+            _draw_cell(axis, results.cells[cell], rows, has_names=cell is cells[0])
+            axis.set_title(f"{cell.batch} x {cell.seq} tokens, ms", loc="left", fontsize=9)
     figure.savefig(path)
+
+
+def _in_chart(results: Results, cells: Sequence[Cell]) -> list[Row]:
+    """The rows of a panel from top to bottom: full precision first, ours last in each."""
+    found = dict.fromkeys(row for cell in cells for row in results.cells[cell])
+    rows = [row for row in found if is_main(row)] or list(found)
+    order = ("fp32", "bf16", "fp16", "int8", "int4")
+
+    def place(row: Row) -> tuple[int, bool, str]:
+        contestant = find(row.contestant)
+        return order.index(contestant.precision), contestant.kind == "ours", label(row)
+
+    return sorted(rows, key=place)
+
+
+def _draw_cell(axis: Any, cell: Mapping[Row, Measured], rows: Sequence[Row], *, has_names: bool) -> None:
+    """A bar and its number for each row that was measured; ours in color."""
+    for place, row in enumerate(rows):
+        if row not in cell:
+            continue
+        is_ours = find(row.contestant).kind == "ours"
+        bar = axis.barh(place, cell[row].median_ms, 0.72, color="#0b6b57" if is_ours else "#b9bcc2")
+        weight = "bold" if is_ours else "normal"
+        axis.bar_label(bar, [_ms(cell[row].median_ms)], fontsize=8, padding=3, fontweight=weight)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_yticks(range(len(rows)), [label(row) for row in rows] if has_names else [])
+    axis.tick_params(labelsize=8.5, length=0)
+    axis.set_xticks([])
+    axis.margins(x=0.25)
+    axis.set_facecolor(_PAPER)
+    axis.spines[:].set_visible(False)
 
 
 def is_main(row: Row) -> bool:

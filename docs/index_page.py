@@ -10,11 +10,12 @@ import tomllib
 from pathlib import Path
 
 _LINK = re.compile(r"\]\((?!\w+:|#)(?P<target>[^)\s]+)\)")
+_WHERE = " REPOSITORY is the address of this page."
 _IMAGES = (".png", ".svg", ".webp")
 
 
 def with_addresses(readme: str, repository: str, tag: str) -> str:
-    """Return the README with each relative link, and each image, as an address.
+    """Return the README with each relative link, and each image, as an address, and with that to clone.
 
     Args:
         readme: Markdown.
@@ -26,6 +27,7 @@ def with_addresses(readme: str, repository: str, tag: str) -> str:
         kind = "raw" if link["target"].endswith(_IMAGES) else "blob"
         return f"]({repository}/{kind}/{tag}/{link['target']})"
 
+    readme = readme.replace(_WHERE, "").replace("git clone REPOSITORY", f"git clone {repository}")
     return _LINK.sub(address, readme)
 
 

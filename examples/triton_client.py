@@ -3,7 +3,7 @@
 It needs the bundle's tokenizers and manifest, no graph and no onnxruntime; only ``--prove`` of a lossy model
 runs its graph here, with onnxruntime, to compare with:
 
-    pip install "xadapter-export[triton]"
+    pip install ".[triton]"
     python examples/triton_client.py BUNDLE "The color of a banana is [MASK]."
     python examples/triton_client.py BUNDLE --prove
 """

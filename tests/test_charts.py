@@ -63,6 +63,21 @@ def test_confusion_shows_each_answer_in_its_color(tiny: Path, tmp_path: Path) ->
         assert two.width > 1.8 * one.width
 
 
+@pytest.mark.parametrize("count", [2, 7, 11])
+@pytest.mark.parametrize("panels", [1, 2])
+def test_no_label_is_cut(tiny: Path, tmp_path: Path, count: int, panels: int) -> None:
+    objects = make_answers(tiny, [["red"]], ["red"]).objects
+    logits = np.ones((1, 1, count), np.float32)
+    reading = Reading("V-expert, shuffled memory", open_scorer(tiny), "v")
+    one = ColorAnswers(reading, objects, ("red", *(c for c in ELEVEN if c != "red"))[:count], logits)
+    draw_confusion([one] * panels, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    paper = pixels[-1, -1]
+    edges = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    assert max(np.abs(edge - paper).max() for edge in edges) == 0
+
+
 def test_objects_show_what_was_right_and_what_was_said_instead(tiny: Path, tmp_path: Path) -> None:
     answers = make_answers(tiny, [["red", "blue"], ["red", "blue"]], ["red", "green"])
     draw_objects(answers, ((), ()), {}, tmp_path / "objects.png")
@@ -77,6 +92,9 @@ def test_objects_show_pictures_or_else_captions(tiny: Path, tmp_path: Path) -> N
     draw_objects(answers, seen, {0: image, 1: image}, tmp_path / "some.png")
     draw_objects(answers, seen, {0: image, 1: image, 2: image}, tmp_path / "all.png")
     draw_objects(answers, seen, {}, tmp_path / "none.png")
+    with Image.open(tmp_path / "all.png") as drawn:
+        columns = (np.abs(np.asarray(drawn.convert("RGB")).astype(int) - MAGENTA).max(-1) <= 2).any(0)
+    assert columns.argmax() < 0.75 * len(columns)  # next to the bars, with no wide gap
     some, every, none = (share_of(tmp_path / f"{name}.png", MAGENTA) for name in ("some", "all", "none"))
     assert every == pytest.approx(2 * some, rel=0.1)  # an object with a picture that is missing has captions
     assert some > none == 0

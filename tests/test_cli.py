@@ -327,6 +327,16 @@ def test_inspect_shows_what_is_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
     assert "sweet, sour" in text
 
 
+def test_inspect_times_variants(several: Path) -> None:
+    assert "not measured here; add --time" in call("inspect", several).stdout
+    shown = call("inspect", several, "--time").stdout
+    timed = json.loads(call("inspect", several, "--time", "--json").stdout)["timed"]
+    assert sorted(timed) == ["none", "v"]
+    for experts, measured in timed.items():
+        assert re.search(rf"^ {experts} +\u2502 \w+-\w+ [\d.]+ ms", shown, re.MULTILINE)
+        assert re.match(r"measured: \w+-\w+ [\d.]+ ms", measured)
+
+
 def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     made: dict[str, object] = {
         "target": "tensorrt-rtx",
@@ -349,6 +359,7 @@ def test_inspect_and_the_card_show_deployments(broken: Path) -> None:
     assert f"| tensorrt-rtx-fp32 | v | onnx-fp32 | 1 | 3.1 | `{prove}` |" in card
     assert f"- tensorrt-rtx-fp32: {refused[0]}" in card
     assert 'pip install "xadapter-export[cpu]"' in card
+    assert 'pip install "./xadapter-export[cpu]"' in card
     ignored = call("parity", broken, "--engine", "tensorrt-rtx", "--threads", 1)
     assert ignored.exit_code == 2
     assert "remove --provider and --threads" in ignored.stderr

@@ -165,6 +165,9 @@ def test_missing_and_mismatched_weights(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"expected open_clip_config\.json"):
         OpenClipTower.load(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"got a model of transformers.*name a model of open_clip"):
+        OpenClipTower.load(tmp_path / "empty")
     clip = tmp_path / "clip"
     make_clip().save(clip)
     weights = load_file(clip / "open_clip_model.safetensors")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TRAINING = ROOT / "docs" / "training.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = {"xadapter_export.cli.train": "xad-train", "xadapter_export.cli.bank": "xad-bank"}
-SHELL = {"make", "pip", "source", "mkdir", "cd", "printf", "python"}
+SHELL = {"git", "make", "pip", "source", "mkdir", "cd", "printf", "python"}
 
 
 def test_the_map_is_drawn_from_the_code() -> None:

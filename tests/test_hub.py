@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
@@ -22,11 +23,18 @@ from tests.tiny_bundle import rehash, write_bundle
 from xadapter_export import XAdapterSession
 from xadapter_export.bundle.folder import SIGNATURE_NAME, read_bundle
 from xadapter_export.bundle.signature import sign_bundle
+from xadapter_export.cli.bank import bank
+from xadapter_export.cli.evaluate import evaluate
 from xadapter_export.cli.inspect import inspect
 from xadapter_export.cli.parity import parity
 from xadapter_export.cli.push import push
 from xadapter_export.cli.run import run
 from xadapter_export.errors import BundleError, ConfigError, HashMismatchError, HubError, SignatureError
+from xadapter_export.model.builtin import builtin_folder
+
+if TYPE_CHECKING:
+    from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.model.x_adapter_model import XAdapterModel
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"  # so huggingface_hub uploads
@@ -91,6 +99,41 @@ def test_commands_take_a_name(hub: FakeHub, tiny: Path) -> None:
     assert "yellow" in CliRunner().invoke(run, [NAME, TEXT]).output
     assert "hashes verified" in CliRunner().invoke(inspect, [NAME]).output
     assert "parity: passed" in CliRunner().invoke(parity, [NAME]).output
+
+
+def test_an_evaluation_takes_a_name(hub: FakeHub, tiny: Path, tmp_path: Path) -> None:
+    first = hub.add(NAME, tiny)
+    hub.add(NAME, write_bundle(tmp_path / "other", task="text-classification"))
+    text = tmp_path / "text.txt"
+    text.write_text("the banana is yellow\n", encoding="utf-8")
+    there = CliRunner().invoke(evaluate, ["mlm", NAME, "--revision", first, "--data", str(text), "--json"])
+    assert there.exit_code == 0, there.output
+    assert json.loads(there.stdout)["model"] == NAME
+    here = CliRunner().invoke(evaluate, ["mlm", str(tiny), "--data", str(text), "--json"])
+    assert json.loads(there.stdout)["rows"] == json.loads(here.stdout)["rows"]
+    refused = CliRunner().invoke(evaluate, ["mlm", str(tiny), "--revision", "main", "--data", str(text)])
+    assert "a revision is for repositories on the Hub" in refused.output
+
+
+def test_a_swap_and_a_search_take_names(
+    hub: FakeHub, tiny_model: "XAdapterModel", tiny_export: "ExportResult", tmp_path: Path
+) -> None:
+    tiny_model.save_pretrained(tmp_path / "checkpoint")
+    hub.add(NAME, tiny_export.folder)
+    hub.add("fruit/small", tmp_path / "checkpoint")
+    asked = ["swap", NAME, "fruit/small", "--assume-clip"]
+    done = CliRunner().invoke(bank, [*asked, "-o", str(tmp_path / "swapped")])
+    assert done.exit_code == 0, done.output
+    assert read_bundle(tmp_path / "swapped").manifest.variants == read_bundle(NAME).manifest.variants
+    refused = CliRunner().invoke(bank, asked)
+    assert "a bundle on the Hub is not replaced: fruit/colors; write the new one with -o" in refused.output
+    hub.add("fruit/checkpoint", builtin_folder())
+    found, wanted = (
+        CliRunner().invoke(bank, ["search", name, "a banana", "--json"])
+        for name in ("fruit/checkpoint", "builtin")
+    )
+    assert found.exit_code == 0, found.output
+    assert found.stdout == wanted.stdout
 
 
 def test_later_files_belong_to_the_commit_of_the_manifest(hub: FakeHub, tiny: Path, tmp_path: Path) -> None:

@@ -161,4 +161,7 @@ def test_a_release_has_urls(tmp_path: Path) -> None:
     prepare(tmp_path, "https://host/me/it")
     project = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["urls"]["Repository"] == "https://host/me/it"
-    assert "](docs/" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" not in readme
+    assert "git clone https://host/me/it xadapter-export" in readme
+    assert "REPOSITORY" not in readme

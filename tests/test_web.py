@@ -404,6 +404,10 @@ def test_caption_is_text_and_never_markup(browser: "Browser", address: str, site
     context.close()
 
 
+def footer(page: Path) -> str:
+    return (page / "index.html").read_text(encoding="utf-8").partition("Made with ")[2]
+
+
 def test_page_is_small_and_replaces_only_pages(site: Path, tiny: Path, tmp_path: Path) -> None:
     assert bundle_bytes(site) < 12e6
     mine, packages = tmp_path / "mine", packages_of("web", ROOT / "export" / "web")
@@ -416,7 +420,10 @@ def test_page_is_small_and_replaces_only_pages(site: Path, tiny: Path, tmp_path:
     with pytest.raises(MissingExtraError, match="npm packages is missing"):
         write_page(tmp_path / "page", tiny, tmp_path / "none")
     assert (tmp_path / "page/vendor/tokenizers.min.mjs").is_file()
-    write_page(tmp_path / "page", tiny, packages)
+    assert "href" not in footer(tmp_path / "page").partition("arxiv.org")[0].removesuffix('<a href="https://')
+    write_page(tmp_path / "page", tiny, packages, project="https://host/me/it/")
+    assert 'href="https://host/me/it"' in footer(tmp_path / "page")
+    assert 'href="https://host/me/it/tree/main/docs"' in footer(tmp_path / "page")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "page"]
 
 

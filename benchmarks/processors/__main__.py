@@ -287,11 +287,11 @@ def _notes(machines: Mapping[str, Machine], left_out: Mapping[str, str], num_tex
     return [
         f"Processors: {', '.join(emulated)}.",
         f"This machine: {cpu()}. onnxruntime {versions()['onnxruntime']}, OpenVINO {versions()['openvino']}.",
-        f"{num_texts} texts of the kind that the gates are measured on, in batches of 1, 4, 8 and 2, to each "
-        "variant that is rounded, by a plain session of onnxruntime; fp32 and our session are asked the "
-        "first five, and for the others fp32's answers on this machine stand for those there. "
-        f"What was more than a point off was asked again, {NUM_MORE_TEXTS} texts (its cell says what the "
-        "variant keeps of those natively). The column manifest is the gate's figure, of up to 1,000 texts. "
+        f"Each variant that is rounded runs {num_texts} texts of the kind that the gates are measured on, in "
+        "batches of 1, 4, 8 and 2, in a plain session of onnxruntime. fp32 and our session run the first "
+        "five; for the other texts, fp32's answers on this machine are used. Cells that were more than a "
+        f"point off were run again, with {NUM_MORE_TEXTS} texts (the cell shows what the variant keeps of "
+        "those natively). The column manifest is the gate's figure, of up to 1,000 texts. "
         f"A number in bold differs by more than {MOST_POINTS:g} point from what the variant keeps natively "
         "of the same texts.",
         "MiniLM gives embeddings: its numbers are mean cosines, times 100. Its plug-in is random, and its "

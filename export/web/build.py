@@ -1,10 +1,12 @@
 """The files of the page, put together in one folder that any static server can serve."""
 
 import hashlib
+import html
 import json
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
+from importlib.metadata import metadata
 from pathlib import Path
 
 from PIL import Image
@@ -73,7 +75,15 @@ def install_packages(folder: Path, *, lock_from: Path = HERE) -> Path:
     return installed
 
 
-def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none") -> None:
+def address_of_project() -> str | None:
+    """Return the repository that the installed package names; a checkout names none."""
+    urls = metadata("xadapter-export").get_all("Project-URL") or []
+    return next((url.partition(", ")[2] for url in urls if url.startswith("Repository, ")), None)
+
+
+def write_page(
+    output: Path, bundle: Path, packages: Path, pictures: str = "none", *, project: str | None = None
+) -> None:
     """Write page, libraries and bundle into a folder, which is replaced.
 
     Args:
@@ -82,6 +92,7 @@ def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none
         packages: ``node_modules`` with the libraries.
         pictures: ``builtin`` to draw those of the built-in bank, the folder of a bank with thumbnails, or
             ``none`` for captions alone.
+        project: Address of the repository that the page links to; None for no link.
 
     Raises:
         OutputExistsError: If something that is no page is in the way.
@@ -93,6 +104,15 @@ def write_page(output: Path, bundle: Path, packages: Path, pictures: str = "none
     """
     with staged_folder(output, force=True, marker=MARKER) as staged:
         _fill(staged.path, bundle, packages, pictures)
+        if project is not None:
+            _link(staged.path / "index.html", html.escape(project.rstrip("/")))
+
+
+def _link(page: Path, project: str) -> None:
+    """Link the name of the project in the footer, and its documentation."""
+    links = f'<a href="{project}">xadapter-export</a> (<a href="{project}/tree/main/docs">documentation</a>)'
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("Made with xadapter-export", f"Made with {links}"), encoding="utf-8")
 
 
 def _fill(output: Path, bundle: Path, packages: Path, pictures: str) -> None:

@@ -20,7 +20,7 @@ COLUMNS = 16  # pictures in a row of a sheet, and rows in a sheet
 _QUALITY = 70  # of WebP, 0 to 100
 BUILTIN_CREDIT = (
     "Pictures: Noto Emoji (Google Inc., Apache-2.0), Firefox OS Emoji (Mozilla, Apache-2.0), Fluent UI Emoji "
-    "(Microsoft Corporation, MIT), drawn at 64 x 64 pixels. Their licenses are beside them."
+    "(Microsoft Corporation, MIT), drawn at 64 x 64 pixels. Their licenses come with them."
 )
 
 

@@ -56,9 +56,9 @@ _ROWS = (
     "probe on the pictures' pixels",
 )
 _NOTES = (
-    "Held-out objects share no word of any name with an object that trained the plug-ins, and are asked for "
-    "in sentences that nothing was trained on. CLIP has seen their pictures, with captions that name no "
-    "color.",
+    "Held-out objects share no word of any name with an object that trained the plug-ins, and the questions "
+    "about them are sentences that nothing was trained on. CLIP has seen their pictures, with captions that "
+    "name no color.",
     "The text-only control is the same adapter, trained on the same texts, attending to 16 random rows in "
     "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both "
     "experts.",

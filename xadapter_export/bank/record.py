@@ -20,6 +20,9 @@ SKIPPED_NAME = "skipped.jsonl"
 THUMBNAILS_NAME = "thumbnails.zip"
 CHECKPOINT_RECORD_NAME = "xadapter.json"  # of a checkpoint, which holds a bank and more
 
+# Of a repository on the Hub: a bank, and the CLIP of a checkpoint that its bank is searched with.
+FILE_PATTERNS = ("bank.*", SKIPPED_NAME, THUMBNAILS_NAME, CHECKPOINT_RECORD_NAME, "clip/*")
+
 BankKind = Literal["pictures", "prototypes"]
 BankDtype = Literal["fp32", "fp16", "int8"]
 DTYPES: tuple[BankDtype, ...] = ("fp32", "fp16", "int8")  # most exact first

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import Unpack
 
-from xadapter_export.bundle.hub import HubRepo, push_files
+from xadapter_export.bundle.hub import HubRepo, PushOptions, push_files
 from xadapter_export.bundle.manifest import FileEntry, Manifest
 from xadapter_export.bundle.small_files import read_text
 from xadapter_export.errors import (
@@ -69,6 +70,11 @@ class Bundle:
     manifest: Manifest
     repo: HubRepo | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called: ``org/name`` on the Hub, or the name of its folder."""
+        return self.folder.name if self.repo is None else self.repo.name
+
     def file(self, relative: str) -> Path:
         """Return the path of a file of the bundle, downloaded if need be.
 
@@ -90,21 +96,12 @@ class Bundle:
             if missing:
                 self.repo.fetch([escape(name) for name in missing])
 
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-    ) -> str:
+    def push_to_hub(self, repo: str, **options: Unpack[PushOptions]) -> str:
         """Upload the bundle to the Hugging Face Hub, as one commit that replaces what was there.
 
         Args:
             repo: ``org/name``; made if it is not there.
-            private: Whether a repository that is made is private; the account's default if None.
-            revision: Branch to commit to, made if it is not there; ``main`` if None.
-            message: The commit's message.
+            options: ``private``, ``revision``, ``message``; see ``bundle.hub.PushOptions``.
 
         Returns:
             The address of the commit.
@@ -115,7 +112,7 @@ class Bundle:
         files = [MANIFEST_NAME, *self.manifest.files]
         if (self.folder / SIGNATURE_NAME).is_file():
             files.append(SIGNATURE_NAME)
-        return push_files(self.folder, files, repo, private=private, revision=revision, message=message)
+        return push_files(self.folder, files, repo, **options)
 
 
 def inside(folder: Path, relative: str, kind: str) -> Path:

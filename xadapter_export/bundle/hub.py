@@ -8,12 +8,26 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Final, Self
+from typing import Final, Self, TypedDict, Unpack
 
 from xadapter_export.errors import ConfigError, HubError
 
 _REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _AGAIN: Final = "run it again: files that arrived are not downloaded twice"
+
+
+class PushOptions(TypedDict, total=False):
+    """How something is uploaded to the Hub.
+
+    Attributes:
+        private: Whether a repository that is made is private; the account's default if None.
+        revision: Branch to commit to, made if it is not there; ``main`` if None.
+        message: The commit's message.
+    """
+
+    private: bool | None
+    revision: str | None
+    message: str | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,22 @@ class HubRepo:
             raise self._explain(error, file) from error
         return path.parents[len(PurePosixPath(file).parts) - 1]
 
+    def has(self, file: str) -> bool:
+        """Whether there is such a file; it is downloaded. False also if there is no Hub and no such cache.
+
+        Raises:
+            HubError: If it cannot be told: the repository is gated, or there is no such revision.
+        """
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            self.fetch_first(file)
+        except HubError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return False
+            raise
+        return True
+
     def fetch(self, patterns: Collection[str]) -> Path:
         """Download files that are not in the cache, and return the folder of the snapshot.
 
@@ -116,24 +146,14 @@ class HubRepo:
         return HubError("the download from the Hub failed", where=self, got=_first_line(error), hint=_AGAIN)
 
 
-def push_files(
-    folder: Path,
-    files: Collection[str],
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-) -> str:
+def push_files(folder: Path, files: Collection[str], repo: str, **options: Unpack[PushOptions]) -> str:
     """Upload files of a folder as one commit, which removes what else was in the repository.
 
     Args:
         folder: The folder.
         files: Their paths in it.
         repo: ``org/name``; made if it is not there.
-        private: Whether a repository that is made is private; the account's default if None.
-        revision: Branch to commit to, made if it is not there; ``main`` if None.
-        message: The commit's message.
+        options: How; ``PushOptions`` lists them.
 
     Returns:
         The address of the commit.
@@ -143,9 +163,9 @@ def push_files(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
-    api = HfApi(library_name="xadapter-export")
+    api, revision = HfApi(library_name="xadapter-export"), options.get("revision")
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=options.get("private"), exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision)) - {".gitattributes"}
@@ -155,7 +175,7 @@ def push_files(
                 *(CommitOperationAdd(name, folder / name) for name in sorted(files)),
                 *(CommitOperationDelete(name) for name in sorted(there - set(files))),
             ],
-            commit_message=message or "Upload with xadapter-export",
+            commit_message=options.get("message") or "Upload with xadapter-export",
             revision=revision,
         )
     except Exception as error:  # the client raises many kinds, with no common base below Exception

@@ -7,6 +7,11 @@ from xadapter_export.bundle.manifest import Agreement, Manifest
 from xadapter_export.targets import CUDA_PROVIDER, ONNXRUNTIME, TARGETS
 from xadapter_export.tasks import TASKS
 
+FROM_SOURCE = (
+    "If pip does not find the package, clone its repository and install that folder: `pip install "
+    '"./xadapter-export[cpu]"`, with the extras of the line above.'
+)
+
 
 def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str:
     """Writes the bundle's README: what it is, how to run it, what was proven, what the Hub reads of it.
@@ -54,6 +59,8 @@ def _summary(manifest: Manifest) -> list[str]:
         f'xad-run . "{manifest.example}"{provider}',
         "xad-parity .",
         "```",
+        "",
+        FROM_SOURCE,
     ]
 
 

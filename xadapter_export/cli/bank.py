@@ -16,14 +16,16 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    revision_option,
     sign_option,
 )
 from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import OutputExistsError, import_extra
+from xadapter_export.model.builtin import BUILTIN, builtin_folder
 
 if TYPE_CHECKING:
     from xadapter_export.bank.reader import BankReader
-    from xadapter_export.bank.record import BankDtype, BankRecord
+    from xadapter_export.bank.record import BankClip, BankDtype, BankRecord
     from xadapter_export.bank_builder.build import BuildResult
     from xadapter_export.runtime.picture_index import IndexKind
 
@@ -44,7 +46,8 @@ def bank() -> None:
     """Build, inspect and search feature banks.
 
     A bank is a folder with the CLIP features of images and a caption for each: bank.safetensors, bank.jsonl
-    and bank.json. BANK is a bank folder, a checkpoint folder or `builtin`.
+    and bank.json. BANK is the folder of a bank or checkpoint, its name on the Hugging Face Hub (org/name) or
+    `builtin`.
     """
 
 
@@ -139,8 +142,8 @@ def build(
     check_output(output, force=force)  # before PyTorch is imported, which takes seconds
     start = time.monotonic()
     main_process = os.environ.get("RANK", "0") == "0"
-    rate, line = _Rate(), "{done} of {total} images{note}"
-    with show_progress(quiet=quiet or not main_process, line=line) as (on_note, count):
+    line = "{done} of {total} images{note}"
+    with show_progress(quiet=quiet or not main_process, unit="image", line=line) as (on_note, count):
         on_note("loading PyTorch")
         module = import_extra("xadapter_export.bank_builder.build", "bank")
         try:
@@ -152,7 +155,7 @@ def build(
                 columns=module.DatasetColumns(split, image_column, caption_column),
                 force=force,
                 on_note=on_note,
-                on_pictures=lambda done, total: count(done, total, rate.text_of(done)),
+                on_pictures=count,
             )
         except KeyboardInterrupt:
             if main_process:
@@ -185,6 +188,7 @@ def _report_build(result: "BuildResult", elapsed_s: float, *, as_json: bool) -> 
     if record.num_skipped:
         console.print(f"{record.num_skipped} skipped, listed in skipped.jsonl; first: {result.first_skipped}")
     console.print(f"bank: {result.folder}")
+    _note_emoji(record.clip)
 
 
 @bank.command(cls=XadCommand, epilog=example("xad-bank info builtin"))
@@ -249,6 +253,7 @@ def info(folder: str, as_json: bool) -> None:
     help="Folder with the original images, for --html with a bank that has no thumbnails.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing page.")
+@revision_option
 @json_option
 def search(
     folder: str,
@@ -258,10 +263,11 @@ def search(
     sheet: Path | None,
     pictures: Path | None,
     force: bool,
+    revision: str | None,
     as_json: bool,
 ) -> None:
     """Find the images in a bank that best match a text."""
-    reader = _open(folder)
+    reader = _open(folder, revision)
     if sheet is not None and sheet.exists() and not force:
         raise OutputExistsError("the output path already exists", where=sheet, hint="replace it with --force")
     from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
@@ -291,6 +297,7 @@ def search(
         console.print(f"{hit.score:6.3f}  {hit.picture.caption:<{width}}  {hit.picture.id}")
     if sheet is not None:
         console.print(f"page: {sheet}")
+    _note_emoji(reader.clip)
 
 
 @bank.command(cls=XadCommand, epilog=example("xad-bank merge cats dogs -o pets"))
@@ -488,13 +495,13 @@ def index(
     cls=XadCommand,
     epilog=example("xad-export --experts v -o bundle", "xad-bank swap bundle bank -o bundle-with-my-bank"),
 )
-@click.argument("bundle", metavar="BUNDLE", type=NamedPath(path_type=Path))
+@click.argument("bundle", metavar="BUNDLE", type=NamedPath())
 @click.argument("folder", metavar="BANK")
 @click.option(
     "-o",
     "--output",
     type=NamedPath(path_type=Path),
-    help="Folder for the new bundle. [default: replace BUNDLE]",
+    help="Folder for the new bundle; needed if BUNDLE is on the Hub. [default: replace BUNDLE]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
 @click.option(
@@ -506,28 +513,39 @@ def index(
 )
 @click.option("--assume-clip", is_flag=True, help="Accept a bank that does not record which CLIP made it.")
 @sign_option
+@revision_option
 @json_option
 def swap(
-    bundle: Path,
+    bundle: str,
     folder: str,
     output: Path | None,
     force: bool,
     leave_out: tuple[str, ...],
     assume_clip: bool,
     sign: Path | None,
+    revision: str | None,
     as_json: bool,
 ) -> None:
     """Replace the bank in a bundle, without PyTorch or a new export.
+
+    BUNDLE is a folder, or the name of a bundle on the Hugging Face Hub: org/name.
 
     The new bank must come from the same CLIP; it may have any number of images. The command repeats the
     parity check and compares what each graph retrieves with a direct search of the bank. If anything fails,
     the bundle stays as it is. Swapping the old bank back in restores the old bundle. The new bundle does not
     keep the signature of the old one: sign it with --sign or xad-sign.
     """
+    from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.swap.swap import swap_bank
 
     result = swap_bank(
-        bundle, _resolve(folder), output, leave_out=leave_out, assume_clip=assume_clip, sign=sign, force=force
+        read_bundle(bundle, revision=revision),
+        _resolve(folder),
+        output,
+        leave_out=leave_out,
+        assume_clip=assume_clip,
+        sign=sign,
+        force=force,
     )
     if result.lost_signature:
         click.echo("note: the old bundle was signed; the new one is not. Sign it with xad-sign.", err=True)
@@ -552,16 +570,30 @@ def swap(
     click.echo(f"bundle: {result.folder}")
 
 
-def _resolve(folder: str) -> Path:
-    from xadapter_export.model.builtin import BUILTIN, builtin_folder
+def _resolve(folder: str, revision: str | None = None) -> Path:
+    from xadapter_export.bank.record import FILE_PATTERNS
+    from xadapter_export.bundle.folder import BANK_NAME
+    from xadapter_export.bundle.hub import HubRepo
 
+    repo = HubRepo.find(folder, revision)
+    if repo is not None:
+        return repo.at_commit(repo.fetch_first(BANK_NAME)).fetch(FILE_PATTERNS)
     return builtin_folder() if folder == BUILTIN else Path(folder)
 
 
-def _open(folder: str) -> "BankReader":
+def _open(folder: str, revision: str | None = None) -> "BankReader":
     from xadapter_export.bank.reader import BankReader
 
-    return BankReader(_resolve(folder))
+    return BankReader(_resolve(folder, revision))
+
+
+def _note_emoji(clip: "BankClip | None") -> None:
+    """Say what to expect of the built-in CLIP."""
+    builtin = _open(BUILTIN).clip
+    if clip is not None and builtin is not None and clip.sha256 == builtin.sha256:
+        click.echo(
+            "note: the built-in CLIP has seen emoji only; for photographs, name another: --clip", err=True
+        )
 
 
 def _files(reader: "BankReader") -> list[Path]:
@@ -578,21 +610,6 @@ def _report(output: Path, record: "BankRecord", *, as_json: bool) -> None:
     else:
         click.echo(f"{record.num_pictures} {record.kind}, {record.dim} wide, {record.dtype}")
         click.echo(f"bank: {output}")
-
-
-class _Rate:
-    """Images per second since the first batch, which also pays for warming up."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
-
-    def text_of(self, done: int) -> str:
-        """Return the rate as a text, empty as long as there is none."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now, done
-        elapsed, more = now - self._first[0], done - self._first[1]
-        return f"{more / elapsed:.0f} images/s" if more and elapsed > 0 else ""
 
 
 if __name__ == "__main__":

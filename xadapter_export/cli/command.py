@@ -149,7 +149,7 @@ def session_options(function: F) -> F:
 def revision_option(function: F) -> F:
     """Add ``--revision``."""
     return click.option(
-        "--revision", metavar="NAME", help="Branch, tag or commit of a bundle on the Hub. [default: main]"
+        "--revision", metavar="NAME", help="Branch, tag or commit on the Hub. [default: main]"
     )(function)
 
 

@@ -17,6 +17,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_evaluation,
     print_json,
+    revision_option,
     session_options,
 )
 from xadapter_export.cli.progress import show_progress
@@ -51,6 +52,7 @@ class Shared:
     control_folder: Path | None
     batch_size: int
     variant: str
+    revision: str | None
     providers: tuple[str, ...]
     threads: int | None
     output: Path | None
@@ -103,6 +105,7 @@ def shared_options(function: F) -> F:
             help="Variant of a bundle to run: auto (the one expected to be fastest here), a variant or a "
             "precision.",
         ),
+        revision_option,
         session_options,
         click.option(
             "-o",
@@ -157,8 +160,8 @@ def object_options(function: F) -> F:
 def evaluate() -> None:
     """Evaluate a checkpoint or bundle against its baselines.
 
-    MODEL is a checkpoint folder, a hub id, `builtin` or a bundle folder. A bundle needs no PyTorch. A
-    checkpoint and its bundle give the same numbers, up to rounding.
+    MODEL is the folder of a checkpoint or bundle, its name on the Hugging Face Hub (org/name) or `builtin`. A
+    bundle needs no PyTorch. A checkpoint and its bundle give the same numbers, up to rounding.
     """
 
 
@@ -385,9 +388,10 @@ def _open(options: Shared, task: "Task", on_progress: "OnProgress") -> "tuple[Re
     from xadapter_export.evaluation.opening import is_bundle, open_scorer
     from xadapter_export.evaluation.readings import plan_readings
 
-    def open_one(source: str | Path) -> "Scorer":
+    def open_one(source: str | Path, revision: str | None = None) -> "Scorer":
         return open_scorer(
             source,
+            revision=revision,
             variant=options.variant,
             providers=options.providers or None,
             num_threads=options.threads,
@@ -403,12 +407,12 @@ def _open(options: Shared, task: "Task", on_progress: "OnProgress") -> "tuple[Re
             raise click.UsageError(f"--control {name} is given twice.")
         sources[name] = source
     on_progress("loading", 0, 0)
-    scorer = open_one(options.model)
+    scorer = open_one(options.model, options.revision)
     plan = plan_readings(scorer, task, options.experts, shuffled=options.with_controls)  # fails early
     if taken := {reading.name for reading in plan} & sources.keys():
         raise click.UsageError(f"--control {min(taken)}: the table already has a row with this name.")
     if options.with_controls and TRAINED_CONTROL not in sources:
-        if is_bundle(options.model):
+        if is_bundle(options.model, options.revision):
             _say(
                 f'cannot train a control for a bundle; add one with --control "{TRAINED_CONTROL}=CHECKPOINT"'
             )
@@ -538,7 +542,7 @@ def _output(options: Shared, *, draws: bool = False) -> Iterator[Path | None]:
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[OnProgress]":
     """Show the row at work on stderr: a bar on a terminal, a line for each row elsewhere."""
-    with show_progress(quiet=quiet) as (say, count):
+    with show_progress(quiet=quiet, line="{done} of {total}{note}") as (say, count):
         row = ""
 
         def show(name: str, done: int, total: int) -> None:

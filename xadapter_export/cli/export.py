@@ -271,10 +271,13 @@ def export(
 
     options["profile"] = parse_profile(ranges)
     check_replaceable(resolved(output), MANIFEST_NAME, force=bool(options["force"]))
-    with show_progress(quiet=quiet) as (on_stage, _):
+    line = "{done} of {total} graphs{note}"
+    with show_progress(quiet=quiet, unit="graph", line=line, across_stages=True) as (on_stage, on_graph):
         on_stage("load", "PyTorch")
         module = import_extra("xadapter_export.exporters.pipeline", "export")
-        result: ExportResult = module.export(checkpoint, output, experts, on_stage=on_stage, **options)
+        result: ExportResult = module.export(
+            checkpoint, output, experts, on_stage=on_stage, on_graph=on_graph, **options
+        )
     if as_json:
         found = {"bundle": str(result.folder), "manifest": result.manifest.model_dump(mode="json")}
         print_json({**found, "left_out": list(result.left_out)})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from xadapter_export.bundle.folder import Bundle
-    from xadapter_export.bundle.manifest import Manifest, Optimization, TensorSpec, Variant
+    from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimization, TensorSpec, Variant
 
 MB = 1_000_000
 MOST_FILES = 4  # of a deployment; the manifest has all
@@ -39,6 +39,9 @@ MOST_FILES = 4  # of a deployment; the manifest has all
 )
 @click.option(
     "--verbose", is_flag=True, help="Also show files, optimizations, inputs, outputs and parameters."
+)
+@click.option(
+    "--time", "timed", is_flag=True, help="Time the variants on this machine, about 2 s per expert set."
 )
 @click.option(
     "--bom",
@@ -61,6 +64,7 @@ def inspect(
     bundle: str,
     verify: bool,
     verbose: bool,
+    timed: bool,
     bom: Path | None,
     licenses: tuple[str, ...],
     verify_key: Path | None,
@@ -81,15 +85,17 @@ def inspect(
     signed = _describe_signature(found, verify_key, verify=verify)
     if bom is not None:
         _write_bom(bom, found, licenses)
+    speeds = _time(bundle, revision, manifest) if timed else {}
     if as_json:
-        print_json(json.loads(manifest.to_json()) | {"signature": signed})
+        more = {"signature": signed, **({"timed": speeds} if timed else {})}
+        print_json({**json.loads(manifest.to_json()), **more})
         return
-    tables = [_variants(manifest, verbose=verbose), _choices(manifest)]
+    tables = [_variants(manifest, verbose=verbose), _speeds(speeds), _choices(manifest)]
     tables += [_deployments(manifest, verbose=verbose), _refused(manifest)]
     if verbose:
         tables += [_optimizations(manifest), _tensors(manifest), _parameters(manifest)]
     console = make_console()
-    _print_facts(console, _facts(manifest, verify=verify) | {"signed": signed})
+    _print_facts(console, _facts(manifest, verify=verify, timed=timed) | {"signed": signed})
     for table in tables:
         if table.row_count:
             console.print()
@@ -135,13 +141,15 @@ def _print_facts(console: "Console", facts: "dict[str, str]") -> None:
         console.print(f"{name:<12}{value}")
 
 
-def _facts(manifest: "Manifest", *, verify: bool) -> dict[str, str]:
+def _facts(manifest: "Manifest", *, verify: bool, timed: bool) -> dict[str, str]:
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     checked = "hashes verified" if verify else "hashes not verified"
     facts = {
         "task": f"{manifest.task}: {TASKS[manifest.task].says}",
         "files": f"{len(manifest.files)}, {size_bytes / MB:.1f} MB, {checked}",
     }
+    if not timed:
+        facts["speed"] = "not measured here; add --time"
     if manifest.labels is not None:
         facts["labels"] = ", ".join(manifest.labels)
     if manifest.candidates is not None:
@@ -182,6 +190,25 @@ def _variants(manifest: "Manifest", *, verbose: bool) -> "Table":
             *([variant.file] if verbose else []),
             _proof(variant, verbose=verbose),
         )
+    return table
+
+
+def _time(bundle: str, revision: str | None, manifest: "Manifest") -> dict[str, str]:
+    """What the variants of each expert set take here for one text."""
+    from xadapter_export.runtime.session import XAdapterSession
+
+    def time(experts: "ExpertSet") -> str:
+        return XAdapterSession.load(
+            bundle, revision=revision, experts=experts, variant="fastest"
+        ).variant_reason
+
+    return {experts: time(experts) for experts in manifest.expert_sets}
+
+
+def _speeds(speeds: "dict[str, str]") -> "Table":
+    table = _table("experts", "one text on this machine")
+    for experts, measured in speeds.items():
+        table.add_row(experts, measured.removeprefix("measured: "))
     return table
 
 

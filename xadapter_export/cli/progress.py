@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from xadapter_export.cli.command import make_console
 
+_SHORTEST_S: Final = 5.0  # between two lines, but for the last
 _LONGEST_S: Final = 60.0  # without a line
 
 
@@ -21,50 +22,88 @@ class Count(Protocol):
     """Counts the steps of a stage."""
 
     def __call__(self, done: int, total: int, note: str = "", /) -> None:
-        """Show that so many are done, and a note beside them."""
+        """Show that so many are done, and a note next to them."""
+
+
+class _Pace:
+    """How fast something is counted since the first count, which also pays for warming up."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._first: tuple[float, int] | None = None
+
+    def text_of(self, done: int, total: int) -> str:
+        """Return the rate and the time left as a text, empty as long as nobody knows."""
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = now, done
+        elapsed, more = now - self._first[0], done - self._first[1]
+        if not more or elapsed <= 0:
+            return ""
+        rate = more / elapsed
+        shown = f"{rate:.3g} {self._unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s per {self._unit}"
+        return shown if done >= total else f"{shown}, {_duration((total - done) / rate)} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    )
 
 
 @contextmanager
-def show_progress(*, quiet: bool, line: str = "") -> Iterator[tuple[Say, Count]]:
+def show_progress(
+    *, quiet: bool, unit: str = "step", line: str = "", across_stages: bool = False
+) -> Iterator[tuple[Say, Count]]:
     """Show what is done in the block; nothing where ``quiet``.
 
     Args:
         quiet: Whether nothing is shown.
-        line: What is said of steps where there is no bar, at each tenth and each minute: a text with
-            ``{done}``, ``{total}`` and ``{note}`` in it. Empty for nothing.
+        unit: What is counted, in the singular.
+        line: What is said of steps where there is no bar, at each tenth, each minute and the end: a text with
+            ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Empty for
+            nothing.
+        across_stages: Whether one count goes through all stages; else each has its own.
 
     Yields:
         What names a stage: the title of the bar, or a line with the seconds since the start. And what counts
         its steps.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = make_console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    beside = TextColumn("{task.fields[beside]}", markup=False), TimeRemainingColumn()
+    note_column = TextColumn("{task.fields[note]}", markup=False)
     has_bar = console.is_terminal and not quiet
     start = last = time.monotonic()
-    tenth = 0
+    pace, tenth = _Pace(unit), 0
 
     def say(stage: str, detail: str = "", /) -> None:
-        nonlocal last, tenth
+        nonlocal last, tenth, pace
         text = f"{stage:5}  {detail}" if detail else stage
-        bar.update(task, description=text, completed=0, total=None, beside="")
-        last, tenth = time.monotonic(), 0
+        bar.update(task, description=text)
+        if not across_stages:
+            bar.update(task, completed=0, total=None, note="")
+            pace, tenth = _Pace(unit), 0
+        last = time.monotonic()
         tell(text)
 
     def count(done: int, total: int, note: str = "", /) -> None:
         nonlocal last, tenth
-        bar.update(task, completed=done, total=total or None, beside=note)
-        reached = done * 10 // max(total, 1)
-        if line and (reached != tenth or time.monotonic() > last + _LONGEST_S):
-            last, tenth = time.monotonic(), reached
-            tell(line.format(done=done, total=total, note=note and f", {note}"))
+        notes = ", ".join(filter(None, (note, pace.text_of(done, total))))
+        bar.update(task, completed=done, total=total or None, note=notes)
+        reached, now = done * 10 // max(total, 1), time.monotonic()
+        is_due = now > last + (_LONGEST_S if reached == tenth else _SHORTEST_S)
+        if line and total and (is_due or done == total):
+            last, tenth = now, reached
+            tell(line.format(done=done, total=total, note=notes and f", {notes}"))
 
     def tell(text: str) -> None:
         if not quiet and not has_bar:
             console.print(f"{time.monotonic() - start:6.1f} s  {text}", soft_wrap=True)
 
-    with Progress(*columns, *beside, console=console, transient=True, disable=not has_bar) as bar:
-        task = bar.add_task("starting", total=None, beside="")
+    shown = (*columns, note_column, TimeElapsedColumn())
+    with Progress(*shown, console=console, transient=True, disable=not has_bar) as bar:
+        task = bar.add_task("starting", total=None, note="")
         yield say, count

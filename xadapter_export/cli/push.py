@@ -1,11 +1,15 @@
 """``xad push``: upload a bundle or a checkpoint to the Hugging Face Hub."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from xadapter_export.cli.command import XadCommand, example
 from xadapter_export.errors import import_extra
+
+if TYPE_CHECKING:
+    from xadapter_export.bundle.hub import PushOptions
 
 
 @click.command(
@@ -21,7 +25,7 @@ from xadapter_export.errors import import_extra
 )
 @click.option("--revision", metavar="BRANCH", help="Branch to upload to, created if missing. [default: main]")
 @click.option("--message", metavar="TEXT", help="Commit message.")
-def push(folder: Path, repo: str, private: bool | None, revision: str | None, message: str | None) -> None:
+def push(folder: Path, repo: str, **options: "Unpack[PushOptions]") -> None:
     """Upload a bundle or a checkpoint to the Hugging Face Hub.
 
     Log in once with: hf auth login. The files are checked first and uploaded as one commit, which removes
@@ -34,8 +38,8 @@ def push(folder: Path, repo: str, private: bool | None, revision: str | None, me
         bundle = read_bundle(folder)
         if (signature := read_signature(bundle)) is not None:
             check_signed_files(bundle, signature)
-        url = bundle.push_to_hub(repo, private=private, revision=revision, message=message)
+        url = bundle.push_to_hub(repo, **options)
     else:
         checkpoint = import_extra("xadapter_export.model.checkpoint", "export", "train")
-        url = checkpoint.push_checkpoint(folder, repo, private=private, revision=revision, message=message)
+        url = checkpoint.push_checkpoint(folder, repo, **options)
     click.echo(url)

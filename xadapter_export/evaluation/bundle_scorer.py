@@ -21,7 +21,7 @@ class BundleScorer(Scorer):
     def __init__(self, session: XAdapterSession) -> None:
         manifest = session.manifest
         self._session = session
-        self.name = session.bundle.folder.name
+        self.name = session.bundle.name
         self.task = manifest.task
         self.labels = manifest.labels or ()
         self.expert_sets = tuple(name for name in EXPERT_SETS if name in manifest.expert_sets)

@@ -4,6 +4,7 @@ Dimensions: P prompts, n objects, C colors.
 """
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,10 +34,13 @@ PAINTS: Final = {
 _OTHER_PAINT = "#c9c2b8"
 _INK, _FAINT, _LINE, _PAPER = "#26262b", "#77777f", "#c8c8ce", "#fbfaf7"
 _DPI = 130
+_CONFUSION_NOTE = "Area and number: % of the questions about objects of that color."
+_NOTE_LETTERS = 14  # to an inch
+_SMALLEST_PANEL = 4.2  # inches: its title is one line
 _MOST_OBJECTS = 180
 _ROWS_PER_COLUMN = 45
-_ROW_INCHES, _COLUMN_INCHES = 0.27, 6.9
-_LEFT, _RIGHT = -1.0, 2.75  # of a column, in lengths of a bar
+_ROW_INCHES, _BAR_INCHES = 0.27, 1.84
+_LEFT, _SEEN, _RIGHT = -1.0, 1.62, 2.7  # of a column, in lengths of a bar; its pictures start at _SEEN
 
 
 def paint(color: str) -> str:
@@ -55,13 +59,13 @@ def draw_confusion(answers: Sequence[ColorAnswers], path: Path) -> None:
         MissingExtraError: If matplotlib is not installed.
     """
     colors = answers[0].colors
-    size = 1.5 + 0.47 * len(colors)
+    size = max(_SMALLEST_PANEL, 1.5 + 0.47 * len(colors))
     figure = _figure(size * len(answers) + 0.4, size + 0.3)
     panels = figure.subplots(1, len(answers), squeeze=False)[0]
     for axes, one in zip(panels, answers, strict=True):
         counts = _count_answers(one)  # (C, C)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axes.set_xlim(-0.5, len(colors) - 0.5)
+        axes.set_xlim(-0.5, len(colors) - 0.4)  # a number next to a small box may be wider than its cell
         axes.set_ylim(len(colors) - 0.5, -0.5)
         axes.set_aspect("equal")
         for (row, column), share in np.ndenumerate(shares):
@@ -88,13 +92,15 @@ def draw_confusion(answers: Sequence[ColorAnswers], path: Path) -> None:
         totals = counts.sum(1) // len(one.said)
         axes.set_xticks(places, colors, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(places, [f"{c} ({n})" for c, n in zip(colors, totals, strict=True)])
-        axes.set_xlabel("answer (area and number: % of the questions about objects of that color)")
+        axes.set_xlabel("answer")
         axes.set_ylabel("color that people say (objects)")
         axes.set_title(f"{one.reading.name}: {100 * one.is_right.mean():.1f} % right", loc="left")
         axes.set_xticks(np.arange(-0.5, len(colors)), minor=True)
         axes.set_yticks(np.arange(-0.5, len(colors)), minor=True)
         axes.grid(which="minor", color=_LINE, linewidth=0.4)
         _bare(axes)
+    note = textwrap.fill(_CONFUSION_NOTE, round(_NOTE_LETTERS * figure.get_figwidth()))
+    figure.supxlabel(note, fontsize=8.5, color=_FAINT)
     figure.savefig(path)
 
 
@@ -106,7 +112,7 @@ def draw_objects(
 ) -> None:
     """Draw a bar for every object: the share of prompts right, then what was said instead.
 
-    Beside it stand the pictures that were looked at, or their captions where a picture is not at hand. Of
+    Next to it are the pictures that were looked at, or their captions where a picture is not at hand. Of
     very many objects, evenly spaced ones are drawn.
 
     Args:
@@ -122,17 +128,18 @@ def draw_objects(
     shown = [order[i] for i in np.linspace(0, len(order) - 1, min(len(order), _MOST_OBJECTS)).astype(int)]
     num_columns = math.ceil(len(shown) / _ROWS_PER_COLUMN)
     per_column = math.ceil(len(shown) / num_columns)
-    figure = _figure(_COLUMN_INCHES * num_columns, _ROW_INCHES * per_column + 1.1)
+    right = _RIGHT if any(pictures) else _SEEN
+    figure = _figure(_BAR_INCHES * (right - _LEFT) * num_columns, _ROW_INCHES * per_column + 1.1)
     panels = figure.subplots(1, num_columns, squeeze=False)[0]
     for place, axes in enumerate(panels):
-        axes.set_xlim(_LEFT, _RIGHT)
+        axes.set_xlim(_LEFT, right)
         axes.set_ylim(per_column - 0.4, -1.3)
         _bare(axes)
         axes.set_xticks([])
         axes.set_yticks([])
         heading = {"fontsize": 7.5, "color": _FAINT, "va": "center"}
         axes.text(0, -0.8, "share of prompts right, then what was said", **heading)
-        axes.text(_RIGHT, -0.8, "looked at" if any(pictures) else "", ha="right", **heading)
+        axes.text(_SEEN, -0.8, "looked at" if any(pictures) else "", **heading)
         for row, i in enumerate(shown[place * per_column : (place + 1) * per_column]):
             _draw_object(axes, row, i, answers, pictures[i], thumbnails)
     some = "" if len(shown) == len(order) else f"; {len(shown)} of {len(order)} objects drawn"
@@ -178,7 +185,7 @@ def _draw_object(
 def _draw_pictures(
     axes: Any, row: int, pictures: Sequence[RetrievedPicture], thumbnails: Mapping[int, Image]
 ) -> None:
-    """Draws the pictures from the right, and the captions of those that are not at hand as one text."""
+    """Draws the pictures, or the captions as one text where one of them is not at hand."""
     offset = import_extra("matplotlib.offsetbox", "report")
     pictures = pictures[:SHOWN_PICTURES]
     images = [thumbnails[picture.row] for picture in pictures if picture.row in thumbnails]
@@ -186,12 +193,12 @@ def _draw_pictures(
         for place, image in enumerate(images):
             zoom = 72 * _ROW_INCHES * 0.86 / max(image.shape[:2])  # points, for a side of a row's height
             box = offset.OffsetImage(image, zoom=zoom, interpolation="lanczos", resample=True)
-            x = _RIGHT - 0.06 - 0.155 * (len(images) - 1 - place)
+            x = _SEEN + 0.06 + 0.155 * place
             axes.add_artist(offset.AnnotationBbox(box, (x, row), frameon=False, pad=0))
         return
     counts = Counter(picture.caption for picture in pictures)
     text = ", ".join(f"{caption} x{n}" if n > 1 else caption for caption, n in counts.items())
-    axes.text(_RIGHT, row, _shorten(text, 40), ha="right", va="center", fontsize=7, color=_FAINT)
+    axes.text(_SEEN, row, _shorten(text, 36), va="center", fontsize=7, color=_FAINT)
 
 
 def _order(answers: ColorAnswers) -> list[int]:

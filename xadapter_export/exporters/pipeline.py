@@ -1,6 +1,7 @@
 """The way from checkpoint to bundle: load, merge, trace, check, derive, pack, prove, compare."""
 
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,10 +81,11 @@ from xadapter_export.tasks import TASKS
 
 Stage = Literal["load", "merge", "trace", "check", "calibrate", "derive", "prove", "compare", "deploy"]
 OnStage = Callable[[Stage, str], None]
+OnGraph = Callable[[int, int], None]
 
 
-def _say_nothing(stage: Stage, detail: str) -> None:
-    del stage, detail
+def _say_nothing(*_told: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def export(
     experts: ExpertSet | Sequence[ExpertSet] | None = None,
     *,
     on_stage: OnStage = _say_nothing,
+    on_graph: OnGraph = _say_nothing,
     **options: Unpack[ExportOptions],
 ) -> ExportResult:
     """Makes a proven bundle.
@@ -114,6 +117,7 @@ def export(
         output: Folder of the bundle.
         experts: Expert set or sets; the first is the bundle's default. None for all the checkpoint holds.
         on_stage: Called as each stage begins, with its name and what it works on.
+        on_graph: Called as each graph is done, with how many are, and of how many.
         options: What to write, and how: ``precisions=("fp32", "int8")``, ``candidates=[...]``;
             ``ExportRequest`` lists them all, with their defaults.
 
@@ -144,7 +148,7 @@ def export(
         )
         _check_profile(request.profile, model, plan, cases)
         judge = Judge(read_gates(model, plan, request))
-        builder = _Builder(model, source, request, plan, staged.path, on_stage, judge)
+        builder = _Builder(model, source, request, plan, staged.path, on_stage, on_graph, judge)
         with _evaluating(model):
             manifest, report = builder.build(cases, staged.final.name)
         with _rejecting(staged):
@@ -226,6 +230,7 @@ class _Builder:
     plan: Plan
     folder: Path
     on_stage: OnStage
+    on_graph: OnGraph
     judge: Judge
     specs: dict[ExpertSet, ExpertSetSpec] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
@@ -237,13 +242,16 @@ class _Builder:
         plan, folder, wanted = self.plan, self.folder, self.request.wanted.graphs
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
-        shelf = Shelf(folder, plan.expert_sets[0])
+        shelf, done = Shelf(folder, plan.expert_sets[0]), itertools.count(1)
+        derived = [variant for variant in wanted if variant != all_variants()[PORTABLE]]
+        total = len(plan.expert_sets) * (1 + len(derived))
         try:
             for expert_set in plan.expert_sets:
                 material = self._write_portable(expert_set, cases, shelf)
-                for variant in wanted:
-                    if variant != all_variants()[PORTABLE]:
-                        self._write_variant(variant, material, shelf)
+                self.on_graph(next(done), total)
+                for variant in derived:
+                    self._write_variant(variant, material, shelf)
+                    self.on_graph(next(done), total)
         finally:
             shelf.close()
         self._check_remaining(wanted)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
-from xadapter_export.bundle.hub import HubRepo, push_files
+from xadapter_export.bundle.hub import HubRepo, PushOptions, push_files
 from xadapter_export.bundle.small_files import LARGEST_TEXT, check_files, read_model, read_text
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import CheckpointError, HashMismatchError
@@ -66,21 +67,14 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     )
 
 
-def push_checkpoint(
-    folder: Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-) -> str:
+def push_checkpoint(folder: Path, repo: str, **options: Unpack[PushOptions]) -> str:
     """Uploads a checkpoint folder; see ``XAdapterModel.push_to_hub``."""
     read_record(folder)
     _refuse_pickles(folder)
     patterns = (*_FILES, "README.md")
     files = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
     names = [path.relative_to(folder).as_posix() for path in files]
-    return push_files(folder, names, repo, private=private, revision=revision, message=message)
+    return push_files(folder, names, repo, **options)
 
 
 def read_checkpoint(

@@ -1,6 +1,7 @@
 """The README of a checkpoint."""
 
 from xadapter_export.bundle.card_data import with_card_data
+from xadapter_export.bundle.model_card import FROM_SOURCE
 from xadapter_export.experts import title_of
 from xadapter_export.model.config import CheckpointRecord
 from xadapter_export.tasks import TASKS
@@ -34,6 +35,8 @@ def checkpoint_card(record: CheckpointRecord, name: str) -> str:
         'pip install "xadapter-export[cpu,export]"',
         f"xad-export {name} -o bundle",
         "```",
+        "",
+        FROM_SOURCE,
         *(["", "## Training", "", *trained] if trained else []),
         "",
     ]

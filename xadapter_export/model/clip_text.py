@@ -342,9 +342,13 @@ def _from_source(source: str | Path) -> OpenClipTower:
         folder = download_clip(name)
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
+        is_transformers = (folder / "config.json").is_file()
         raise CheckpointError(
-            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. "
-            "Save it in open_clip's hub layout"
+            "the CLIP is not in open_clip's hub layout",
+            where=name,
+            expected=CONFIG_NAME,
+            got="a model of transformers" if is_transformers else "none",
+            hint="name a model of open_clip, such as ViT-B-32:laion2b_s34b_b79k",
         )
     if not weights_path.is_file():
         raise CheckpointError(

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from xadapter_export.bank import FeatureBank
+from xadapter_export.bundle.hub import PushOptions
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
@@ -222,23 +223,13 @@ class XAdapterModel(nn.Module):
 
         return cast(Self, read_checkpoint(source, plm=plm, clip=clip, revision=revision))
 
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-        self_contained: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo: str, *, self_contained: bool = False, **options: Unpack[PushOptions]) -> str:
         """Uploads a checkpoint to the Hugging Face Hub, as one commit that replaces what was there.
 
         Args:
             repo: ``org/name``; made if it is not there.
-            private: Whether a repository that is made is private; the account's default if None.
-            revision: Branch to commit to, made if it is not there; ``main`` if None.
-            message: The commit's message.
             self_contained: As ``save_pretrained``.
+            options: ``private``, ``revision``, ``message``; see ``bundle.hub.PushOptions``.
 
         Returns:
             The address of the commit.
@@ -251,7 +242,7 @@ class XAdapterModel(nn.Module):
         with TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "checkpoint"
             self.save_pretrained(checkpoint, self_contained=self_contained)
-            return push_checkpoint(checkpoint, repo, private=private, revision=revision, message=message)
+            return push_checkpoint(checkpoint, repo, **options)
 
     def save_pretrained(
         self,

@@ -71,7 +71,7 @@ class SwapResult:
 
 
 def swap_bank(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     bank: str | Path,
     output: str | Path | None = None,
     *,
@@ -83,9 +83,10 @@ def swap_bank(
     """Replace the bank of a bundle; a bundle that cannot take it stays as it is. Its signature is left out.
 
     Args:
-        bundle: The bundle.
+        bundle: The bundle: its folder, its name on the Hub, or what ``read_bundle`` gave.
         bank: Folder of the new bank, of the same CLIP and width; it may have another number of rows.
-        output: Folder of the new bundle; the bundle itself is replaced if None.
+        output: Folder of the new bundle; the bundle itself is replaced if None, which one on the Hub
+            cannot be.
         leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle;
             a target stands for all of its deployments.
         assume_clip: Take a bank that does not say which CLIP it is of.
@@ -95,8 +96,8 @@ def swap_bank(
     Raises:
         BundleError: If the bundle is not whole, or has no bank.
         CheckpointError: If the bank cannot be read.
-        ConfigError: If the bank does not fit the bundle, something to leave out is not there, or ``output``
-            is inside the bundle.
+        ConfigError: If the bank does not fit the bundle, something to leave out is not there, ``output``
+            is inside the bundle, or there is none for a bundle on the Hub.
         MissingExtraError: If it is to be signed, and model-signing is not installed.
         UnsupportedError: If something in the bundle depends on the bank in a way that cannot be redone.
         OutputExistsError: If something is in the way, or in a bundle to be replaced is a file that its
@@ -106,15 +107,15 @@ def swap_bank(
     """
     in_place = output is None
     signer = None if sign is None else BundleSigner(sign)
-    old = read_bundle(bundle)
+    old = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     lost = signer is None and (old.folder / SIGNATURE_NAME).exists()
     _check_graphs(old)
     reader = BankReader(bank)
     if in_place:
-        _check_only_listed(old)
+        _check_replaceable(old)
     kept = _keep(old.manifest, leave_out)
     spec = _check_fits(old, kept, reader, assume_clip=assume_clip)
-    with staged_folder(bundle if output is None else output, force=in_place or force) as staged:
+    with staged_folder(old.folder if output is None else output, force=in_place or force) as staged:
         if old.folder.resolve() in staged.final.parents:
             raise ConfigError(
                 "the output lies inside the bundle",
@@ -152,12 +153,17 @@ def _check_graphs(old: Bundle) -> None:
             check_onnx(old.file(graph), beside(graph, variant.weight_files))
 
 
-def _check_only_listed(bundle: Bundle) -> None:
-    """Refuse to replace a bundle that holds files of somebody else, which would be gone.
+def _check_replaceable(bundle: Bundle) -> None:
+    """Refuse to replace a bundle on the Hub, or one that holds files of somebody else, which would be gone.
 
     Raises:
+        ConfigError: If it is on the Hub.
         OutputExistsError: If there are such files.
     """
+    if bundle.repo is not None:
+        raise ConfigError(
+            "a bundle on the Hub is not replaced", where=bundle.name, hint="write the new one with -o FOLDER"
+        )
     if unlisted := unlisted_files(bundle):
         raise OutputExistsError(
             "the bundle holds a file that its manifest does not list, which replacing it would remove",
