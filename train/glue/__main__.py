@@ -22,7 +22,6 @@ from train.tables import print_grid, write_results
 from xadapter_export import XAdapterModel
 from xadapter_export.errors import XAdapterError
 from xadapter_export.evaluation.labeled import GLUE_TASKS, SUFFIXES, Labeled, read_labeled
-from xadapter_export.evaluation.metrics import GLUE_METRICS
 from xadapter_export.runtime.text import TruncationWarning
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +107,7 @@ def _compare(options: argparse.Namespace) -> None:
             {arm: [scores[metric + name] for scores in rows] for arm, rows in found.items()},
         )
         for name, dev in sets.items()
-        for metric in GLUE_METRICS[task]
+        for metric in GLUE_TASKS[task].metrics
     ]
     for grid in grids:
         print_grid(grid, console)

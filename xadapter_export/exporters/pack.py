@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -35,6 +34,7 @@ from xadapter_export.layers import LAYERS
 from xadapter_export.model.checkpoint import write_tokenizer_config
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.registry import installed_version
 from xadapter_export.tasks import TASKS
 
 
@@ -170,7 +170,8 @@ def make_manifest(
     return Manifest(
         format_version=1,
         # onnxruntime comes as onnxruntime-gpu, -directml and others too, so it is asked itself
-        created_with={package: _version(package) for package in packages} | {"onnxruntime": ort.__version__},
+        created_with={package: installed_version(package) or "unknown" for package in packages}
+        | {"onnxruntime": ort.__version__},
         checkpoint=CheckpointIdentity(
             source=public_name(source),
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
@@ -198,10 +199,3 @@ def make_manifest(
         variants=variants,
         files={},
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"

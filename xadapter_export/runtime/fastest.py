@@ -5,7 +5,6 @@ and faster than all else in MiniLM (docs/log.md).
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from xadapter_export.bundle.folder import MANIFEST_NAME, Bundle, sha256_file
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.errors import ConfigError
+from xadapter_export.registry import installed_version
 from xadapter_export.sessions.session import Provider
 from xadapter_export.targets import all_targets
 
@@ -82,7 +82,7 @@ def key_of(
 ) -> str:
     """Return what a measurement depends on, in short."""
     runtimes = [target.runtime for target in all_targets() if target.places and target.runtime]
-    versions = {name: _version(name) for runtime in runtimes for name in runtime.distributions}
+    versions = {name: installed_version(name) for runtime in runtimes for name in runtime.distributions}
     facts = (
         sha256_file(bundle.folder / MANIFEST_NAME),
         experts,
@@ -139,10 +139,3 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
