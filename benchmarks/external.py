@@ -55,7 +55,7 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
 
 def export_bundle(bank: Path, output: Path) -> int:
     """Exports BERT-base with CLIP ViT-B/16 and the V-expert over the bank; returns the graphs' bytes."""
-    from export.parity import CASES, randomize_plugin
+    from material.models import CASES, randomize_plugin
     from xadapter_export import FeatureBank, XAdapterModel
     from xadapter_export.exporters import export
 

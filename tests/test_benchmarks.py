@@ -26,8 +26,8 @@ from benchmarks.training import ARMS, _Arm, _Shape
 from benchmarks.verdicts import Measured, Results, Row, Size, Verdict, chosen, judge, picked
 from benchmarks.work import ModelShape
 from benchmarks.worker import ContestantError, Worker
+from material.models import minilm_folder
 from tests.test_variants import make_variant
-from train.minilm import minilm_folder
 from xadapter_export.errors import ConfigError
 
 from transformers import AutoModel  # isort: skip  # cured by model.plm
