@@ -12,7 +12,6 @@ from xadapter_export.bank.graph_rows import Projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
-    Candidate,
     CheckpointIdentity,
     ClipSpec,
     Component,
@@ -23,11 +22,11 @@ from xadapter_export.bundle.manifest import (
     PlmSpec,
     SplitSpec,
     TapSpec,
-    Task,
     TensorSpec,
     Variant,
 )
 from xadapter_export.experts import V
+from xadapter_export.exporters.plan import Plan
 from xadapter_export.exporters.portable.check import component_parameters
 from xadapter_export.exporters.portable.merge import MergedModel, Part, tap_name
 from xadapter_export.layers import LAYERS
@@ -142,10 +141,8 @@ def bank_spec(
 def make_manifest(
     model: XAdapterModel,
     source: str,
-    task: Task,
+    plan: Plan,
     opset: int,
-    max_seq: int,
-    candidates: tuple[Candidate, ...] | None,
     specs: Mapping[ExpertSet, ExpertSetSpec],
     variants: tuple[Variant, ...],
 ) -> Manifest:
@@ -176,9 +173,9 @@ def make_manifest(
             source=public_name(source),
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
         ),
-        task=task,
-        labels=model.config.labels if TASKS[task].has_labels else None,
-        candidates=candidates,
+        task=plan.task,
+        labels=model.config.labels if TASKS[plan.task].has_labels else None,
+        candidates=plan.candidates,
         opset=opset,
         default_expert_set=variants[0].expert_set,
         expert_sets=dict(specs),
@@ -188,7 +185,7 @@ def make_manifest(
             sha256=plm.sha256,
             hidden_size=model.plm.hidden_size,
             vocab_size=model.plm.vocab_size,
-            max_seq=max_seq,
+            max_seq=plan.max_seq,
             mask_token=None if mask_id is None else tokenizer.id_to_token(mask_id),
             mask_token_id=mask_id,
             pad_token_id=special["pad"],

@@ -44,7 +44,6 @@ from xadapter_export.exporters.makers.axis_profile import check_cases, check_lim
 from xadapter_export.exporters.makers.maker import (
     Deployer,
     DeployJob,
-    DeployOptions,
     GraphJob,
     GraphMaker,
     Graphs,
@@ -127,8 +126,7 @@ def export(
         XAdapterError: If a deployment cannot be made; the bundle is kept there too.
     """
     request = ExportRequest(experts=experts, **options)
-    deploy_options = DeployOptions(request.profile, tuple(request.compute_capabilities))
-    check_options(request.wanted.deployments, deploy_options)
+    check_options(request)
     with staged_folder(Path(output), force=request.force) as staged:
         source = type(model).__name__ if isinstance(model, XAdapterModel) else str(model)
         if not isinstance(model, XAdapterModel):
@@ -146,7 +144,7 @@ def export(
         with _rejecting(staged):
             _raise_if_wrong(manifest, report)
             say = partial(on_stage, "deploy")
-            made = _deploy_all(staged.path, manifest, request.wanted, deploy_options, say)
+            made = _deploy_all(staged.path, manifest, request, say)
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
@@ -246,14 +244,7 @@ class _Builder:
         retrieves = any(output.name == "retrieved" for spec in self.specs.values() for output in spec.outputs)
         pack.write_companions(self.model, folder, with_clip="clip" in components, with_rows=retrieves)
         manifest = pack.make_manifest(
-            self.model,
-            self.source,
-            plan.task,
-            self.request.opset,
-            plan.max_seq,
-            plan.candidates,
-            self.specs,
-            tuple(self.variants),
+            self.model, self.source, plan, self.request.opset, self.specs, tuple(self.variants)
         )
         self.on_stage("prove", ", ".join(plan.expert_sets))
         gc.collect()  # what was traced has cycles, and holds copies of most weights
@@ -282,7 +273,7 @@ class _Builder:
         self.on_stage("merge", expert_set)
         merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, without)
         whole = merge().eval()
-        saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, without)
+        saved = count_savings(model, whole)
         self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
         pack.write_projections(model, self.folder, whole)
@@ -438,21 +429,17 @@ class _Builder:
 
 
 def _deploy_all(
-    folder: Path,
-    manifest: Manifest,
-    wanted: WantedVariants,
-    options: DeployOptions,
-    say: Callable[[str], None],
+    folder: Path, manifest: Manifest, request: ExportRequest, say: Callable[[str], None]
 ) -> tuple[Deployment, ...]:
     """Makes every deployment that was asked for, of every expert set whose graph is there."""
     made: list[Deployment] = []
-    for name in wanted.deployments:
+    for name in request.wanted.deployments:
         deployer = load_maker(TARGETS[name.target])
         assert isinstance(deployer, Deployer)  # so says the table
         for variant in manifest.variants:
             if variant.name == str(made_from(name)):
                 start = time.monotonic()
-                job = DeployJob(folder, manifest, variant, options, say)
+                job = DeployJob(folder, manifest, variant, request, say)
                 wrote = deployer.deploy(job)
                 deployment = Deployment(
                     target=name.target,

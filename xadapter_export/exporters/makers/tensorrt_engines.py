@@ -12,7 +12,8 @@ from xadapter_export.exporters.makers.engines import (
     build_engine,
     split_capabilities,
 )
-from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob, DeployOptions
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.sessions.tensorrt_session import import_library
 from xadapter_export.targets import Precision
 
@@ -20,7 +21,7 @@ from xadapter_export.targets import Precision
 class TensorRtRtxMaker(Deployer):
     """Builds the engines of a variant, one after another, so that memory is for one."""
 
-    def check(self, options: DeployOptions, precisions: Sequence[Precision]) -> None:
+    def check(self, options: ExportRequest, precisions: Sequence[Precision]) -> None:
         """Refuse GPUs that no engine can be built for, before there is a graph to build from.
 
         Raises:
