@@ -276,7 +276,6 @@ class _Builder:
         saved = count_savings(model, whole)
         self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
-        pack.write_projections(model, self.folder, whole)
         input_names = whole.input_names
         parts: dict[Part, MergedModel] = {"whole": whole}
         if plan.split and reads_clip(model, expert_set):
@@ -290,6 +289,7 @@ class _Builder:
             check_graph(graphs[part], merged, self.request.opset)
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
+        pack.write_projections(model, self.folder, parts.get("whole") or parts["answer"])
         variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
         self._ask_fp32(expert_set, variant)
         return Material(
