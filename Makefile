@@ -47,10 +47,11 @@ test-others: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" --ignore tests/test_openvino.py
 
 test-openvino: $(STAMP)  # beside the others: a worker of theirs has crashed after its last test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/test_openvino.py
 
-test-slow: $(STAMP) ## Run the tests that take minutes: blocks of the documentation, the npm package, equal exports.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow
+test-slow: $(STAMP) ## Run the tests that `make test` leaves out, each a minute or more: documentation, npm, published figures.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_openvino.py
 
 test-base: $(BASE)  ## Run the tests of what an app needs, without PyTorch; on Windows and macOS too.
 	@$(PIP) filelock hypothesis onnx pytest

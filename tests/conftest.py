@@ -12,6 +12,7 @@ from tests.tiny_bundle import write_bundle
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.model.x_adapter_model import XAdapterModel
 
 _FIRST = ("test_web.py", "test_recipes.py", "test_bank_swap.py")
 
@@ -36,14 +37,38 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def builtin_export(tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
     """Return the built-in checkpoint, exported once for all workers with every expert set; not to change."""
+    return _export_once(tmp_path_factory, "builtin-bundle", "builtin", ("onnx",))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "XAdapterModel":
+    """Return the tiny BERT with its tower, its bank and a plug-in of both experts; not to change."""
+    from tests.tiny_checkpoint import make_model
+
+    return make_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_model: "XAdapterModel", tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
+    """Return ``tiny_model``, exported once for all workers with every expert set; not to change."""
+    return _export_once(tmp_path_factory, "tiny-export", tiny_model, ("onnx", "cpu"))
+
+
+def _export_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    checkpoint: "str | XAdapterModel",
+    targets: tuple[str, ...],
+) -> "ExportResult":
+    """Export, or find what another worker exported: tracing takes seconds for each expert set."""
     from xadapter_export import export  # PyTorch, which most tests do without
     from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.exporters.pipeline import ExportResult
     from xadapter_export.parity import ParityReport
 
     root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "builtin-bundle"
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            return export("builtin", folder, ("vt", "v", "t", "none"))
+            return export(checkpoint, folder, ("vt", "v", "t", "none"), targets=targets)
     return ExportResult(folder, read_bundle(folder).manifest, ParityReport.read(folder / "parity.json"))

@@ -689,6 +689,7 @@ def test_a_classifier_is_scored_on_its_labels(bundles: dict[Task, Path]) -> None
     assert agreement.accuracy == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["vt", "none"])
 def test_the_built_in_bundle_is_as_right_as_was_published(
     builtin: XAdapterModel, builtin_export: ExportResult, experts: ExpertSet

@@ -474,6 +474,7 @@ def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
             worker.turn(1, is_warmed=False)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_judges_the_built_in_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

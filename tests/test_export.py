@@ -37,15 +37,15 @@ from xadapter_export.parity import prove_bundle
 SETS: tuple[ExpertSet, ...] = ("vt", "v", "t", "none")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> XAdapterModel:
-    return make_model(tmp_path_factory.mktemp("model"))
+@pytest.fixture
+def model(tiny_model: XAdapterModel) -> XAdapterModel:
+    return tiny_model
 
 
-@pytest.fixture(scope="module")
-def result(model: XAdapterModel, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+@pytest.fixture
+def result(tiny_export: ExportResult) -> ExportResult:
     """One bundle with every expert set, at opset 17; not to be changed."""
-    return export(model, tmp_path_factory.mktemp("export") / "bundle", SETS, targets=("onnx", "cpu"))
+    return tiny_export
 
 
 def graphs(folder: Path, name: str = "onnx-fp32") -> Iterator[tuple[ExpertSet, onnx.ModelProto]]:

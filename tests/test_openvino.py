@@ -410,6 +410,7 @@ def test_openvino_prints_nothing_and_has_no_telemetry(t: Case, tmp_path: Path) -
     assert str(tmp_path).encode() not in (tmp_path / "t.xml").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_first_answer_is_the_same_alone_and_in_company(tmp_path: Path) -> None:
     bundle = export(
         "builtin", tmp_path / "bundle", "vt", variants=("openvino-int8",), min_agreement=0.9

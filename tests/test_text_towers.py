@@ -148,7 +148,7 @@ def test_its_texts_are_padded_to_the_context(tmp_path: Path) -> None:
     assert ids.tolist() == [[3, 2, 6, 5, 5, 5, 5, 5, 5]]
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("split", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_tower_from_outside_is_saved_loaded_exported_and_proven(split: bool, tmp_path: Path) -> None:
     made = make_model(tmp_path)
     made.save_pretrained(tmp_path / "checkpoint", self_contained=True)

@@ -38,8 +38,8 @@ def answer(job: dict[str, Any], folder: Path) -> None:
     """Do a job: its ``routes``, and ``cases`` by name: ``bundle``, ``texts``, ``sets``, and sets to prove.
 
     A case with ``variants`` is asked of those and the fp32 that they are compared with; else of all.
-    Emulation is slow. All texts go to what is rounded and to the fp32 that it is compared with, each in the
-    first of its routes; other fp32 variants and second routes are asked the first two batches.
+    Emulation is slow, and fp32 is the slowest. All texts go to what is rounded, in the first of its routes,
+    and natively to the fp32 that it is compared with; all else is asked the first two batches.
     """
     arrays: dict[str, Float32Array] = {}
     rows: list[dict[str, Any]] = []
@@ -57,7 +57,8 @@ def answer(job: dict[str, Any], folder: Path) -> None:
                     continue
                 routes = job["routes"] if variant.target != "openvino" else ("session",)
                 for route in routes:
-                    is_whole = route == routes[0] and (variant.agreement or variant.name == REFERENCE)
+                    is_asked = variant.agreement or (job["is_native"] and variant.name == REFERENCE)
+                    is_whole = route == routes[0] and is_asked
                     row, found = _ask(bundle, variant, route, feeds if is_whole else feeds[:_FEW_BATCHES])
                     rows.append({"case": case, **row})
                     if found is not None:

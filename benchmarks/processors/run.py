@@ -37,7 +37,7 @@ def run(name: str, machine: Machine, job: Mapping[str, Any], folder: Path) -> Ra
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     file = folder / "job.json"
-    file.write_text(json.dumps(job), encoding="utf-8")
+    file.write_text(json.dumps({**job, "is_native": name == NATIVE}), encoding="utf-8")
     with (folder / "errors.txt").open("w+", encoding="utf-8") as errors:
         command = [*machine.command, "-m", _PROGRAM, str(file)]
         process = subprocess.Popen(
