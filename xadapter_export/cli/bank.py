@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -568,13 +567,11 @@ def _report(output: Path, record: "BankRecord", *, as_json: bool) -> None:
 
 def _write_page(path: Path, page: str) -> None:
     """Write the page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    from xadapter_export.bundle.staging import write_whole
+
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, page)
     except OSError as error:
-        with suppress(OSError):  # what could not be written may not be removed either
-            temporary.unlink(missing_ok=True)
         raise OutputWriteError("the page cannot be written", where=path, got=error.strerror) from error
 
 

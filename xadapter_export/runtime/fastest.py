@@ -7,7 +7,6 @@ and faster than all else in MiniLM (docs/log.md).
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Final
 from xadapter_export.bundle.folder import MANIFEST_NAME, Bundle, sha256_file
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.bundle.staging import write_whole
 from xadapter_export.errors import ConfigError
 from xadapter_export.registry import installed_version
 from xadapter_export.sessions.session import Provider
@@ -115,14 +115,7 @@ def remember(cache_dir: Path, key: str, timings: Timings) -> None:
     kept = dict(list(kept.items())[1 - _MOST_KEPT :]) | {key: dict(timings.milliseconds)}
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=cache_dir, prefix=f".{_FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(kept, stream)
-            Path(temporary).replace(cache_dir / _FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(cache_dir / _FILE, json.dumps(kept))
     except OSError as error:
         raise ConfigError(
             "the timings cannot be saved",
