@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.feeds import Feed
-from export.parity import CASES as PARITY_CASES
-from export.parity import random_bank, randomize_plugin
+from material.models import CASES as PARITY_CASES
+from material.models import random_bank, randomize_plugin
 from xadapter_export.bundle.manifest import Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.model.config import RetrievalConfig
@@ -37,7 +37,7 @@ def make_model(case: str, task: Task = FILL_MASK.name) -> XAdapterModel:
     """Make the model of a case, always with the same weights.
 
     Args:
-        case: ``bert-base``, ``bert-base-static``, or another of ``export.parity``.
+        case: ``bert-base``, ``bert-base-static``, or another of ``material.models``.
         task: fill-mask, or feature-extraction on the bare encoder.
     """
     model = PARITY_CASES[case.removesuffix("-static")]()

@@ -55,9 +55,8 @@ def write_bank(folder: Path, num_pictures: int, kind: Rows) -> int:
 
 def export_bundle(bank: Path, output: Path) -> int:
     """Exports BERT-base with CLIP ViT-B/16 and the V-expert over the bank; returns the graphs' bytes."""
-    from export.parity import CASES, randomize_plugin
-    from xadapter_export import FeatureBank, XAdapterModel
-    from xadapter_export.exporters import export
+    from material.models import CASES, randomize_plugin
+    from xadapter_export import FeatureBank, XAdapterModel, export
 
     case = CASES["bert-base"]()
     model = XAdapterModel(case.config, case.plm, case.clip, FeatureBank.load(bank))
@@ -101,9 +100,8 @@ def ask(bundle: Path, index: Path | None, threads: int) -> dict[str, Any]:
 
 def compare_builtin(folder: Path) -> list[str]:
     """Asks the built-in checkpoint its questions, each index beside the search in the graph."""
-    from xadapter_export import XAdapterSession
+    from xadapter_export import XAdapterSession, export
     from xadapter_export.bank.index import IndexOptions, build_index
-    from xadapter_export.exporters import export
     from xadapter_export.model.builtin import builtin_folder
 
     export("builtin", folder / "in-graph", "v")

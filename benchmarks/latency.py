@@ -128,7 +128,7 @@ class Benchmark:
                 self._run_task(case, task, heads)
             is_sized = case == "bert-base" and self._is_on_cpu and "ours" in self.settings.contestants
             if is_sized and self._prepare(_STATIC):
-                self._note_sizes(_STATIC, "full", None)
+                self._note_sizes(_STATIC, "full")
         self.say("limits of this machine once more")
         machine = machine.best(self._measure_limits())
         found = self.found
@@ -224,7 +224,7 @@ class Benchmark:
             for key, feed in feeds.items():
                 np.savez(files[key], **feed)  # type: ignore[arg-type]  # numpy types any keyword as its flag allow_pickle
             for experts in self.settings.experts:
-                entries = self._entries(case, experts, task, heads, shape)
+                entries = self._entries(case, experts, task, heads)
                 group = _Group(case, experts, entries, shape, self)
                 group.measure(files, Path(temporary))
             is_first = case == self.settings.cases[0] and task == task_of(self.settings.heads[0])
@@ -241,9 +241,7 @@ class Benchmark:
         fitting = [(batch, seq) for batch, seq in self.settings.shapes if seq <= model.plm.max_seq]
         return ModelShape.of(model), {(b, t): make_feed(model, b, t) for b, t in fitting}
 
-    def _entries(
-        self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...], shape: ModelShape
-    ) -> list[Entry]:
+    def _entries(self, case: str, experts: ExpertSet, task: Task, heads: tuple[Head, ...]) -> list[Entry]:
         """Prepare the contestants of a group; those that cannot be prepared are noted and left out."""
         threads, provider = self.settings.threads, self.settings.provider
         entries: list[Entry] = []
@@ -271,7 +269,7 @@ class Benchmark:
             if cost is None:
                 continue
             self.found.costs.setdefault(kind, cost)
-            manifest = self._note_sizes(preparation, head, shape)
+            manifest = self._note_sizes(preparation, head)
             folder = preparation.folder(self.settings.cache)
             timed: Sequence[Variant | Deployment] = manifest.variants_of(experts)
             if kind == "ours-engines":
@@ -303,10 +301,9 @@ class Benchmark:
             self.say(f"prepared {preparation.name}: {cost.seconds:.0f} s, peak {cost.peak_mib:.0f} MiB")
         return cost
 
-    def _note_sizes(self, preparation: Preparation, head: Head, shape: ModelShape | None) -> Manifest:
+    def _note_sizes(self, preparation: Preparation, head: Head) -> Manifest:
         manifest = read_bundle(preparation.folder(self.settings.cache) / "bundle", verify=False).manifest
         counts = manifest.expert_sets[preparation.experts].component_parameters
-        left = counts.get("head", 0) - (shape.transform if shape else 0)
         for variant in manifest.variants_of(preparation.experts):
             self.found.sizes.append(
                 Size(
@@ -316,7 +313,6 @@ class Benchmark:
                     variant=variant.name,
                     size_bytes=variant.size_bytes,
                     parameters=sum(counts.values()),
-                    decoder_share=max(0, left) / shape.decoder if shape and shape.decoder else 0.0,
                     below_gate=_below_gate(variant) if preparation.case == "builtin" else "",
                 )
             )
@@ -668,7 +664,7 @@ def _check_provider(provider: str) -> None:
 )
 @click.option("--full", is_flag=True, help="Every case, expert set, shape and answer.")
 def main(case: str, output: Path, full: bool, **options: object) -> None:
-    """Time a bundle against what a user would pick instead, and say what is shown and what is not.
+    """Time a bundle against what a user would pick instead, and say which targets are met.
 
     The first run prepares the graphs of all contestants, which takes minutes; later runs find them.
     """
@@ -717,7 +713,7 @@ def _print(tables: Sequence[Table], verdicts: Sequence[Verdict], found: Found) -
     if worst is not None:
         console.print(f"lowest cosine of an answer to PyTorch eager's: {worst[1]:.4f}, {worst[0]}")
     if verdicts:
-        console.print("\nmust show")
+        console.print("\ntargets")
     for verdict in verdicts:
         console.print(str(verdict), soft_wrap=True)
 

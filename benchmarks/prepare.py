@@ -42,7 +42,7 @@ MODEL: Final = "model.onnx"
 _MIB = 1 << 20
 _OPSET = 18
 _PROFILE: Final = {"batch": (1, 32), "seq": (8, 128)}  # of engines: ``feeds.SHAPES``
-_THEIR_CODE = ("xadapter_export/model", "export/parity.py", "benchmarks/prepare.py", "benchmarks/cases.py")
+_THEIR_CODE = ("xadapter_export/model", "material/models.py", "benchmarks/prepare.py", "benchmarks/cases.py")
 _FIELD_CODE = ("benchmarks/field.py", "benchmarks/feeds.py")
 OUR_CODE = ("xadapter_export/exporters", "xadapter_export/bundle", "xadapter_export/parity")
 

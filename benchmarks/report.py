@@ -225,7 +225,7 @@ def as_json(
         "costs": {name: asdict(cost) for name, cost in results.costs.items()},
         "agreement_with_eager": dict(agreement),
         "not_measured": dict(missing),
-        "must_show": [{**asdict(verdict), "status": verdict.status} for verdict in verdicts],
+        "targets": [{**asdict(verdict), "status": verdict.status} for verdict in verdicts],
     }
 
 

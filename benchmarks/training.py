@@ -37,8 +37,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from benchmarks.machine import cpu
-from export.parity import random_bank
-from train.minilm import minilm_folder
+from material.models import minilm_folder, random_bank
 from xadapter_export.cli.command import make_console, print_json
 from xadapter_export.model.clip_text import ClipTextConfig, OpenClipTower
 from xadapter_export.model.clip_tokenizer import clip_tokenizer

@@ -1,4 +1,4 @@
-"""What must be shown: each target beside the figure that was measured, PASS or MISS.
+"""The targets of the benchmark: each beside the figure that was measured, PASS or MISS.
 
 Where a target names no way of feeding, both are compared and the stricter decides. Ours, in a precision on a
 target, is one variant for all cells, never the best of each.
@@ -66,7 +66,6 @@ class Size:
     Attributes:
         size_bytes: Graph and the weights that it refers to.
         parameters: Parameters that its graph needs.
-        decoder_share: Parameters of its head beyond the transform, beside those of the whole decoder.
         below_gate: What it loses, where a trained case is below the exporter's default gate; else empty.
     """
 
@@ -76,7 +75,6 @@ class Size:
     variant: str
     size_bytes: int
     parameters: int
-    decoder_share: float
     below_gate: str = ""
 
 
@@ -101,7 +99,6 @@ class Verdict:
     """One target.
 
     Attributes:
-        number: Number of the demand, ``1`` to ``6``.
         text: What is asked, where, and against whom.
         sense: Whether the figure must be at least or at most the target.
         target: The target.
@@ -110,7 +107,6 @@ class Verdict:
         is_void: Whether the figure counts for nothing, because no user would get what has it.
     """
 
-    number: str
     text: str
     sense: Sense
     target: float
@@ -129,11 +125,11 @@ class Verdict:
     def __str__(self) -> str:
         figure = "-" if self.figure is None else f"{self.figure:.3g}"
         note = f"; {self.note}" if self.note else ""
-        return f"{self.status:12} {self.number}  {self.text}: {figure} ({self.sense} {self.target:g}{note})"
+        return f"{self.status:12} {self.text}: {figure} ({self.sense} {self.target:g}{note})"
 
 
 def judge(results: Results) -> list[Verdict]:
-    """Hold what was measured against every target of demands 1, 2, 3 and 6."""
+    """Hold what was measured against every target."""
     return [
         *_fp32(results),
         *_int8(results),
@@ -196,14 +192,14 @@ def _worst(
     return min(pairs, key=figure, default=None)
 
 
-def _verdict(number: str, text: str, target: float, pair: _Pair | None, mine: str | None) -> Verdict:
+def _verdict(text: str, target: float, pair: _Pair | None, mine: str | None) -> Verdict:
     if pair is None:
-        return Verdict(number, text, "at least", target, None)
+        return Verdict(text, "at least", target, None)
     interval = f"{pair.ratio.low:.2f} to {pair.ratio.high:.2f}"
     note = (
         f"{mine} against {pair.against} at {pair.cell}, interval {interval}, operations {pair.operations:.2f}"
     )
-    return Verdict(number, text, "at least", target, pair.ratio.value, note)
+    return Verdict(text, "at least", target, pair.ratio.value, note)
 
 
 def _is(kind: str, precision: str | None = None) -> Callable[[Row], bool]:
@@ -224,15 +220,15 @@ def _fp32(results: Results) -> Iterable[Verdict]:
     worst = _worst(results, mine, lambda _, row: any(fits(row) for fits in others), by_high=True)
     text = "fp32 never slower than another in fp32, upper end of the interval of theirs to ours"
     if worst is None:
-        yield Verdict("1", text, "at least", 1.0, None)
+        yield Verdict(text, "at least", 1.0, None)
     else:
         note = f"{mine} against {worst.against} at {worst.cell}, ratio {worst.ratio}"
-        yield Verdict("1", text, "at least", 1.0, worst.ratio.high, note)
+        yield Verdict(text, "at least", 1.0, worst.ratio.high, note)
     for shape in ("1x12", "1x32"):
         pair = _worst(results, mine, _eager_at(shape))
-        yield _verdict("1", f"fp32 times PyTorch eager at {shape}", 2.0, pair, mine)
+        yield _verdict(f"fp32 times PyTorch eager at {shape}", 2.0, pair, mine)
     pair = _worst(results, mine, lambda cell, row: cell.head == "candidates" and _is("exporter", "fp32")(row))
-    yield _verdict("1", "fp32 times the best other exporter, 11 candidates", 1.3, pair, mine)
+    yield _verdict("fp32 times the best other exporter, 11 candidates", 1.3, pair, mine)
     shares = [
         measured.gflop / (measured.median_ms / 1e3) / results.fp32_gflops
         for cell, rows in results.cells.items()
@@ -242,7 +238,7 @@ def _fp32(results: Results) -> Iterable[Verdict]:
     is_void = max(shares, default=0.0) > _DISTURBED
     note = "faster than the peak: the limits were disturbed" if is_void else mine or ""
     text = "fp32 share of the sgemm peak at 32x64"
-    yield Verdict("1", text, "at least", 0.75, min(shares, default=None), note, is_void)
+    yield Verdict(text, "at least", 0.75, min(shares, default=None), note, is_void)
 
 
 def _int8(results: Results) -> Iterable[Verdict]:
@@ -256,11 +252,11 @@ def _int8(results: Results) -> Iterable[Verdict]:
 
     for target, shapes in ((2.0, ("1x12", "1x32")), (1.5, ("8x32",))):
         text = f"int8 on onnxruntime, experts t, times the usual int8 at {' and '.join(shapes)}"
-        yield _verdict("2", text, target, _worst(results, mine, t(usual, *shapes)), mine)
+        yield _verdict(text, target, _worst(results, mine, t(usual, *shapes)), mine)
     pair = _worst(results, mine, t(lambda row: row.contestant == "eager"))
-    yield _verdict("2", "int8 on onnxruntime, experts t, times PyTorch eager everywhere", 3.0, pair, mine)
+    yield _verdict("int8 on onnxruntime, experts t, times PyTorch eager everywhere", 3.0, pair, mine)
     pair = _worst(results, mine, t(_is("plm", "fp32")))
-    yield _verdict("2", "int8 on onnxruntime, experts t, times the plain fp32 PLM alone", 1.0, pair, mine)
+    yield _verdict("int8 on onnxruntime, experts t, times the plain fp32 PLM alone", 1.0, pair, mine)
 
 
 def _openvino(results: Results) -> Iterable[Verdict]:
@@ -276,10 +272,10 @@ def _openvino(results: Results) -> Iterable[Verdict]:
     for target, feeding, words in asked:
         pair = _worst(results, mine, nncf(feeding))
         text = f"int8 on OpenVINO, experts t, times OpenVINO and NNCF {words}"
-        yield _verdict("2", text, target, pair, mine)
+        yield _verdict(text, target, pair, mine)
     at_1x12 = _eager_at("1x12")
     pair = _worst(results, mine, lambda cell, row: cell.experts == "t" and at_1x12(cell, row))
-    yield _verdict("2", "int8 on OpenVINO, experts t, times PyTorch eager at 1x12", 8.0, pair, mine)
+    yield _verdict("int8 on OpenVINO, experts t, times PyTorch eager at 1x12", 8.0, pair, mine)
     over = {
         cell: 1 / measured.share
         for cell, rows in results.cells.items()
@@ -293,7 +289,7 @@ def _openvino(results: Results) -> Iterable[Verdict]:
     note += (
         "; a cell is faster than the limit: disturbed, or the weights stay in the caches" if is_void else ""
     )
-    yield Verdict("2", text, "at most", 2.0, None if where is None else over[where], note, is_void)
+    yield Verdict(text, "at most", 2.0, None if where is None else over[where], note, is_void)
 
 
 def _avx2(results: Results) -> Iterable[Verdict]:
@@ -316,7 +312,7 @@ def _avx2(results: Results) -> Iterable[Verdict]:
         (1.5, usual, "the usual int8"),
         (1.8, other_fp32, "the best other in fp32"),
     ):
-        yield _verdict("2", f"{text} {words} at our lengths", target, _worst(results, mine, wanted), mine)
+        yield _verdict(f"{text} {words} at our lengths", target, _worst(results, mine, wanted), mine)
 
 
 @dataclass(frozen=True)
@@ -356,27 +352,27 @@ def _auto(results: Results) -> Iterable[Verdict]:
     text = "auto, times what the fastest variant in the bundle takes"
     worst = max(picked(results), key=lambda each: each.ratio.value, default=None)
     if worst is None:
-        yield Verdict("4", text, "at most", MOST_OF_AUTO, None)
+        yield Verdict(text, "at most", MOST_OF_AUTO, None)
     else:
         note = (
             f"{worst.pick.variant} for {worst.best} at {worst.cell}, {worst.pick.title}, ratio {worst.ratio}"
         )
-        yield Verdict("4", text, "at most", MOST_OF_AUTO, worst.ratio.value, note)
+        yield Verdict(text, "at most", MOST_OF_AUTO, worst.ratio.value, note)
 
 
 # ------------------------------------------------------------------------------------ size and cost
 
 
 def _sizes(results: Results) -> Iterable[Verdict]:
-    def largest(number: str, text: str, target: float, found: dict[Size, float]) -> Verdict:
+    def largest(text: str, target: float, found: dict[Size, float]) -> Verdict:
         where = max(found, key=found.__getitem__, default=None)
         if where is None:
-            return Verdict(number, text, "at most", target, None)
+            return Verdict(text, "at most", target, None)
         note = f"{where.case} {where.experts} {where.head} {where.variant}"
         below = sorted(
             {f"{size.variant} is below its gate: {size.below_gate}" for size in found if size.below_gate}
         )
-        return Verdict(number, text, "at most", target, found[where], "; ".join([note, *below]), bool(below))
+        return Verdict(text, "at most", target, found[where], "; ".join([note, *below]), bool(below))
 
     full = [size for size in results.sizes if size.case != "bert-base-static"]
     fp32 = {(s.case, s.experts, s.head): s for s in full if s.variant == "onnx-fp32"}
@@ -388,25 +384,22 @@ def _sizes(results: Results) -> Iterable[Verdict]:
     def beside_fp32(size: Size) -> float:
         return size.size_bytes / fp32[size.case, size.experts, size.head].size_bytes
 
-    yield largest("3", "int8 beside fp32", 0.26, {s: beside_fp32(s) for s in of["int8"]})
+    yield largest("int8 beside fp32", 0.26, {s: beside_fp32(s) for s in of["int8"]})
     yield largest(
-        "3", "int8 beside one byte a parameter", 1.03, {s: s.size_bytes / s.parameters for s in of["int8"]}
+        "int8 beside one byte a parameter", 1.03, {s: s.size_bytes / s.parameters for s in of["int8"]}
     )
-    yield largest("3", "int4 beside fp32", 0.16, {s: beside_fp32(s) for s in of["int4"]})
+    yield largest("int4 beside fp32", 0.16, {s: beside_fp32(s) for s in of["int4"]})
     yield largest(
-        "3",
         "fp32 beside four bytes a parameter",
         1.01,
         {s: s.size_bytes / s.parameters / 4 for s in of["fp32"]},
     )
-    gone = {s: s.decoder_share for s in fp32.values() if s.head == "candidates"}
-    yield largest("3", "what is left of the decoder with 11 candidates", 0.01, gone)
     static = {
         s: s.size_bytes / 1e6
         for s in results.sizes
         if s.case == "bert-base-static" and s.variant.endswith("int8")
     }
-    yield largest("3", "static V-bundle of BERT-base in int8, MB", SIZE_LIMIT_MB, static)
+    yield largest("static V-bundle of BERT-base in int8, MB", SIZE_LIMIT_MB, static)
 
 
 def _footprint(results: Results) -> Iterable[Verdict]:
@@ -418,12 +411,12 @@ def _footprint(results: Results) -> Iterable[Verdict]:
     for name in names or [""]:
         found, files = results.footprints.get(name), results.file_mib.get(name)
         title = name or "int8"
-        yield Verdict("6", f"{title}: seconds to load", "at most", 0.5, found.load_s if found else None)
+        yield Verdict(f"{title}: seconds to load", "at most", 0.5, found.load_s if found else None)
         resident = found.one_mib / files if found and files else None
-        yield Verdict("6", f"{title}: resident memory beside its files", "at most", 1.3, resident)
+        yield Verdict(f"{title}: resident memory beside its files", "at most", 1.3, resident)
         both = found.two_mib / found.one_mib if found else None
-        yield Verdict("6", f"{title}: two sessions beside one", "at most", 1.4, both)
+        yield Verdict(f"{title}: two sessions beside one", "at most", 1.4, both)
     cost = results.costs.get("ours-portable")
-    yield Verdict("6", "export: seconds", "at most", 90.0, cost.seconds if cost else None)
+    yield Verdict("export: seconds", "at most", 90.0, cost.seconds if cost else None)
     memory = cost.beyond_mib / results.weights_mib if cost and results.weights_mib else None
-    yield Verdict("6", "export: peak memory beside the fp32 weights", "at most", 2.5, memory)
+    yield Verdict("export: peak memory beside the fp32 weights", "at most", 2.5, memory)

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from export.parity import CASES, random_bank
+from material.models import CASES, random_bank
 from xadapter_export import export
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.cli.command import XadCommand

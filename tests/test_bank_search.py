@@ -13,8 +13,8 @@ from benchmarks import bank_search as benchmark
 from benchmarks.bank_search import search_graph, unit, write_search
 from xadapter_export import XAdapterSession
 from xadapter_export.errors import ParityError
-from xadapter_export.exporters import ExportResult
 from xadapter_export.exporters.passes.bank_search import BankPrecision, search_bank
+from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.session import Array, Opening
 

@@ -32,9 +32,10 @@ from xadapter_export.errors import (
 from xadapter_export.exporters.makers import engines
 from xadapter_export.exporters.makers.axis_profile import AxisRange, parse_profile, plan_axes, profile_shapes
 from xadapter_export.exporters.makers.engines import EngineJob, build_engine, split_capabilities
-from xadapter_export.exporters.makers.maker import DeployJob, DeployOptions, check_options
+from xadapter_export.exporters.makers.maker import DeployJob, check_options
 from xadapter_export.exporters.makers.tensorrt_engines import TensorRtRtxMaker
 from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.parity import prove_engines
 from xadapter_export.parity.engines import LOSSY_FACTOR, compare_engine
 from xadapter_export.parity.reference import read_reference
@@ -43,7 +44,7 @@ from xadapter_export.sessions.onnx_session import open_onnx
 from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession
 from xadapter_export.sessions.tensorrt_session import EngineSession, find_gpu
-from xadapter_export.targets import TARGETS, VariantName
+from xadapter_export.targets import TARGETS
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt is not installed")
 pytest.importorskip("polygraphy", reason="the extra tensorrt is not installed")
@@ -241,7 +242,7 @@ def test_an_engine_that_was_changed_is_never_opened(
 
 def test_where_every_engine_is_refused_that_is_an_error(result: ExportResult) -> None:
     variant = result.manifest.variant("vt")
-    options = DeployOptions(compute_capabilities=("sm75",))
+    options = ExportRequest(compute_capabilities=("sm75",))
     job = DeployJob(result.folder, result.manifest, variant, options, lambda _: None)
     with pytest.raises(UnsupportedError, match=r"could not build any engine \(got sm75, onnx-fp32, "):
         TensorRtRtxMaker(TARGETS["tensorrt-rtx"]).deploy(job)
@@ -431,24 +432,22 @@ def test_compute_capabilities_are_those_that_the_library_knows(monkeypatch: pyte
         with pytest.raises(ConfigError, match=said):
             split_capabilities(asked, trt)
     with pytest.raises(ConfigError, match="no fp32 matrix products"):
-        check_options(
-            [VariantName("tensorrt-rtx", "fp16"), VariantName("tensorrt-rtx", "fp32")],
-            DeployOptions(compute_capabilities=("sm75",)),
-        )
-    check_options([VariantName("tensorrt-rtx", "fp16")], DeployOptions(compute_capabilities=("sm75",)))
+        both = ("tensorrt-rtx-fp16", "tensorrt-rtx-fp32")
+        check_options(ExportRequest(variants=both, compute_capabilities=("sm75",)))
+    check_options(ExportRequest(variants=("tensorrt-rtx-fp16",), compute_capabilities=("sm75",)))
 
 
 def test_options_that_a_target_does_not_read_are_refused() -> None:
-    triton, tensorrt = VariantName("triton", "fp32"), VariantName("tensorrt", "fp32")
+    triton, tensorrt = "triton-fp32", "tensorrt-fp32"
     with pytest.raises(ConfigError, match="are for the target tensorrt-rtx"):
-        check_options([tensorrt], DeployOptions(compute_capabilities=("sm89",)))
+        check_options(ExportRequest(variants=(tensorrt,), compute_capabilities=("sm89",)))
     with pytest.raises(
         ConfigError, match=r"none of the chosen targets uses a profile for this axis: profile seq"
     ):
-        check_options([triton, VariantName("mobile", "fp32")], DeployOptions({"seq": (1, 8)}))
+        check_options(ExportRequest(variants=(triton, "mobile-fp32"), profile={"seq": (1, 8)}))
     with pytest.raises(ConfigError, match="triton accepts every length of this axis, starting at 1"):
-        check_options([triton], DeployOptions({"batch": (4, 8)}))
-    check_options([triton, tensorrt], DeployOptions({"batch": (4, 8), "seq": (1, 8)}))
+        check_options(ExportRequest(variants=(triton,), profile={"batch": (4, 8)}))
+    check_options(ExportRequest(variants=(triton, tensorrt), profile={"batch": (4, 8), "seq": (1, 8)}))
 
 
 def test_a_profile_that_holds_no_reference_input_is_refused_before_the_trace(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_page_on_a_disk_that_takes_nothing_is_one_line(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for name in ("write_text", "unlink"):
+    for name in ("open", "unlink"):
         monkeypatch.setattr(Path, name, refuse)
     page = tmp_path / "sheet.html"
     with (

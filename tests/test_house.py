@@ -58,7 +58,7 @@ LAYER_OBJECTS = {
     for name in (kind.name.replace("-", "_").upper(), kind.torch_half.partition(":")[2])
 }  # TOKEN_QUERY, TokenQueryLayer
 
-CODE = ("xadapter_export", "train", "export", "benchmarks", "tests", "docs", "examples")
+CODE = ("xadapter_export", "material", "train", "export", "benchmarks", "tests", "docs", "examples")
 MOST_PARAMETERS, MOST_LINES, MOST_LINES_OF_A_COMMAND = 8, 60, 39
 MOST_EXCEPTIONS = 5
 REASON = "# house: "  # on the line of the def; what follows says why the function may be over a limit
@@ -142,6 +142,43 @@ def test_the_rooms_and_the_exceptions_are_there(seam: Seam) -> None:
     for place in seam.others:
         tree = ast.parse((PACKAGE / place).read_text("utf-8"))
         assert list(comparisons(tree, seam.names)), f"{place} needs no exception"
+
+
+PROGRAMS = ("train", "export", "benchmarks")  # each may import the library, material and what is its own
+
+
+def imported(source: str) -> Iterator[str]:
+    """Yield the modules that a module imports, wherever in it, by their whole names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def wrong_import(file: Path, module: str) -> bool:
+    """Whether a file imports another folder's code, or as a recipe a helper of another recipe."""
+    (folder, name, *_), (first, *rest) = file.relative_to(ROOT).parts, module.split(".")
+    if first in {*PROGRAMS, "tests", "docs"} - {folder}:
+        return True
+    is_recipe = first == folder == "train" and bool(rest) and (ROOT / folder / rest[0]).is_dir()
+    return is_recipe and rest[0] != name
+
+
+def test_no_recipe_imports_the_helpers_of_another() -> None:
+    found = [
+        f"{file.relative_to(ROOT).as_posix()}: {module}"
+        for folder in (*PROGRAMS, "material")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for module in imported(file.read_text("utf-8"))
+        if wrong_import(file, module)
+    ]
+    assert found == []
+    color = ROOT / "train" / "color" / "__main__.py"
+    assert wrong_import(color, "train.demo.plugin.Split")
+    assert wrong_import(color, "tests.tiny_bundle.write_bundle")
+    assert not wrong_import(color, "train.color.laboratory.Arm")
+    assert not wrong_import(color, "train.arms.run_arms")
 
 
 def over_limits(source: str) -> Iterator[tuple[int, str, str]]:

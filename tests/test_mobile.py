@@ -57,12 +57,13 @@ def test_manifest_names_the_files_and_what_they_need(phone: "ExportResult") -> N
 
 def test_ort_file_of_another_graph_is_refused(phone: "ExportResult", tmp_path: Path) -> None:
     from xadapter_export.exporters.makers import mobile
-    from xadapter_export.exporters.makers.maker import DeployJob, DeployOptions
+    from xadapter_export.exporters.makers.maker import DeployJob
+    from xadapter_export.exporters.request import ExportRequest
 
     folder = Path(shutil.copytree(phone.folder, tmp_path / "bundle"))
     other = folder / phone.manifest.deployments[1].files[0]
     with pytest.raises(ParityError, match=r"onnx-fp32: the \.ort file does not say what the graph says in "):
-        job = DeployJob(folder, phone.manifest, phone.manifest.variant("t"), DeployOptions(), print)
+        job = DeployJob(folder, phone.manifest, phone.manifest.variant("t"), ExportRequest(), print)
         mobile._prove(job, other)
 
 

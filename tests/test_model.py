@@ -142,8 +142,8 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             XAdapterModel.create(plm, parts[0], config, parts[1])
     for settings, message in [
-        ({"layers": (1,), "adapter_width": 10, "num_heads": 4}, "not a multiple of num_heads"),
-        ({"layers": (2, 1)}, "must ascend"),
+        ({"layers": (1,), "adapter_width": 10, "num_heads": 4}, "must be a multiple of num_heads"),
+        ({"layers": (2, 1)}, "must be in ascending order"),
         ({"layers": (1,), "labels": ("a", "b")}, "fill-mask has no labels"),
         ({"layers": (1,), "adaptor_width": 8}, "Extra inputs are not permitted"),
     ]:

@@ -221,7 +221,7 @@ def saved(
     model: XAdapterModel, experts: ExpertSet, task: Task = "fill-mask", without: tuple[Step, ...] = ()
 ) -> dict[str, tuple[int, int]]:
     merged = MergedModel(model, experts, task, without=without)
-    steps = count_savings(model, merged, experts, task, None, without)
+    steps = count_savings(model, merged)
     assert all(step.lossless for step in steps)
     return {step.name: (step.before, step.after) for step in steps}
 

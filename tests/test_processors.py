@@ -139,7 +139,7 @@ def test_what_is_off_is_asked_more_texts(
 ) -> None:
     off = Finding("A", "builtin", "vt", "cpu-int8", "plain", 0.99, kept=0.96, kept_natively=0.98)
     right = Finding("A", "builtin", "vt", "onnx-fp32", "plain", None, kept=1.0, kept_natively=1.0)
-    monkeypatch.setitem(program.MORE_TEXTS, "builtin", 7)
+    monkeypatch.setattr(program, "NUM_MORE_TEXTS", 7)
     machines = {NATIVE: native(), "A": native()}
     same, asked = sorted(
         program.ask_again([right, off], machines, {"builtin": bundle}, tmp_path),

@@ -329,7 +329,7 @@ def test_without_onnxruntime_both_extras_are_named(tiny: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r'\[cpu\]" or pip install "xadapter-export\[gpu\]"'):
         prove_bundle(tiny)
-    monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
+    monkeypatch.setattr(onnx_session, "installed_version", lambda name: "1.0")
     with pytest.raises(MissingExtraError, match="overwrite each other's files: run pip uninstall -y"):
         prove_bundle(tiny)
 
@@ -337,6 +337,6 @@ def test_without_onnxruntime_both_extras_are_named(tiny: Path, monkeypatch: pyte
 def test_both_onnxruntimes_at_once_is_a_warning_where_it_works(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_session, "_is_installed", lambda name: True)
+    monkeypatch.setattr(onnx_session, "installed_version", lambda name: "1.0")
     with pytest.warns(UserWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
         open_onnx(tiny / "onnx/model.onnx")

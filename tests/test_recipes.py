@@ -12,9 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from train.demo import pictures
+from material import pictures
+from material.splits import split_objects
 from train.demo.__main__ import main
-from train.demo.plugin import split_objects
 from train.glue import __main__ as glue
 from train.sst2_minilm.__main__ import main as sst2_minilm
 from xadapter_export import XAdapterModel, export
@@ -71,7 +71,7 @@ always_held_out = []
 
 
 def coda_rows() -> list[dict[str, str]]:
-    lines = (ROOT / "train" / "demo" / "coda_colors.csv").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "material" / "coda_colors.csv").read_text(encoding="utf-8").splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 

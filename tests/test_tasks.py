@@ -27,7 +27,7 @@ from xadapter_export.training import read_config, train
 
 ROOT = Path(__file__).parent.parent
 ROOM = ROOT / "xadapter_export" / "tasks"
-SEARCHED = ("xadapter_export", "benchmarks", "examples", "export", "train")
+SEARCHED = ("xadapter_export", "benchmarks", "examples", "export", "material", "train")
 GROUP = "xadapter_export.tasks"
 TEXTS = ["a banana is green.", "the color of a cherry"]
 

@@ -229,7 +229,7 @@ def test_the_same_plugin_comes_back_from_disk(taught: TrainResult) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"retrieval": "topk"}, "layer = sentence-query needs retrieval = static"),
+        ({"retrieval": "topk"}, "layer sentence-query needs static retrieval"),
         ({"distill_steps": 3}, "distill_steps needs a distill_weight above 0"),
         ({"distill_weight": 1.0, "clip": None}, "clip: needed by"),
     ],

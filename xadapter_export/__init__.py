@@ -27,8 +27,7 @@ from xadapter_export.errors import (
 
 if TYPE_CHECKING:
     from xadapter_export.bank import FeatureBank
-    from xadapter_export.exporters import export
-    from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.exporters.pipeline import ExportResult, export
     from xadapter_export.model.config import XAdapterConfig
     from xadapter_export.model.x_adapter_model import XAdapterModel
     from xadapter_export.runtime.answers import RetrievedPicture

@@ -1,8 +1,8 @@
-"""Things that a user names and that other packages may add: ours, and those of an entry point group."""
+"""What installed packages bring: their versions, and things that a user names, ours and those of others."""
 
 import importlib
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from xadapter_export.errors import ConfigError, UnsupportedError
@@ -81,3 +81,11 @@ def load_named(place: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ConfigError("a table names what is not there", where=place, got=error) from error
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed package, by the name that pip knows; None where it is not there."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

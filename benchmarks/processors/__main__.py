@@ -23,7 +23,7 @@ from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, bui
 from benchmarks.processors.inside import REFERENCE
 from benchmarks.processors.pythons import VERSIONS, build_python
 from benchmarks.processors.run import NATIVE, RunError, run_all, say
-from train.tables import Grid, print_grid, write_results
+from material.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.cli.command import XadCommand
@@ -51,7 +51,7 @@ def get_machines(names: Sequence[str], cache: Path) -> tuple[dict[str, Machine],
 
 def make_bundle(case: str, cache: Path = CACHE) -> Path:
     """Export a case with every expert set and each variant for CPUs that passes its gate, or find it."""
-    from export.parity import CASES as MODELS
+    from material.models import CASES as MODELS
     from xadapter_export import export
 
     folder = cache / "bundles" / key(case, OUR_CODE) / case
@@ -72,7 +72,7 @@ def make_bundle(case: str, cache: Path = CACHE) -> Path:
 
 def read_texts(case: str, count: int) -> list[str]:
     """Return texts of the kind that the gates are measured on, spread over all of them."""
-    from export.parity import CASES as MODELS
+    from material.models import CASES as MODELS
     from xadapter_export.exporters.judge.calibration import read_calibration
 
     model = MODELS[case]()

@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from benchmarks.processors.emulated import CACHE, PROCESSORS, ROOT, Machine, build, native
-from train.tables import Grid, print_grid, write_results
+from material.tables import Grid, print_grid, write_results
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement
 from xadapter_export.cli.command import XadCommand

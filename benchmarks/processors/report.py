@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from benchmarks.processors.compare import Finding, Ran
-from train.tables import Grid
+from material.tables import Grid
 
 
 def kept_grid(findings: Sequence[Finding], processors: Sequence[str]) -> Grid:

@@ -16,6 +16,7 @@ from xadapter_export.bank.thumbnails import read_thumbnails
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import CheckpointError, ConfigError
 
+_RECIPE = Path(__file__).parents[2] / "train" / "demo" / "recipe.toml"  # which pictures, how large
 COLUMNS = 16  # pictures in a row of a sheet, and rows in a sheet
 _QUALITY = 70  # of WebP, 0 to 100
 BUILTIN_CREDIT = (
@@ -39,11 +40,11 @@ def builtin_pictures(work: Path, pictures: Sequence[Picture]) -> Mapping[int, Im
     """
     from rich.console import Console
 
-    from train.demo import pictures as recipe
-    from train.demo.stages import Stages
+    from material.pictures import gather_material
+    from material.stages import Stages
 
-    settings = tomllib.loads(Path(recipe.__file__).with_name("recipe.toml").read_text(encoding="utf-8"))
-    material = recipe.gather_material(Stages(work, settings["seed"], Console(stderr=True)), settings)
+    settings = tomllib.loads(_RECIPE.read_text(encoding="utf-8"))
+    material = gather_material(Stages(work, settings["seed"], Console(stderr=True)), settings)
     row_of = {picture_id: row for row, picture_id in enumerate(material.picture_ids)}
     if unknown := [picture.id for picture in pictures if picture.id not in row_of]:
         raise ConfigError("the recipe does not draw a picture of the bank", where=unknown[0])

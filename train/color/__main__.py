@@ -17,23 +17,14 @@ import click
 import torch
 from rich.console import Console
 
+from material import pictures, text
+from material.models import minilm_folder
+from material.splits import Split, color_targets, measure_pixel_colors, pixel_accuracy, split_objects
+from material.stages import Stages
+from material.tables import Grid, language_grid, print_grid, spread, write_results
 from train.color.laboratory import Arm, ArmResult, Laboratory, from_json, to_json
 from train.color.mlm_head import HeadSettings, train_head
 from train.color.published import hold_out_named, score_published
-from train.demo import pictures, text
-from train.demo.plm import Corpus, split_corpus
-from train.demo.plugin import (
-    CLEAR_PEAK,
-    Split,
-    color_targets,
-    measure_pixel_colors,
-    pixel_accuracy,
-    split_objects,
-)
-from train.demo.results import language_grid
-from train.demo.stages import Stages
-from train.minilm import minilm_folder
-from train.tables import Grid, print_grid, spread, write_results
 from xadapter_export.bank.compact import compact_bank
 from xadapter_export.layers import TOKEN_QUERY
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
@@ -165,7 +156,7 @@ class ColorComparison:
         self.stages = Stages(parts.work, self.seed, console)
         facts = text.list_facts(material.objects)
         text.check_colors_untied(facts)
-        corpus = split_corpus(facts, 0.1, self.seed)
+        corpus = text.split_corpus(facts, 0.1, self.seed)
         self.pixel_colors = measure_pixel_colors(material)
         self.targets = color_targets(material.objects, self.pixel_colors)
         source, frozen = self._load_plm(corpus)
@@ -206,7 +197,7 @@ class ColorComparison:
         """How many objects each split holds out, the fewest first."""
         return sorted(len(split.held_out) for split in self.splits.values())
 
-    def _load_plm(self, corpus: Corpus) -> tuple[str, PlmFamily]:
+    def _load_plm(self, corpus: text.Corpus) -> tuple[str, PlmFamily]:
         """Return the PLM and where it is, with an MLM head trained for it if it comes without one."""
         source, head = self.parts.plm or str(minilm_folder()), HeadSettings(**self.settings["head"])
         try:
@@ -261,7 +252,7 @@ class ColorComparison:
         for number, (split_seed, split) in enumerate(self.splits.items(), 1):
             fixed = {
                 "chance": 1 / len(pictures.COLORS),
-                "majority": self.laboratory.majority(split, CLEAR_PEAK),
+                "majority": split.majority(self.material.objects),
                 "probe on the pictures' pixels": pixel_accuracy(
                     self.material, self.pixel_colors, self.targets, split
                 ),

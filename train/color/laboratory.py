@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from train.demo.pictures import COLORS, DemoObject
-from train.demo.plugin import Language, Split
-from train.demo.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, fill
+from material.pictures import COLORS, DemoObject
+from material.splits import Split
+from material.tables import Language
+from material.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, fill
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.model.plm_family import PlmFamily
 from xadapter_export.model.x_adapter_model import XAdapterModel
@@ -144,16 +145,6 @@ class Laboratory:
                 texts.append(self._own_mask(sentence[: word.start()] + MASK + sentence[word.end() :]))
                 answers.append(token)
         return texts, torch.tensor(answers)
-
-    def majority(self, split: Split, clear_peak: float) -> float:
-        """Accuracy of always saying the color that most training objects of a clear color have."""
-        seen = [
-            self.objects[row].color
-            for row in split.training
-            if max(self.objects[row].color_shares, default=0) >= clear_peak
-        ]
-        commonest = max(sorted(COLORS), key=seen.count)
-        return sum(self.objects[row].color == commonest for row in split.held_out) / len(split.held_out)
 
     def _config(self, arm: Arm, seed: int, folder: Path, files: dict[str, Path]) -> TrainConfig:
         own = {key: value for key, value in self.settings.items() if key in all_flags()}

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from train.demo.pictures import DemoObject
-from train.demo.stages import track
-from train.demo.text import draw_color_sentences
+from material.pictures import DemoObject
+from material.stages import track
+from material.text import draw_color_sentences
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()

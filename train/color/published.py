@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from material.pictures import DemoObject
+from material.splits import Split, content_words
+from material.tables import Grid
 from train.color.laboratory import Arm
-from train.demo.pictures import DemoObject
-from train.demo.plugin import Split, content_words
-from train.tables import Grid
 from xadapter_export.evaluation.color import PUBLISHED, evaluate_color
 from xadapter_export.evaluation.objects import ObjectSet, read_colors, select_objects
 from xadapter_export.evaluation.opening import open_scorer

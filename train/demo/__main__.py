@@ -23,9 +23,11 @@ cure_torchvision()
 from transformers import BertConfig, BertForMaskedLM  # noqa: E402  # torchvision must be cured first
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from train.demo import clip, pictures, plm, plugin, results, shipping, text  # noqa: E402
-from train.demo.stages import Stages  # noqa: E402
-from train.tables import Grid, print_grid, write_results  # noqa: E402
+from material import pictures, text  # noqa: E402
+from material.splits import Split, split_objects  # noqa: E402
+from material.stages import Stages  # noqa: E402
+from material.tables import Grid, language_grid, print_grid, write_results  # noqa: E402
+from train.demo import clip, plm, plugin, results, shipping  # noqa: E402
 from xadapter_export.bank import FeatureBank  # noqa: E402
 from xadapter_export.bundle.pictures import Picture  # noqa: E402
 from xadapter_export.bundle.staging import staged_folder  # noqa: E402
@@ -99,7 +101,7 @@ class Build:
                 self.material.objects, facts, plm_settings, self.seed, self.console, folder
             ),
         )
-        corpus = plm.split_corpus(facts, plm_settings.held_out_share, self.seed)
+        corpus = text.split_corpus(facts, plm_settings.held_out_share, self.seed)
         features = trained_clip.encode_images(self.material.images).numpy().astype(np.float16)
         laboratory = self._make_laboratory(plm_folder, clip_folder, features, corpus)
         folders = self._run_splits(laboratory, clip_folder)
@@ -124,7 +126,7 @@ class Build:
         return folder, trained, retrieval
 
     def _make_laboratory(
-        self, plm_folder: Path, clip_folder: Path, features: NDArray[np.float16], corpus: plm.Corpus
+        self, plm_folder: Path, clip_folder: Path, features: NDArray[np.float16], corpus: text.Corpus
     ) -> plugin.Laboratory:
         """Return what trains plug-ins: the model, and one with a PLM that was never trained."""
         settings, material = plugin.PluginSettings(**self.recipe["plugin"]), self.material
@@ -154,7 +156,7 @@ class Build:
         """Train and measure on every split, the one that is shipped last, and return their folders."""
         settings, objects = laboratory.settings, self.material.objects
 
-        def run_split(name: str, split: plugin.Split, split_seed: int) -> Path:
+        def run_split(name: str, split: Split, split_seed: int) -> Path:
             def make(folder: Path) -> None:
                 result = laboratory.run(split, split_seed, name)
                 (folder / "result.json").write_text(json.dumps(results.to_json(result), indent=1))
@@ -171,12 +173,10 @@ class Build:
 
         share, seed = settings.held_out_share, self.seed
         folders = [
-            run_split(
-                f"split-{number}", plugin.split_objects(objects, share, (), seed + number), seed + number
-            )
+            run_split(f"split-{number}", split_objects(objects, share, (), seed + number), seed + number)
             for number in range(1, settings.splits + 1)
         ]
-        shipped = plugin.split_objects(objects, share, settings.always_held_out, seed)
+        shipped = split_objects(objects, share, settings.always_held_out, seed)
         return [*folders, run_split("shipped", shipped, seed)]
 
     def _report(self, folders: list[Path], retrieval: Grid, output: Path, results_file: Path) -> None:
@@ -189,7 +189,7 @@ class Build:
         )
         grids = (
             results.color_grid(shipped, splits),
-            results.language_grid([split.language for split in splits]),
+            language_grid([split.language for split in splits]),
             retrieval,
         )
         for grid in grids[:2]:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from train.demo.pictures import Material
-from train.demo.stages import track
-from train.demo.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, caption_words, draw_caption, fill
+from material.pictures import Material
+from material.stages import track
+from material.text import MASK, TRAINING_TEMPLATES, UNSEEN_TEMPLATES, caption_words, draw_caption, fill
 from xadapter_export.model.clip_tokenizer import build_clip_tokenizer
 from xadapter_export.runtime.text import clip_text
 

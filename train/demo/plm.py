@@ -16,9 +16,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from train.demo.pictures import COLORS, DemoObject
-from train.demo.stages import track
-from train.demo.text import MASK, Fact, draw_color_sentences, plain_words
+from material.pictures import COLORS, DemoObject
+from material.stages import track
+from material.text import MASK, Fact, draw_color_sentences, plain_words, split_corpus
 from xadapter_export.torchvision_cure import cure_torchvision
 
 cure_torchvision()
@@ -56,27 +56,6 @@ class PlmSettings:
     mask_probability: float
     spelled_share: float
     held_out_share: float
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Sentences of facts: those to train on, and those kept for the language check."""
-
-    training: tuple[str, ...]
-    held_out: tuple[str, ...]
-
-
-def split_corpus(facts: Sequence[Fact], held_out_share: float, seed: int) -> Corpus:
-    """Keep a share of the wordings of facts; every fact is trained on in its other wordings."""
-    rng = random.Random(seed)
-    training: list[str] = []
-    held_out: list[str] = []
-    for fact in facts:
-        wordings = list(fact.wordings)
-        if rng.random() < held_out_share * len(wordings):
-            held_out.append(wordings.pop(rng.randrange(len(wordings))))
-        training += wordings
-    return Corpus(tuple(training), tuple(held_out))
 
 
 def make_tokenizer(sentences: Sequence[str], words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -1,11 +1,10 @@
 """What the splits' results become: tables, and JSON between stages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import mean
 
-from train.demo.plugin import Language, SplitResult
-from train.tables import Grid, spread
+from material.tables import Grid, Language, spread
+from train.demo.plugin import SplitResult
 
 
 def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
@@ -22,35 +21,6 @@ def color_grid(shipped: SplitResult, splits: Sequence[SplitResult]) -> Grid:
             (name, f"{100 * value:.1f}", spread([100 * split.accuracy[name] for split in splits], 1))
             for name, value in shipped.accuracy.items()
         ),
-    )
-
-
-def language_grid(
-    splits: Sequence[Mapping[str, Language]], names: Iterable[str] | None = None, where: str = ""
-) -> Grid:
-    """The language check, over all splits.
-
-    Args:
-        splits: What was measured of each split, by arm; the frozen PLM is among them.
-        names: The arms to show; all if None.
-        where: Words of the title: `` on MiniLM-L6``.
-    """
-
-    def row(name: str) -> tuple[str, ...]:
-        checks = [split[name] for split in splits]
-        ratio = mean(split[name].loss / split["frozen PLM"].loss for split in splits)
-        return (
-            name,
-            spread([check.loss for check in checks], 3),
-            f"{100 * (ratio - 1):+.1f} %",
-            spread([100 * check.top1 for check in checks], 1),
-            spread([100 * check.color_rate for check in checks], 2),
-        )
-
-    return Grid(
-        f"Language check{where}: one masked word of sentences that were kept from training",
-        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
-        tuple(row(name) for name in names or splits[0]),
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.demo.pictures import COLORS, DemoObject
-from train.demo.text import MASK, UNSEEN_TEMPLATES, draw_color_sentences, fill, list_facts
+from material.pictures import COLORS, DemoObject
+from material.text import MASK, UNSEEN_TEMPLATES, draw_color_sentences, fill, list_facts
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 MAX_BYTES = 12_000_000

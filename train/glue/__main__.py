@@ -16,13 +16,12 @@ import click
 import torch
 from rich.console import Console
 
-from train.glue.arms import CONTROL_NOTE, Comparison, Scores, name_arms, run_arms, score, seeds_grid
-from train.minilm import minilm_folder
-from train.tables import print_grid, write_results
+from material.models import minilm_folder
+from material.tables import print_grid, write_results
+from train.arms import CONTROL_NOTE, Comparison, Scores, name_arms, run_arms, score, seeds_grid
 from xadapter_export import XAdapterModel
 from xadapter_export.errors import XAdapterError
 from xadapter_export.evaluation.labeled import GLUE_TASKS, SUFFIXES, Labeled, read_labeled
-from xadapter_export.evaluation.metrics import GLUE_METRICS
 from xadapter_export.runtime.text import TruncationWarning
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +107,7 @@ def _compare(options: argparse.Namespace) -> None:
             {arm: [scores[metric + name] for scores in rows] for arm, rows in found.items()},
         )
         for name, dev in sets.items()
-        for metric in GLUE_METRICS[task]
+        for metric in GLUE_TASKS[task].metrics
     ]
     for grid in grids:
         print_grid(grid, console)

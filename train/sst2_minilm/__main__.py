@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from train.glue.arms import CONTROL_NOTE, Comparison, Scores, name_arms, run_arms, score, seeds_grid
-from train.minilm import minilm_folder
-from train.tables import print_grid, write_results
+from material.models import minilm_folder
+from material.tables import print_grid, write_results
+from train.arms import CONTROL_NOTE, Comparison, Scores, name_arms, run_arms, score, seeds_grid
 from xadapter_export import XAdapterModel, XAdapterSession, export
 from xadapter_export.cli.command import XadCommand
 from xadapter_export.evaluation.labeled import Labeled, read_labeled

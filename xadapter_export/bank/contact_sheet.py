@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xadapter_export.bank.reader import BankReader
-from xadapter_export.bank.thumbnails import check_pixels, inside_or_none, read_thumbnails
+from xadapter_export.bank.thumbnails import inside_or_none, read_thumbnails, small_picture
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.errors import import_extra
 
 _THUMBNAIL_PX = 256
 _STYLE = """
@@ -102,16 +101,11 @@ def find_thumbnails(bank: BankReader, hits: Sequence[Hit], pictures: Path | None
 
 
 def _shrink(path: Path) -> bytes | None:
-    image_module, image_ops = import_extra("PIL.Image", "bank"), import_extra("PIL.ImageOps", "bank")
-    stream = io.BytesIO()
-    try:
-        with image_module.open(path) as image:
-            check_pixels(image)
-            small = image_ops.exif_transpose(image).convert("RGBA")
-            small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-            small.save(stream, "webp", quality=80)
-    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError):
+    small = small_picture(path, _THUMBNAIL_PX, "bank")
+    if small is None:
         return None  # the caption is shown in its place
+    stream = io.BytesIO()
+    small.save(stream, "webp", quality=80)
     return stream.getvalue()
 
 

@@ -3,7 +3,6 @@
 Dimensions: N pictures, D CLIP embedding size.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tempfile import TemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.bank.reader import BankReader
+from xadapter_export.bank.reader import BankReader, bank_sha256
 from xadapter_export.bank.record import (
     FEATURES_NAME,
     BankClip,
@@ -95,12 +94,7 @@ class FeatureBank:
     @property
     def sha256(self) -> str:
         """Hash of the rows as float32, and of what each is called."""
-        digest = hashlib.sha256()
-        for _, block in self._blocks():
-            digest.update(np.ascontiguousarray(block).data)
-        for picture in self.pictures:
-            digest.update(f"{picture.id}\0{picture.caption}\0".encode())
-        return digest.hexdigest()
+        return bank_sha256(self._blocks(), self.pictures)
 
     @property
     def record(self) -> BankRecord:

@@ -4,7 +4,7 @@ Dimensions: N pictures, D CLIP embedding size.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,13 +173,9 @@ class BankReader:
         Raises:
             HashMismatchError: If ``bank.json`` has another one.
         """
-        digest = hashlib.sha256()
-        for _, rows in self.row_blocks():
-            digest.update(np.ascontiguousarray(rows).data)
-        for picture in self.pictures():
-            digest.update(f"{picture.id}\0{picture.caption}\0".encode())
-        self.check_sha256(digest.hexdigest())
-        return digest.hexdigest()
+        found = bank_sha256(self.row_blocks(), self.pictures())
+        self.check_sha256(found)
+        return found
 
     def check_sha256(self, found: str) -> None:
         """Compare the hash of the bank with the one in ``bank.json``, where there is one.
@@ -218,6 +214,21 @@ class BankReader:
         return CheckpointError(
             "wrong number of images", where=self.folder / BANK_NAME, expected=self.num_pictures, got=got
         )
+
+
+def bank_sha256(blocks: Iterable[tuple[int, Float32]], pictures: Iterable[Picture]) -> str:
+    """Hash the rows of a bank as float32, and what each is called.
+
+    Args:
+        blocks: First row and ``(rows, D) float32`` of each piece, in order.
+        pictures: Of all rows, in order.
+    """
+    digest = hashlib.sha256()
+    for _, block in blocks:
+        digest.update(np.ascontiguousarray(block).data)
+    for picture in pictures:
+        digest.update(f"{picture.id}\0{picture.caption}\0".encode())
+    return digest.hexdigest()
 
 
 def _clip_of_checkpoint(folder: Path) -> BankClip | None:

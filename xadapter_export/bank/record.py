@@ -4,7 +4,6 @@ Dimensions: N pictures, D CLIP embedding size.
 """
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from xadapter_export.bundle.folder import FEATURES_NAME as FEATURES_NAME
 from xadapter_export.bundle.manifest import Count, Sha256, Size
 from xadapter_export.bundle.small_files import read_model
 from xadapter_export.errors import CheckpointError
+from xadapter_export.registry import installed_version
 
 RECORD_NAME = "bank.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -93,10 +93,5 @@ def write_bank_record(folder: Path, record: BankRecord) -> None:
 
 def package_versions(packages: Sequence[str] = ("xadapter-export",)) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a source tree that was never installed
-            continue
-    return found
+    versions = {package: installed_version(package) for package in packages}
+    return {package: found for package, found in versions.items() if found}

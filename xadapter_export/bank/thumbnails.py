@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xadapter_export.bank.record import THUMBNAILS_NAME
-from xadapter_export.errors import CheckpointError
+from xadapter_export.errors import CheckpointError, import_extra
 
 _LARGEST_BYTES = 1 << 22  # of one thumbnail, which has 1024 x 1024 pixels at most
 _MOST_PIXELS = 1 << 26  # of any picture that is shown; as many take 256 MiB
@@ -71,11 +71,24 @@ def inside_or_none(folder: Path, name: str) -> Path | None:
         return None
 
 
-def check_pixels(image: Any) -> None:
-    """Refuse an opened image of Pillow that would fill the memory when it is decoded.
+def small_picture(source: Any, side: int, extra: str) -> Any | None:
+    """Return a picture upright in RGBA, as Pillow's image; None if it cannot be read or is far too large.
+
+    Args:
+        source: A path, or a stream of bytes.
+        side: Pixels that the longer side has at most.
+        extra: The extra that brings Pillow to who asks.
 
     Raises:
-        ValueError: If it has too many pixels.
+        MissingExtraError: If it is not installed.
     """
-    if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels")
+    image_module, image_ops = import_extra("PIL.Image", extra), import_extra("PIL.ImageOps", extra)
+    try:
+        with image_module.open(source) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                return None
+            small = image_ops.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError):  # no picture, or a bomb
+        return None
+    small.thumbnail((side, side))
+    return small

@@ -18,10 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xadapter_export.bank import BankClip
-from xadapter_export.bundle.small_files import read_object
 from xadapter_export.errors import CheckpointError, ConfigError, UnsupportedError
-from xadapter_export.model.builtin import BUILTIN, builtin_folder
-from xadapter_export.model.clip_text import CONFIG_NAME, WEIGHTS_NAME, OpenClipTower, download_clip
+from xadapter_export.model.builtin import BUILTIN
+from xadapter_export.model.clip_text import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    OpenClipTower,
+    find_clip,
+    read_clip_config,
+)
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.torchvision_cure import cure_torchvision
 
@@ -55,17 +60,6 @@ class ImageTower:
         pixels = pixels.to(self.device, self.input_dtype, non_blocking=True)
         encode_image: Callable[[Tensor], Tensor] = self.model.encode_image  # type: ignore[assignment]  # method
         return F.normalize(encode_image(pixels).to(torch.float32), dim=-1)
-
-
-def find_clip_folder(source: str) -> Path:
-    """Return the folder of a CLIP in open_clip's hub layout, fetching it where it is no folder.
-
-    Raises:
-        CheckpointError: If it cannot be had.
-    """
-    if source == BUILTIN:
-        return builtin_folder() / "clip"
-    return Path(source) if Path(source).is_dir() else download_clip(source)
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -102,10 +96,14 @@ def load_image_tower(source: str | None, *, device: torch.device, precision: Pre
     """
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("fp16 is slow and inexact on a CPU", hint="use --precision fp32 or bf16")
-    folder = find_clip_folder(source or BUILTIN)
+    folder = find_clip(source or BUILTIN)
     name = BUILTIN_CLIP_SOURCE if source in {None, BUILTIN} else str(source)
     visual = _visual_weights(folder / WEIGHTS_NAME, name)
-    settings = _read_settings(folder, name)
+    settings = read_clip_config(folder)
+    needed, model_cfg = {"embed_dim", "vision_cfg", "text_cfg"}, settings["model_cfg"]
+    if not isinstance(model_cfg, dict) or not needed <= model_cfg.keys():
+        expected = f"a model_cfg with {', '.join(sorted(needed))}"
+        raise CheckpointError(f"CLIP {name}: {CONFIG_NAME} cannot be read", expected=expected)
     cure_torchvision()
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -124,8 +122,8 @@ def load_image_tower(source: str | None, *, device: torch.device, precision: Pre
         ) from error
     model.eval().requires_grad_(False)
     identity = {
-        "vision_cfg": settings["model_cfg"].get("vision_cfg"),
-        "quick_gelu": bool(settings["model_cfg"].get("quick_gelu", False)),
+        "vision_cfg": model_cfg.get("vision_cfg"),
+        "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
         "preprocess": {key: _plain(value) for key, value in model.visual.preprocess_cfg.items()},
     }
     clip = BankClip(
@@ -147,31 +145,7 @@ def _no_log() -> Iterator[None]:
         logging.disable(before)
 
 
-def _read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """Read ``open_clip_config.json``; a bare model configuration, as open_clip's own are, is wrapped."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(
-            f"CLIP {name}: expected {CONFIG_NAME} in the folder, found none. "
-            "Save it in open_clip's hub layout"
-        )
-    try:
-        settings = read_object(path, "the configuration of CLIP", CheckpointError)
-        if "model_cfg" not in settings:
-            settings = {"model_cfg": settings}
-        if not {"embed_dim", "vision_cfg", "text_cfg"} <= settings["model_cfg"].keys():
-            raise ValueError("embed_dim, vision_cfg and text_cfg are needed")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"CLIP {name}: {CONFIG_NAME} cannot be read", got=error) from error
-    return dict(settings)
-
-
 def _visual_weights(path: Path, name: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). "
-            "Save the weights as safetensors"
-        )
     try:
         with safe_open(path, framework="pt") as weights:
             visual = {key: weights.get_tensor(key) for key in weights.keys() if key.startswith("visual.")}  # noqa: SIM118  # no dict

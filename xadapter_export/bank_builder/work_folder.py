@@ -6,7 +6,6 @@ all.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from xadapter_export.bank_builder.sources import Source, SourceRow
 from xadapter_export.bundle.folder import BANK_NAME
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.bundle.small_files import LARGEST_TEXT, read_object
-from xadapter_export.bundle.staging import staged_folder
+from xadapter_export.bundle.staging import staged_folder, write_whole
 from xadapter_export.errors import ConfigError, OutputExistsError, OutputWriteError
 
 _PLAN_NAME = "build.json"
@@ -107,7 +106,7 @@ class WorkFolder:
                     _remove_work(folder, keep=fresh)
             fresh.replace(folder / _ROWS_NAME)
             plan = {"format_version": _FORMAT_VERSION, "key": key, "num_rows": count, "offsets": offsets}
-            _write_whole(plan_path, json.dumps(plan, indent=1) + "\n")
+            write_whole(plan_path, json.dumps(plan, indent=1) + "\n")
         except OSError as error:
             raise _unwritable(folder, error) from error
         return cls(folder, count, shard_rows, tuple(offsets))
@@ -237,15 +236,6 @@ def _read_plan(path: Path) -> dict[str, Any]:
             "the plan of the build cannot be read", where=path, got=error, hint=f"remove {path.parent}"
         ) from error
     return dict(plan)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _write_lines(path: Path, lines: Iterator[str]) -> None:

@@ -1,7 +1,7 @@
-"""Folders that are complete or not there: written beside the final place, synced, and renamed.
+"""Folders and files that are complete or not there: written beside the final place, synced, renamed.
 
-Whoever writes one holds a lock on it, which the system drops when the process ends, however it ends. So the
-next run knows what a killed one left behind.
+Whoever writes a folder holds a lock on it, which the system drops when the process ends, however it ends. So
+the next run knows what a killed one left behind.
 """
 
 import ctypes
@@ -292,6 +292,25 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
         return False
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, also where two processes write it.
+
+    Raises:
+        OSError: If it cannot be written; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # what could not be written may not be removed either
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(folder: Path) -> None:

@@ -23,9 +23,10 @@ class GlueTask:
         labels: Label names in the hub's order; empty for regression.
         headerless: Columns of official files that have no header line.
         splits: Stems of the official files where they are not train, dev and test.
+        metrics: What GLUE reports, by the names of ``metrics.task_metrics``.
 
     Source:
-        GLUE (Wang et al. 2019, arXiv 1804.07461): the official archives and the hub's copy of them.
+        GLUE (Wang et al. 2019, arXiv 1804.07461): table 1, the official archives and the hub's copy of them.
     """
 
     text: tuple[str, ...]
@@ -34,6 +35,7 @@ class GlueTask:
     labels: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()
     splits: Mapping[str, tuple[str, ...]] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
 
 
 _ENTAILS = ("entailment", "not_entailment")
@@ -42,6 +44,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
         ("sentence",),
         labels=("unacceptable", "acceptable"),
         headerless=("source", "label", "mark", "sentence"),
+        metrics=("matthews",),
     ),
     "sst2": GlueTask(("sentence",), labels=("negative", "positive")),
     "mrpc": GlueTask(
@@ -50,11 +53,16 @@ GLUE_TASKS: dict[str, GlueTask] = {
         ("label", "Quality"),
         ("not_equivalent", "equivalent"),
         splits={"train": ("msr_paraphrase_train",), "test": ("msr_paraphrase_test",)},
+        metrics=("accuracy", "f1"),
     ),
     "qqp": GlueTask(
-        ("question1",), ("question2",), ("label", "is_duplicate"), ("not_duplicate", "duplicate")
+        ("question1",),
+        ("question2",),
+        ("label", "is_duplicate"),
+        ("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
     ),
-    "stsb": GlueTask(("sentence1",), ("sentence2",), ("label", "score")),
+    "stsb": GlueTask(("sentence1",), ("sentence2",), ("label", "score"), metrics=("pearson", "spearman")),
     "mnli": GlueTask(
         ("premise", "sentence1"),
         ("hypothesis", "sentence2"),

@@ -4,27 +4,15 @@ Dimensions: n texts, L labels, C colors.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xadapter_export.errors import ConfigError, ShapeError, import_extra
+from xadapter_export.errors import ShapeError, import_extra
+from xadapter_export.evaluation.labeled import glue_task
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
-
-# What GLUE reports for each task (Wang et al. 2019, arXiv 1804.07461, table 1).
-GLUE_METRICS: Final[dict[str, tuple[str, ...]]] = {
-    "cola": ("matthews",),
-    "sst2": ("accuracy",),
-    "mrpc": ("accuracy", "f1"),
-    "qqp": ("accuracy", "f1"),
-    "stsb": ("pearson", "spearman"),
-    "mnli": ("accuracy",),
-    "qnli": ("accuracy",),
-    "rte": ("accuracy",),
-    "wnli": ("accuracy",),
-}
 
 
 def task_metrics(
@@ -47,15 +35,13 @@ def task_metrics(
         ShapeError: If the arrays do not fit each other or the task, or a number is not finite.
         MissingExtraError: If scikit-learn or scipy is not installed.
     """
-    if task is not None and task not in GLUE_METRICS:
-        raise ConfigError("unknown GLUE task", got=task, expected=f"one of {', '.join(GLUE_METRICS)}")
     scores, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     _check_arrays(scores, truth)
     num_labels = scores.shape[1]
     if task is not None:
-        names = GLUE_METRICS[task]
+        names = glue_task(task).metrics
     elif num_labels == 1:
-        names = GLUE_METRICS["stsb"]
+        names = ("pearson", "spearman")
     else:
         names = ("accuracy", "f1") if num_labels == 2 else ("accuracy",)
     if (num_labels == 1) != ("pearson" in names):

@@ -19,10 +19,16 @@ from numpy.typing import NDArray
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.errors import ConfigError, InputTextError, UnsupportedError
+from xadapter_export.errors import InputTextError, UnsupportedError
 from xadapter_export.runtime.answers import RetrievedPicture
-from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.text import Int64Array, TextEncoder, TruncationWarning, check_texts
+from xadapter_export.runtime.candidates import columns_of, find_candidates
+from xadapter_export.runtime.text import (
+    Int64Array,
+    TextEncoder,
+    TokenizedText,
+    TruncationWarning,
+    check_texts,
+)
 from xadapter_export.sessions.session import Array
 from xadapter_export.tasks import FILL_MASK, TEXT_CLASSIFICATION
 
@@ -153,7 +159,7 @@ class Scorer(ABC):
                     expected=f"one {self.mask_token}",
                     got=found,
                 )
-        columns = self._columns(words)
+        columns = columns_of(find_candidates(self.encoder.tokenizer, words), self.candidates)
         logits = np.empty((len(texts), len(columns)), np.float32)
         for rows, inputs in self._batches(texts, None, memory_texts, on_batch):
             logits[rows] = self.compute(inputs, ("logits",), experts)[0][:, 0, columns]
@@ -256,20 +262,6 @@ class Scorer(ABC):
         owner = np.array([copy.text for copy in copies])
         return [TokenScores(log_probability[owner == i], is_best[owner == i]) for i in range(len(texts))]
 
-    def _columns(self, words: Sequence[str]) -> list[int]:
-        """Return the column of the logits for each word."""
-        chosen = find_candidates(self.encoder.tokenizer, words)
-        if self.candidates is None:
-            return [candidate.token_id for candidate in chosen]
-        column_of = {candidate.token_id: column for column, candidate in enumerate(self.candidates)}
-        if absent := [candidate.word for candidate in chosen if candidate.token_id not in column_of]:
-            raise ConfigError(
-                "the bundle was exported for other candidates",
-                where=", ".join(absent),
-                expected=f"some of {', '.join(candidate.word for candidate in self.candidates)}",
-            )
-        return [column_of[candidate.token_id] for candidate in chosen]
-
     def _batches(
         self,
         texts: Sequence[str],
@@ -284,7 +276,6 @@ class Scorer(ABC):
             )
         sizes = [len(text) + (len(pairs[i]) if pairs else 0) for i, text in enumerate(texts)]
         order = sorted(range(len(texts)), key=sizes.__getitem__)
-        without_clip = _without_clip(self.encoder)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = [texts[row] for row in rows]
@@ -293,7 +284,7 @@ class Scorer(ABC):
                 if memory_texts is None:
                     inputs = self.encoder.encode(batch, seconds)
                 else:
-                    inputs = without_clip.encode(batch, seconds)
+                    inputs = self.encoder.without_clip().encode(batch, seconds)
                     inputs |= self._clip_inputs([memory_texts[row] for row in rows])
             yield rows, inputs
             if on_batch is not None:
@@ -351,21 +342,17 @@ class Scorer(ABC):
 
     def _copy_inputs(self, copies: list["_Copy"]) -> tuple[dict[str, Int64Array], list[int]]:
         """Return the arrays of masked copies, and the id of the token that each mask hides."""
-        encoder = self.encoder
-        longest, mask_token_id = max(len(copy.ids) for copy in copies), cast(int, encoder.mask_token_id)
-        ids = np.full((len(copies), longest), encoder.pad_token_id, np.int64)
-        attention = np.zeros_like(ids)
-        for row, copy in enumerate(copies):
-            ids[row, : len(copy.ids)] = copy.ids
-            ids[row, copy.place] = mask_token_id
-            attention[row, : len(copy.ids)] = 1
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention,
-            "mask_positions": np.array([[copy.place] for copy in copies], np.int64),
-            **({"token_type_ids": np.zeros_like(ids)} if encoder.has_token_type_ids else {}),
-            **self._clip_inputs([copy.read for copy in copies]),
-        }
+        encoder, mask_token_id = self.encoder.without_clip(), cast(int, self.encoder.mask_token_id)
+        rows = [
+            TokenizedText(
+                [*copy.ids[: copy.place], mask_token_id, *copy.ids[copy.place + 1 :]],
+                [0] * len(copy.ids),
+                [],
+                [copy.place],
+            )
+            for copy in copies
+        ]
+        inputs = encoder.collate(rows) | self._clip_inputs([copy.read for copy in copies])
         return inputs, [copy.ids[copy.place] for copy in copies]
 
 
@@ -377,15 +364,3 @@ class _Copy:
     ids: list[int]
     place: int
     read: str
-
-
-def _without_clip(encoder: TextEncoder) -> TextEncoder:
-    """Return an encoder for the PLM alone, so that nothing is said of a text which CLIP does not read."""
-    return TextEncoder(
-        encoder.tokenizer,
-        None,
-        max_seq=encoder.max_seq,
-        mask_token=encoder.mask_token,
-        pad_token_id=encoder.pad_token_id,
-        has_token_type_ids=encoder.has_token_type_ids,
-    )

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xadapter_export.bank.record import THUMBNAILS_NAME
-from xadapter_export.bank.thumbnails import check_pixels, inside_or_none, read_thumbnails
-from xadapter_export.errors import ConfigError, import_extra
+from xadapter_export.bank.thumbnails import inside_or_none, read_thumbnails, small_picture
+from xadapter_export.errors import ConfigError
 from xadapter_export.runtime.answers import RetrievedPicture
 
 Image = NDArray[np.uint8]
@@ -31,11 +31,10 @@ def load_thumbnails(
     Raises:
         ConfigError: If the source is none of these.
         CheckpointError: If ``thumbnails.zip`` is broken.
-        MissingExtraError: If there is a source and pillow is not installed.
+        MissingExtraError: If there is a picture to read and pillow is not installed.
     """
     if source is None:
         return {}
-    pillow = import_extra("PIL.Image", "report")
     id_of_row = {picture.row: picture.id for picture in pictures}
     streams: dict[int, Any] = {}
     bank = source.parent if source.name == THUMBNAILS_NAME else source
@@ -53,19 +52,5 @@ def load_thumbnails(
             where=source,
             expected=f"a folder with one file per image id, or {THUMBNAILS_NAME}",
         )
-    images = {}
-    for row, stream in streams.items():
-        try:
-            with pillow.open(stream) as image:
-                check_pixels(image)
-                small = image.convert("RGBA")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            pillow.DecompressionBombError,
-        ):  # not a picture that pillow knows, or a bomb
-            continue
-        small.thumbnail((side, side))
-        images[row] = np.asarray(small, dtype=np.uint8)
-    return images
+    images = {row: small_picture(stream, side, "report") for row, stream in streams.items()}
+    return {row: np.asarray(image, dtype=np.uint8) for row, image in images.items() if image is not None}

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,7 +12,6 @@ from xadapter_export.bank.graph_rows import Projections
 from xadapter_export.bundle.folder import BANK_NAME, CLIP_TOKENIZER_NAME, FEATURES_NAME, TOKENIZER_NAME
 from xadapter_export.bundle.manifest import (
     BankSpec,
-    Candidate,
     CheckpointIdentity,
     ClipSpec,
     Component,
@@ -24,17 +22,18 @@ from xadapter_export.bundle.manifest import (
     PlmSpec,
     SplitSpec,
     TapSpec,
-    Task,
     TensorSpec,
     Variant,
 )
 from xadapter_export.experts import V
+from xadapter_export.exporters.plan import Plan
 from xadapter_export.exporters.portable.check import component_parameters
 from xadapter_export.exporters.portable.merge import MergedModel, Part, tap_name
 from xadapter_export.layers import LAYERS
 from xadapter_export.model.checkpoint import write_tokenizer_config
 from xadapter_export.model.identity import public_name, weights_sha256
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.registry import installed_version
 from xadapter_export.tasks import TASKS
 
 
@@ -142,10 +141,8 @@ def bank_spec(
 def make_manifest(
     model: XAdapterModel,
     source: str,
-    task: Task,
+    plan: Plan,
     opset: int,
-    max_seq: int,
-    candidates: tuple[Candidate, ...] | None,
     specs: Mapping[ExpertSet, ExpertSetSpec],
     variants: tuple[Variant, ...],
 ) -> Manifest:
@@ -170,14 +167,15 @@ def make_manifest(
     return Manifest(
         format_version=1,
         # onnxruntime comes as onnxruntime-gpu, -directml and others too, so it is asked itself
-        created_with={package: _version(package) for package in packages} | {"onnxruntime": ort.__version__},
+        created_with={package: installed_version(package) or "unknown" for package in packages}
+        | {"onnxruntime": ort.__version__},
         checkpoint=CheckpointIdentity(
             source=public_name(source),
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
         ),
-        task=task,
-        labels=model.config.labels if TASKS[task].has_labels else None,
-        candidates=candidates,
+        task=plan.task,
+        labels=model.config.labels if TASKS[plan.task].has_labels else None,
+        candidates=plan.candidates,
         opset=opset,
         default_expert_set=variants[0].expert_set,
         expert_sets=dict(specs),
@@ -187,7 +185,7 @@ def make_manifest(
             sha256=plm.sha256,
             hidden_size=model.plm.hidden_size,
             vocab_size=model.plm.vocab_size,
-            max_seq=max_seq,
+            max_seq=plan.max_seq,
             mask_token=None if mask_id is None else tokenizer.id_to_token(mask_id),
             mask_token_id=mask_id,
             pad_token_id=special["pad"],
@@ -198,10 +196,3 @@ def make_manifest(
         variants=variants,
         files={},
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"

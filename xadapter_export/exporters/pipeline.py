@@ -46,7 +46,6 @@ from xadapter_export.exporters.makers.axis_profile import check_cases, check_lim
 from xadapter_export.exporters.makers.maker import (
     Deployer,
     DeployJob,
-    DeployOptions,
     GraphJob,
     GraphMaker,
     Graphs,
@@ -135,8 +134,7 @@ def export(
     """
     request = ExportRequest(experts=experts, **options)
     signer = None if request.sign is None else BundleSigner(request.sign)
-    deploy_options = DeployOptions(request.profile, tuple(request.compute_capabilities))
-    check_options(request.wanted.deployments, deploy_options)
+    check_options(request)
     with staged_folder(Path(output), force=request.force) as staged:
         source = type(model).__name__ if isinstance(model, XAdapterModel) else str(model)
         if not isinstance(model, XAdapterModel):
@@ -153,8 +151,7 @@ def export(
             manifest, report = builder.build(cases, staged.final.name)
         with _rejecting(staged):
             _raise_if_wrong(manifest, report)
-            say = partial(on_stage, "deploy")
-            made = _deploy_all(staged.path, manifest, request.wanted, deploy_options, say)
+            made = _deploy_all(staged.path, manifest, request, partial(on_stage, "deploy"))
         if made:
             manifest = manifest.model_copy(update={"deployments": made})
             manifest = _write_manifest(staged.path, manifest, staged.final.name)
@@ -260,14 +257,7 @@ class _Builder:
         retrieves = any(output.name == "retrieved" for spec in self.specs.values() for output in spec.outputs)
         pack.write_companions(self.model, folder, with_clip="clip" in components, with_rows=retrieves)
         manifest = pack.make_manifest(
-            self.model,
-            self.source,
-            plan.task,
-            self.request.opset,
-            plan.max_seq,
-            plan.candidates,
-            self.specs,
-            tuple(self.variants),
+            self.model, self.source, plan, self.request.opset, self.specs, tuple(self.variants)
         )
         self.on_stage("prove", ", ".join(plan.expert_sets))
         gc.collect()  # what was traced has cycles, and holds copies of most weights
@@ -296,10 +286,9 @@ class _Builder:
         self.on_stage("merge", expert_set)
         merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, without)
         whole = merge().eval()
-        saved = count_savings(model, whole, expert_set, plan.task, plan.candidate_ids, without)
+        saved = count_savings(model, whole)
         self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
-        pack.write_projections(model, self.folder, whole)
         input_names = whole.input_names
         parts: dict[Part, MergedModel] = {"whole": whole}
         if plan.split and reads_clip(model, expert_set):
@@ -313,6 +302,7 @@ class _Builder:
             check_graph(graphs[part], merged, self.request.opset)
             hide_taps(graphs[part], merged)
         self.specs[expert_set] = pack.expert_set_spec(graphs, parts, input_names)
+        pack.write_projections(model, self.folder, parts.get("whole") or parts["answer"])
         variant = self._add(expert_set, all_variants()[PORTABLE], MadeGraph(saved, graphs), None, shelf)
         self._ask_fp32(expert_set, variant)
         return Material(
@@ -452,21 +442,17 @@ class _Builder:
 
 
 def _deploy_all(
-    folder: Path,
-    manifest: Manifest,
-    wanted: WantedVariants,
-    options: DeployOptions,
-    say: Callable[[str], None],
+    folder: Path, manifest: Manifest, request: ExportRequest, say: Callable[[str], None]
 ) -> tuple[Deployment, ...]:
     """Makes every deployment that was asked for, of every expert set whose graph is there."""
     made: list[Deployment] = []
-    for name in wanted.deployments:
+    for name in request.wanted.deployments:
         deployer = load_maker(TARGETS[name.target])
         assert isinstance(deployer, Deployer)  # so says the table
         for variant in manifest.variants:
             if variant.name == str(made_from(name)):
                 start = time.monotonic()
-                job = DeployJob(folder, manifest, variant, options, say)
+                job = DeployJob(folder, manifest, variant, request, say)
                 wrote = deployer.deploy(job)
                 deployment = Deployment(
                     target=name.target,

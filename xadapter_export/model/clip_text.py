@@ -335,34 +335,51 @@ def _make_text_transformer(config: ClipTextConfig) -> nn.Module:
     return text
 
 
-def _from_source(source: str | Path) -> OpenClipTower:
-    name = str(source)
-    folder = builtin_folder() / "clip" if name == BUILTIN else Path(source)
-    if not folder.is_dir():
-        folder = download_clip(name)
-    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    if not config_path.is_file():
+def find_clip(source: str | Path) -> Path:
+    """Return the folder of a CLIP in open_clip's hub layout, fetched where it is no folder.
+
+    Args:
+        source: A folder, ``model:tag``, a hub id, or ``builtin``.
+
+    Raises:
+        CheckpointError: If it cannot be had, or a file is missing.
+    """
+    folder = builtin_folder() / "clip" if str(source) == BUILTIN else Path(source)
+    folder = folder if folder.is_dir() else download_clip(str(source))
+    if not (folder / CONFIG_NAME).is_file():
         is_transformers = (folder / "config.json").is_file()
         raise CheckpointError(
             "the CLIP is not in open_clip's hub layout",
-            where=name,
+            where=source,
             expected=CONFIG_NAME,
             got="a model of transformers" if is_transformers else "none",
             hint="name a model of open_clip, such as ViT-B-32:laion2b_s34b_b79k",
         )
-    if not weights_path.is_file():
+    if not (folder / WEIGHTS_NAME).is_file():
         raise CheckpointError(
-            f"CLIP {name}: expected {WEIGHTS_NAME}, found none (a pickle is refused). "
+            f"CLIP {source}: expected {WEIGHTS_NAME}, found none (a pickle is refused). "
             "Save the weights as safetensors"
         )
+    return folder
+
+
+def read_clip_config(folder: Path) -> dict[str, Any]:
+    """Read ``open_clip_config.json``; a bare model configuration, as open_clip's own are, is wrapped.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    settings = read_object(folder / CONFIG_NAME, "the configuration of CLIP", CheckpointError)
+    return settings if "model_cfg" in settings else {"model_cfg": settings}
+
+
+def _from_source(source: str | Path) -> OpenClipTower:
+    name, folder = str(source), find_clip(source)
+    model_cfg = read_clip_config(folder)["model_cfg"]
     try:
-        settings = read_object(config_path, "the configuration of CLIP", CheckpointError)
-        model_cfg = settings.get("model_cfg", settings)  # open_clip's own model files have no wrapper
-        weights = load_file(weights_path)
-    except (OSError, ValueError, AttributeError, MemoryError, SafetensorError) as error:
-        raise CheckpointError(
-            f"CLIP {name}: {config_path.name} or {weights_path.name} cannot be read ({error})"
-        ) from error
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise CheckpointError(f"CLIP {name}: {WEIGHTS_NAME} cannot be read", got=error) from error
     config = ClipTextConfig.from_open_clip(model_cfg, name)
     return _build(config, weights, _tokenizer_for(config, folder / TOKENIZER_NAME, name), name)
 

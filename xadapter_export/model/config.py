@@ -3,6 +3,7 @@
 Nothing here imports torch, so a checkpoint can be described without loading it.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +27,22 @@ class RetrievalConfig(_Strict):
 
     mode: Literal["topk", "static"] = "topk"
     k: Annotated[int, Field(ge=1)] = 4
+
+
+def check_shape(
+    layer: str, retrieval: str, layers: Sequence[int], adapter_width: int, num_heads: int
+) -> None:
+    """Refuse settings of a plug-in that do not go together; for what each is see ``XAdapterConfig``.
+
+    Raises:
+        ValueError: If some do not; pydantic makes one line of it.
+    """
+    if LAYERS[layer].learns_rows and retrieval != "static":
+        raise ValueError(f"layer {layer} needs static retrieval")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"layers must be in ascending order, without repeats: {list(layers)}")
+    if adapter_width % num_heads:
+        raise ValueError(f"adapter_width {adapter_width} must be a multiple of num_heads {num_heads}")
 
 
 class XAdapterConfig(_Strict):
@@ -54,14 +71,7 @@ class XAdapterConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.adapter_width % self.num_heads:
-            raise ValueError(
-                f"adapter_width {self.adapter_width} is not a multiple of num_heads {self.num_heads}"
-            )
-        if LAYERS[self.layer].learns_rows and self.retrieval.mode != "static":
-            raise ValueError(f"layer {self.layer} needs static retrieval")
-        if list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers {list(self.layers)} must ascend without repeats")
+        check_shape(self.layer, self.retrieval.mode, self.layers, self.adapter_width, self.num_heads)
         if TASKS[self.task].has_labels != bool(self.labels):
             verb = "has no" if self.labels else "needs"
             raise ValueError(f"labels: {self.task} {verb} labels")

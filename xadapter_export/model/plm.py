@@ -60,16 +60,13 @@ class NoMlmHeadError(CheckpointError):
     """A PLM that is to fill masks has no MLM head."""
 
 
-def load_plm(
-    source: str | Path | PreTrainedModel, task: Task, tokenizer_source: str | Path | None = None
-) -> PlmFamily:
+def load_plm(source: str | Path | PreTrainedModel, task: Task) -> PlmFamily:
     """Loads a PLM and its tokenizer from a folder or hub id, or copies a loaded transformers model.
 
     Args:
         source: Folder in ``save_pretrained`` layout, hub id, ``builtin``, or a model, which stays as it is
-            (its tokenizer is read from ``tokenizer_source`` or ``model.name_or_path``).
+            (its tokenizer is read from ``model.name_or_path``).
         task: One that fills words needs a PLM with a trained MLM head.
-        tokenizer_source: Folder or hub id of the tokenizer, if not that of the PLM.
 
     Raises:
         CheckpointError: If it cannot be found or read, holds a pickle instead of safetensors, or has no fast
@@ -84,8 +81,8 @@ def load_plm(
     else:
         name = str(source)
         source = builtin_folder() / "plm" if name == BUILTIN else source
-        model, tokenizer_source = _load_model(source, task), tokenizer_source or source
-    tokenizer, special = _load_tokenizer(tokenizer_source or name)
+        model = _load_model(source, task)
+    tokenizer, special = _load_tokenizer(name if isinstance(source, PreTrainedModel) else source)
     if TASKS[task].reads_masks and "mask" not in special:
         raise CheckpointError(
             f"PLM {name}: its tokenizer has no mask token; {task} needs one. Use another task or PLM"

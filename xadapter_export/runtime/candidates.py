@@ -54,3 +54,25 @@ def find_candidates(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[Candida
             )
         found[token_id] = Candidate(word=word, token_id=token_id)
     return tuple(found.values())
+
+
+def columns_of(chosen: Sequence[Candidate], sliced: Sequence[Candidate] | None) -> list[int]:
+    """Return the column of the logits for each word.
+
+    Args:
+        chosen: The words.
+        sliced: The words that the head was sliced to, or None where it has the whole vocabulary.
+
+    Raises:
+        ConfigError: If the head lacks a word.
+    """
+    if sliced is None:
+        return [candidate.token_id for candidate in chosen]
+    column_of = {candidate.token_id: column for column, candidate in enumerate(sliced)}
+    if absent := [candidate.word for candidate in chosen if candidate.token_id not in column_of]:
+        raise ConfigError(
+            "the bundle was exported for other candidates",
+            where=", ".join(absent),
+            expected=f"some of {', '.join(candidate.word for candidate in sliced)}",
+        )
+    return [column_of[candidate.token_id] for candidate in chosen]

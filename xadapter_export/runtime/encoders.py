@@ -1,6 +1,5 @@
 """The text encoders of a bundle, made from its tokenizers and the rules in its manifest."""
 
-from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,15 +16,15 @@ def load_encoders(bundle: Bundle) -> tuple[TextEncoder, TextEncoder]:
         BundleError: If a tokenizer is missing, cannot be read, or does not belong to the manifest.
     """
     plm, clip = bundle.manifest.plm, bundle.manifest.clip
-    make_encoder = partial(
-        TextEncoder,
+    tokens = None if clip is None else TowerTokens(_load_tokenizer(bundle.file(CLIP_TOKENIZER_NAME)), clip)
+    encoder = TextEncoder(
         _load_tokenizer(bundle.file(TOKENIZER_NAME)),
+        tokens,
         max_seq=plm.max_seq,
         mask_token=plm.mask_token,
         pad_token_id=plm.pad_token_id,
         has_token_type_ids=plm.has_token_type_ids,
     )
-    encoder = make_encoder(None)
     if encoder.mask_token_id != plm.mask_token_id:
         raise BundleError(
             "the tokenizer and the manifest disagree about the mask token",
@@ -33,10 +32,7 @@ def load_encoders(bundle: Bundle) -> tuple[TextEncoder, TextEncoder]:
             expected=plm.mask_token_id,
             got=encoder.mask_token_id,
         )
-    if clip is None:
-        return encoder, encoder
-    clip_tokenizer = _load_tokenizer(bundle.file(CLIP_TOKENIZER_NAME))
-    return encoder, make_encoder(TowerTokens(clip_tokenizer, clip))
+    return encoder if clip is None else encoder.without_clip(), encoder
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -5,10 +5,8 @@ and faster than all else in MiniLM (docs/log.md).
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ from typing import Final
 from xadapter_export.bundle.folder import MANIFEST_NAME, Bundle, sha256_file
 from xadapter_export.bundle.machine import read_machine
 from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.bundle.staging import write_whole
 from xadapter_export.errors import ConfigError
+from xadapter_export.registry import installed_version
 from xadapter_export.sessions.session import Provider
 from xadapter_export.targets import all_targets
 
@@ -82,7 +82,7 @@ def key_of(
 ) -> str:
     """Return what a measurement depends on, in short."""
     runtimes = [target.runtime for target in all_targets() if target.places and target.runtime]
-    versions = {name: _version(name) for runtime in runtimes for name in runtime.distributions}
+    versions = {name: installed_version(name) for runtime in runtimes for name in runtime.distributions}
     facts = (
         sha256_file(bundle.folder / MANIFEST_NAME),
         experts,
@@ -115,14 +115,7 @@ def remember(cache_dir: Path, key: str, timings: Timings) -> None:
     kept = dict(list(kept.items())[1 - _MOST_KEPT :]) | {key: dict(timings.milliseconds)}
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=cache_dir, prefix=f".{_FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(kept, stream)
-            Path(temporary).replace(cache_dir / _FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(cache_dir / _FILE, json.dumps(kept))
     except OSError as error:
         raise ConfigError(
             "the timings cannot be saved",
@@ -139,10 +132,3 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

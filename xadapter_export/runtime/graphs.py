@@ -125,8 +125,7 @@ class Graphs:
         opening = Opening(how.providers, how.num_threads, cache_dir=how.cache_folder)
         open_it = open_shared if how.share_weights else open_variant
         open_graph = partial(open_it, self._bundle, how=opening)
-        compared = files_of_record(self._bundle) if how.check != "never" else ()
-        with how.verifying(self._bundle, (*variant.all_files, *compared)):
+        with how.verifying(self._bundle, variant.all_files):
             is_split = variant.query_file is not None
             return self._pairs.open(variant, open_graph) if is_split else open_graph(variant)
 
@@ -136,7 +135,8 @@ class Graphs:
         if how.check == "never" or choice.engine is not None:
             return None
         computed_by = (repr(list(how.providers or [])), how.num_threads)
-        check = check_graph(self._bundle, variant, session, how.check, computed_by)
+        with how.verifying(self._bundle, files_of_record(self._bundle)):
+            check = check_graph(self._bundle, variant, session, how.check, computed_by)
         self._checks.append(check)
         if check.passed:
             return None

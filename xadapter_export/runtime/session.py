@@ -34,7 +34,7 @@ from xadapter_export.errors import (
 from xadapter_export.parity.recorded import Check
 from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
-from xadapter_export.runtime.candidates import find_candidates
+from xadapter_export.runtime.candidates import columns_of, find_candidates
 from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
 from xadapter_export.runtime.feed import check_feed, check_outputs
@@ -461,17 +461,7 @@ class XAdapterSession:
         if candidates is None:
             return None, sliced
         chosen = find_candidates(self._tokenizer, candidates)
-        if sliced is None:
-            return [candidate.token_id for candidate in chosen], chosen
-        column_of = {candidate.token_id: column for column, candidate in enumerate(sliced)}
-        absent = [candidate.word for candidate in chosen if candidate.token_id not in column_of]
-        if absent:
-            raise ConfigError(
-                "the bundle was exported for other candidates",
-                where=", ".join(absent),
-                expected=f"some of {', '.join(candidate.word for candidate in sliced)}",
-            )
-        return [column_of[candidate.token_id] for candidate in chosen], chosen
+        return columns_of(chosen, sliced), chosen
 
 
 def _retrieves(spec: ExpertSetSpec) -> bool:

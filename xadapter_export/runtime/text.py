@@ -4,9 +4,11 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks. Every array is int64.
 longest of the batch; those of a text tower for which padding matters are as long as it can read.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from xadapter_export.bundle.manifest import TowerFacts
 from xadapter_export.errors import ConfigError, InputTextError, panics_as
 
 Int64Array = NDArray[np.int64]
+GENERIC_MASK = "[MASK]"  # what files write; the PLM's own mask token takes its place
 
 
 class TruncationWarning(UserWarning):
@@ -162,6 +165,12 @@ class TextEncoder:
         if max_seq <= num_special:
             raise ConfigError("max_seq leaves no room", expected=f"more than {num_special}", got=max_seq)
         self._clip = clip
+
+    def without_clip(self) -> Self:
+        """Return the same for the PLM alone, so that nothing is said of a text which CLIP does not read."""
+        other = copy.copy(self)
+        other._clip = None
+        return other
 
     def encode(
         self,
@@ -318,10 +327,10 @@ def without_limits(tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer without its own padding and truncation, which would hide what was cut."""
     if tokenizer.padding is None and tokenizer.truncation is None:
         return tokenizer
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+    unlimited = Tokenizer.from_str(tokenizer.to_str())
+    unlimited.no_padding()
+    unlimited.no_truncation()
+    return unlimited
 
 
 def check_texts(texts: str | Sequence[str], name: str = "text") -> list[str]:

@@ -1,6 +1,5 @@
 """Graphs in onnxruntime: providers, threads and clear errors."""
 
-import importlib.metadata
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from xadapter_export.errors import (
     ProviderError,
     import_extra,
 )
+from xadapter_export.registry import installed_version
 from xadapter_export.sessions.cuda import (
     BoundSession,
     exact_options,
@@ -168,18 +168,10 @@ def _check_active(names: Sequence[str], active: Sequence[str], problem: str) -> 
 
 def _clash() -> str | None:
     """Return what to do about two onnxruntime packages in one place: they overwrite each other's files."""
-    found = [name for name in ONNXRUNTIME.distributions if _is_installed(name)]
+    found = [name for name in ONNXRUNTIME.distributions if installed_version(name)]
     if len(found) < 2:
         return None
     return (
         f"{' and '.join(found)} are both installed and overwrite each other's files: run "
         f"pip uninstall -y {' '.join(found)} and install one of xadapter-export[cpu] and xadapter-export[gpu]"
     )
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

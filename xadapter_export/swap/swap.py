@@ -85,8 +85,7 @@ def swap_bank(
     Args:
         bundle: The bundle: its folder, its name on the Hub, or what ``read_bundle`` gave.
         bank: Folder of the new bank, of the same CLIP and width; it may have another number of rows.
-        output: Folder of the new bundle; the bundle itself is replaced if None, which one on the Hub
-            cannot be.
+        output: Folder of the new bundle; None replaces the bundle itself, if it is no bundle on the Hub.
         leave_out: Names of variants and deployments that read the bank and are not to be in the new bundle;
             a target stands for all of its deployments.
         assume_clip: Take a bank that does not say which CLIP it is of.

@@ -109,10 +109,10 @@ class Collator:
         examples = [(draw.source.examples, draw.row) for draw in draws]
         features = [(draw.source.features, draw.row) for draw in draws]
         ids, mask = padded([entry.input_ids[row] for entry, row in examples], self._pad)
-        batch = {"input_ids": ids, "attention_mask": mask}
+        batch = {"input_ids": ids, "attention_mask": mask.long()}
         if examples[0][0].token_type_ids is not None:
             rows = [entry.token_type_ids[row] for entry, row in examples if entry.token_type_ids is not None]
-            batch["token_type_ids"] = padded(rows, 0)[0]
+            batch["token_type_ids"] = padded(rows)[0]
         if examples[0][0].labels is not None:
             batch["labels"] = torch.from_numpy(
                 np.array([entry.labels[row] for entry, row in examples if entry.labels is not None])
@@ -120,10 +120,10 @@ class Collator:
         else:
             batch |= _answers([(entry.mask_positions[row], entry.answers[row]) for entry, row in examples])
         if features[0][0].hidden is not None:
-            batch["hidden"] = _padded_states([f.hidden[row] for f, row in features if f.hidden])[0]
+            batch["hidden"] = padded([f.hidden[row] for f, row in features if f.hidden])[0]
         if features[0][0].token_states is not None:
             states = [f.token_states[row] for f, row in features if f.token_states]
-            batch["t"], batch["t_mask"] = _padded_states(states)
+            batch["t"], batch["t_mask"] = padded(states)
         if features[0][0].retrieved is not None:
             rows = [
                 f.retrieved[row][draw.pictures]
@@ -135,17 +135,6 @@ class Collator:
             queries = [f.queries[row] for f, row in features if f.queries is not None]
             batch["queries"] = torch.from_numpy(np.stack(queries))
         return batch
-
-
-def _padded_states(rows: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """``(B, longest, width) float32`` with zeros behind each row, and ``(B, longest) bool``."""
-    longest = max(len(row) for row in rows)
-    states = torch.zeros((len(rows), longest, rows[0].shape[1]))
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        states[number, : len(row)] = torch.from_numpy(np.array(row))
-        mask[number, : len(row)] = True
-    return states, mask
 
 
 def _answers(rows: Sequence[tuple[NDArray[np.int64], Any]]) -> dict[str, Tensor]:

@@ -11,23 +11,12 @@ from pydantic.fields import FieldInfo
 
 from xadapter_export.bundle.manifest import SomeExperts, Task
 from xadapter_export.errors import ConfigError
+from xadapter_export.evaluation.objects import ELEVEN
 from xadapter_export.experts import EXPERT_SETS, V, reads_bank, reads_text
-from xadapter_export.layers import LAYERS, SENTENCE_QUERY, TOKEN_QUERY, LayerName
+from xadapter_export.layers import SENTENCE_QUERY, TOKEN_QUERY, LayerName
+from xadapter_export.model.config import check_shape
 from xadapter_export.tasks import FILL_MASK, TASKS, TEXT_CLASSIFICATION
 
-COLOR_WORDS = (
-    "black",
-    "blue",
-    "brown",
-    "green",
-    "grey",
-    "orange",
-    "pink",
-    "purple",
-    "red",
-    "white",
-    "yellow",
-)
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -70,12 +59,7 @@ class PluginSettings(_Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if LAYERS[self.layer].learns_rows and self.retrieval != "static":
-            raise ValueError(f"layer = {self.layer} needs retrieval = static")
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError("layers must be in ascending order, without repeats")
-        if self.adapter_width % self.num_heads:
-            raise ValueError("adapter_width must be a multiple of num_heads")
+        check_shape(self.layer, self.retrieval, self.layers or (), self.adapter_width, self.num_heads)
         return self
 
     @property
@@ -129,7 +113,7 @@ class DataSettings(_Table):
     )
     maskings: Positive = Field(1, description="Number of maskings per text.")
     favor_words: tuple[str, ...] = Field(
-        COLOR_WORDS, description="Words to mask more often. Default: eleven color words."
+        ELEVEN, description="Words to mask more often. Default: eleven color words."
     )
     favor_share: Share = Field(
         0.5, description="How often to mask only that word in a text that contains one."

@@ -17,9 +17,8 @@ from tokenizers import Tokenizer
 from xadapter_export.errors import ConfigError, InputTextError, import_extra
 from xadapter_export.evaluation.tables import read_lines, read_table
 from xadapter_export.runtime.candidates import find_candidates
-from xadapter_export.runtime.text import TextEncoder, check_texts
+from xadapter_export.runtime.text import GENERIC_MASK, TextEncoder, check_texts
 
-GENERIC_MASK = "[MASK]"  # what files write; the PLM's own mask token takes its place
 _WORD = re.compile(r"\w+")
 _CHUNK = 1024
 

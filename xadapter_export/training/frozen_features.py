@@ -19,6 +19,7 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import OutputExistsError
@@ -180,7 +181,9 @@ class _Kinds:
         for rows in self._batches(ids):
             batch, mask = padded([ids[row] for row in rows], pad)
             type_ids = None if types is None else padded([types[row] for row in rows], 0)[0].to(self._device)
-            states = self.model.hidden_before(layer, batch.to(self._device), mask.to(self._device), type_ids)
+            states = self.model.hidden_before(
+                layer, batch.to(self._device), mask.long().to(self._device), type_ids
+            )
             _put(target, rows, states)
 
     def write_retrieved(self, place: Path, pool: int) -> None:
@@ -256,12 +259,8 @@ def _put(target: Ragged, rows: NDArray[np.int64], states: Tensor) -> None:
         kept[:] = state[: len(kept)]
 
 
-def padded(rows: Sequence[NDArray[np.int64]], value: int) -> tuple[Tensor, Tensor]:
-    """Pad rows of ids: ``(B, longest) int64``, and the same shape with 1 at what is real."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), value, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.from_numpy(np.ascontiguousarray(row))
-        mask[number, : len(row)] = 1
-    return ids, mask
+def padded(rows: Sequence[NDArray[Any]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad rows of ``(n, ...)`` to ``(B, longest, ...)``; with it ``(B, longest) bool``, True where real."""
+    batch = pad_sequence([torch.from_numpy(np.array(row)) for row in rows], True, value)
+    lengths = torch.tensor([len(row) for row in rows])
+    return batch, torch.arange(batch.shape[1]) < lengths[:, None]

@@ -23,7 +23,7 @@ from xadapter_export.bank import FeatureBank
 from xadapter_export.bundle.folder import sha256_file
 from xadapter_export.bundle.manifest import Expert, ExpertSet
 from xadapter_export.bundle.pictures import Picture
-from xadapter_export.bundle.staging import check_replaceable
+from xadapter_export.bundle.staging import check_replaceable, write_whole
 from xadapter_export.errors import (
     CheckpointError,
     ConfigError,
@@ -524,7 +524,7 @@ class _Learner:
         if trainer.args.should_save:
             with _blaming(folder):
                 trainer.save_model(str(folder))
-                _write(finished, {"history": history, "steps": trainer.state.global_step})
+                write_whole(finished, json.dumps({"history": history, "steps": trainer.state.global_step}))
         if progress.stopped:  # in the very last step; what is left is quick, but not what was asked for
             raise stopped
         return history, trainer.state.global_step
@@ -579,13 +579,6 @@ def _blaming(folder: Path) -> Iterator[None]:
             got=getattr(error, "strerror", None) or error,
             hint="free some space, or choose another with --run; then run the same command again to resume",
         ) from error
-
-
-def _write(path: Path, value: object) -> None:
-    """Write JSON that is there as a whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    partial.replace(path)
 
 
 def _read(path: Path) -> Any:
@@ -672,7 +665,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
         )
     with _blaming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, {"fingerprint": fingerprint})
+        write_whole(path, json.dumps({"fingerprint": fingerprint}))
 
 
 def _record(

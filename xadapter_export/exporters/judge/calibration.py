@@ -16,7 +16,7 @@ from xadapter_export.errors import ConfigError, InputTextError
 from xadapter_export.evaluation.labeled import GLUE_TASKS
 from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_sentences, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
-from xadapter_export.runtime.text import TextEncoder, TruncationWarning, check_texts
+from xadapter_export.runtime.text import GENERIC_MASK, TextEncoder, TruncationWarning, check_texts
 from xadapter_export.sessions.session import Array
 from xadapter_export.tasks import TASKS
 
@@ -30,7 +30,6 @@ PAIR_COLUMNS: Final = tuple(
     (text, pair) for task in GLUE_TASKS.values() for text in task.text for pair in task.pair
 )
 _Row = tuple[str, str | None]  # a text, and the second of a pair
-_GENERIC_MASK = "[MASK]"  # what files write; the PLM's own mask token takes its place
 _TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _BATCH_SIZES = (1, 4, 8, 2)
 _MOST_MASKS = 3  # of one text, each in a copy of its own
@@ -146,7 +145,7 @@ def read_calibration(
 
 def _by_sentence(rows: Sequence[_Row], mask_token: str) -> list[list[_Row]]:
     """Return rows by sentence: those whose texts are equal, or differ only where one has a mask."""
-    texts = [put_mask_token(text, mask_token or _GENERIC_MASK).casefold().split() for text, _ in rows]
+    texts = [put_mask_token(text, mask_token or GENERIC_MASK).casefold().split() for text, _ in rows]
     known = {word: number for number, word in enumerate({word for text in texts for word in text}, 1)}
     masked = {word: 0 for word in known if mask_token and mask_token.casefold() in word}
     numbers = known | masked
@@ -213,7 +212,7 @@ def mask_word(text: str, mask_token: str, rng: random.Random, wanted: frozenset[
 
 def put_mask_token(text: str, mask_token: str) -> str:
     """Return the text with the PLM's mask token in the place of ``[MASK]``."""
-    return text.replace(_GENERIC_MASK, mask_token)
+    return text.replace(GENERIC_MASK, mask_token)
 
 
 def find_text_columns(columns: Sequence[str], where: object, *, with_pairs: bool) -> tuple[str, str | None]:
@@ -297,7 +296,7 @@ def _caption_sentences(captions: Sequence[str], *, with_mask: bool) -> Iterator[
         if len(caption.split()) > _CAPTION_WORDS:  # a sentence by itself
             yield caption
         else:
-            yield template.format(caption=caption, word=_GENERIC_MASK if with_mask else word)
+            yield template.format(caption=caption, word=GENERIC_MASK if with_mask else word)
 
 
 def _read_texts(path: Path, *, with_pairs: bool) -> list[_Row]:

@@ -1,7 +1,7 @@
 """The judge of an export: compares lossy variants with fp32, and says which are left out."""
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from xadapter_export.bundle.machine import read_machine
@@ -26,18 +26,14 @@ class Gates:
     """What lossy variants are made and judged with; no texts where there are none.
 
     Attributes:
+        request: Whoever asks for other gates than the default ones says so there.
         calibration: The texts.
         questions: Questions with a known answer.
-        min_agreement: In the place of the default gate of a precision.
-        max_points_lost: Likewise.
-        skip_failed: Whether a variant below a gate is left out, and the others are written.
     """
 
+    request: ExportRequest
     calibration: Calibration | None = None
     questions: agreement.Questions | None = None
-    min_agreement: float | None = None
-    max_points_lost: float | None = None
-    skip_failed: bool = False
 
     def judged_on(self, processor: str) -> JudgedOn | None:
         """Return what a manifest says of the texts and questions; None where there are none."""
@@ -53,20 +49,15 @@ def read_gates(model: XAdapterModel, plan: Plan, request: ExportRequest) -> Gate
     Raises:
         XAdapterError: If they cannot be read.
     """
-    gates = Gates(
-        min_agreement=request.min_agreement,
-        max_points_lost=request.max_points_lost,
-        skip_failed=request.skip_failed,
-    )
     if not request.wanted.is_lossy:
-        return gates
+        return Gates(request)
     words = [candidate.word for candidate in plan.candidates or ()]
     source = None if request.calibration is None else Path(request.calibration)
     asked = None if request.evaluate is None else Path(request.evaluate)
-    return replace(
-        gates,
-        calibration=read_calibration(model, source, plan.task, candidates=words),
-        questions=agreement.read_questions(model, asked, plan.task, plan.candidates),
+    return Gates(
+        request,
+        read_calibration(model, source, plan.task, candidates=words),
+        agreement.read_questions(model, asked, plan.task, plan.candidates),
     )
 
 
@@ -107,14 +98,14 @@ class Judge:
             agreement.collect(agreement.as_runner(session), probe, name.precision),
             probe,
             name.precision,
-            min_agreement=self.gates.min_agreement,
-            max_points_lost=self.gates.max_points_lost,
+            min_agreement=self.gates.request.min_agreement,
+            max_points_lost=self.gates.request.max_points_lost,
             judged_on=self.gates.judged_on(str(read_machine())),
         )
 
     def leaves_out(self, measured: Agreement | None, expert_set: ExpertSet, name: VariantName) -> bool:
         """Whether a variant is below its gate and is to be left out; then a warning says so."""
-        if measured is None or not self.gates.skip_failed:
+        if measured is None or not self.gates.request.skip_failed:
             return False
         try:
             agreement.check(measured, f"{name}, experts {expert_set}")

@@ -13,14 +13,13 @@ from types import ModuleType
 from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.maker import Say
 from xadapter_export.sessions.tensorrt_session import find_gpu
-from xadapter_export.targets import Precision
 
-_NO_FP32 = (
+NO_FP32 = (
     "TensorRT-RTX has no fp32 matrix products for Turing (sm75); leave sm75 out, or choose --precision fp16"
 )
 # What the builders say, and what a reader can do about it.
 _REASONS = {
-    "FP32 GEMM is not supported": _NO_FP32,
+    "FP32 GEMM is not supported": NO_FP32,
     "CUDA initialization failure": "this library builds on the GPU that it is for, and none is here",
     "no CUDA-capable device": "this library builds on the GPU that it is for, and none is here",
 }
@@ -97,18 +96,6 @@ def split_capabilities(asked: Sequence[str], library: ModuleType) -> list[tuple[
                 got=", ".join(asked),
             )
     return groups or [tuple(name for name in sorted(known, key=_number) if name != "sm75")]
-
-
-def check_capabilities(library: ModuleType, asked: Sequence[str], precisions: Sequence[Precision]) -> None:
-    """Refuses compute capabilities that no engine can be built for, before there is a graph to build from.
-
-    Raises:
-        ConfigError: As ``split_capabilities``, or if every engine of a precision would be refused.
-        ProviderError: If one is ``current`` and there is no GPU.
-    """
-    groups = split_capabilities(asked, library)
-    if "fp32" in precisions and all("sm75" in group for group in groups):
-        raise ConfigError(_NO_FP32, got=", ".join(asked))
 
 
 def _number(name: str) -> int:

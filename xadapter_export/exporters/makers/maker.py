@@ -19,32 +19,13 @@ from xadapter_export.errors import ConfigError, import_extra
 from xadapter_export.exporters.makers.axis_profile import check_axes
 from xadapter_export.exporters.passes.quantize import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.registry import load_named
 from xadapter_export.sessions.session import Array
-from xadapter_export.targets import TARGETS, Precision, Target, VariantName, all_targets
+from xadapter_export.targets import TARGETS, Precision, Target, all_targets
 
 Say = Callable[[str], None]
 Graphs = dict[Part, ir.Model]
-
-
-@dataclass(frozen=True)
-class DeployOptions:
-    """What deployments were asked to fit.
-
-    Attributes:
-        profile: Least and largest length of an axis, by its name in the graph: ``batch``, ``seq``, ``masks``,
-            ``clip_seq``.
-        compute_capabilities: NVIDIA architectures, an entry for each engine: ``sm89``, or ``sm86+sm89``.
-
-    Raises:
-        ConfigError: If an axis, or its range, is not one.
-    """
-
-    profile: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    compute_capabilities: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_axes(self.profile)
 
 
 @dataclass
@@ -130,14 +111,14 @@ class DeployJob:
         folder: The bundle that is being made: the graph, its weights and the reference are there.
         manifest: What the bundle says so far.
         variant: The variant that it is made from.
-        options: What it must fit.
+        options: What was asked for: ``profile`` and ``compute_capabilities`` are what it must fit.
         say: Called with what is written.
     """
 
     folder: Path
     manifest: Manifest
     variant: Variant
-    options: DeployOptions
+    options: ExportRequest
     say: Say
 
 
@@ -161,7 +142,7 @@ class Maker:
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def check(self, options: DeployOptions, precisions: Sequence[Precision]) -> None:
+    def check(self, options: ExportRequest, precisions: Sequence[Precision]) -> None:
         """Refuse what could not be made, before anything is traced.
 
         Args:
@@ -213,16 +194,17 @@ def load_maker(target: Target) -> Maker:
     return found(target)
 
 
-def check_options(names: Sequence[VariantName], options: DeployOptions) -> None:
+def check_options(options: ExportRequest) -> None:
     """Refuse options that no target reads, what no maker can do, and what is not installed.
 
     Args:
-        names: Deployments that were asked for.
-        options: What they must fit.
+        options: What was asked for: deployments, and what they must fit.
 
     Raises:
         XAdapterError: If there is one.
     """
+    names = options.wanted.deployments
+    check_axes(options.profile)
     targets = [TARGETS[name] for name in dict.fromkeys(name.target for name in names)]
     for target in targets:
         if target.needs is not None:
@@ -242,7 +224,7 @@ def check_options(names: Sequence[VariantName], options: DeployOptions) -> None:
 _CAPABILITY = "compute-capability"
 
 
-def _check_profile(targets: Sequence[Target], options: DeployOptions) -> None:
+def _check_profile(targets: Sequence[Target], options: ExportRequest) -> None:
     for axis, (least, largest) in options.profile.items():
         readers = [target for target in targets if axis in (*target.axes, *target.largest_axes)]
         if not readers:

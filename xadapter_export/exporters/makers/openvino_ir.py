@@ -21,6 +21,7 @@ from xadapter_export.exporters.passes.quantize import (
     Rounding,
     round_blocks,
     round_products,
+    rowwise_int8,
 )
 from xadapter_export.exporters.passes.rounding import Curvatures, SmoothRows
 from xadapter_export.sessions.openvino_session import import_openvino
@@ -299,7 +300,7 @@ def _compress_tables(model: Any, skip: tuple[str, ...]) -> None:
     for table, name, lookups in _tables(model):
         if name.startswith((_BANK, *skip)):
             continue
-        rows, scales = _rowwise_int8(table.data)
+        rows, scales = rowwise_int8(table.data)
         rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
         for lookup in lookups:
             ids, axis = lookup.input_value(1), ops.constant(np.int64(0))
@@ -318,7 +319,7 @@ def _compress_matrices(model: Any, prefixes: tuple[str, ...]) -> None:
         if not is_wanted or not _is_float(weight) or weight.data.size < _SMALL:
             continue
         flags = node.get_attributes()
-        rows, scales = _rowwise_int8(weight.data if flags["transpose_b"] else weight.data.T)
+        rows, scales = rowwise_int8(weight.data if flags["transpose_b"] else weight.data.T)
         rows, scales = ops.constant(rows, name=name), ops.constant(scales, name=name + _SCALE)
         back = ops.multiply(ops.convert(rows, "f32"), scales)
         _replace(node, ops.matmul(node.input_value(0), back, flags["transpose_a"], True))
@@ -449,17 +450,6 @@ def _products(model: Any) -> Iterator[tuple[Any, str]]:
                 weight = weight.input_value(0).get_node()
         if weight.get_type_name() == "Constant":
             yield node, weight.get_friendly_name()
-
-
-def _rowwise_int8(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rounds ``(n, m) float32`` to int8; returns it, and the scales ``(n, 1) float32``."""
-    largest = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
-    scales = np.where(largest > 0, largest / np.float32(127), np.float32(1))
-    rows = np.empty(weight.shape, np.int8)
-    for start in range(0, len(weight), 1024):  # a table of a large vocabulary is not copied whole
-        part = slice(start, start + 1024)
-        rows[part] = np.rint(weight[part] / scales[part])
-    return rows, scales
 
 
 def _nodes(model: Any, kind: str) -> list[Any]:

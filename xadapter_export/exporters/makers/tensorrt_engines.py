@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xadapter_export.bundle.manifest import Variant
-from xadapter_export.errors import UnsupportedError
+from xadapter_export.errors import ConfigError, UnsupportedError
 from xadapter_export.exporters.makers.axis_profile import plan_axes, profile_facts, profile_shapes
 from xadapter_export.exporters.makers.engines import (
+    NO_FP32,
     EngineJob,
     build_engine,
-    check_capabilities,
     split_capabilities,
 )
-from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob, DeployOptions
+from xadapter_export.exporters.makers.maker import Deployed, Deployer, DeployJob
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.sessions.tensorrt_session import import_library
 from xadapter_export.targets import Precision
 
@@ -20,9 +21,17 @@ from xadapter_export.targets import Precision
 class TensorRtRtxMaker(Deployer):
     """Builds the engines of a variant, one after another, so that memory is for one."""
 
-    def check(self, options: DeployOptions, precisions: Sequence[Precision]) -> None:
-        """Refuse GPUs that no engine can be built for; see ``check_capabilities``."""
-        check_capabilities(import_library(self.target.name), options.compute_capabilities, precisions)
+    def check(self, options: ExportRequest, precisions: Sequence[Precision]) -> None:
+        """Refuse GPUs that no engine can be built for, before there is a graph to build from.
+
+        Raises:
+            ConfigError: As ``split_capabilities``, or if every engine of a precision would be refused.
+            ProviderError: If one is ``current`` and there is no GPU.
+        """
+        asked = options.compute_capabilities
+        groups = split_capabilities(asked, import_library(self.target.name))
+        if "fp32" in precisions and all("sm75" in group for group in groups):
+            raise ConfigError(NO_FP32, got=", ".join(asked))
 
     def deploy(self, job: DeployJob) -> Deployed:
         """Build them.

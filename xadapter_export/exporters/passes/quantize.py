@@ -362,7 +362,7 @@ def _quantize_table(graph: ir.Graph, table: ir.Value, bits: int, recipe: Recipe)
 def quantize_rows(table: ir.Value) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return the int8 rows of a table, ``(N, K)``, and their scales ``(N, 1)``."""
     is_multiplied = any(use.node.op_type == "Transpose" for use in table.uses())  # by a tied decoder
-    return round_rows(_array(table)) if is_multiplied else _symmetric(_array(table), axis=1)
+    return round_rows(_array(table)) if is_multiplied else rowwise_int8(_array(table))
 
 
 def _store_blocks(
@@ -408,11 +408,15 @@ def _array(value: ir.Value | None) -> NDArray[np.float32]:
     return value.const_value.numpy()
 
 
-def _symmetric(matrix: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """int8 numbers and their scales along ``axis``, kept as an axis of size 1."""
-    scales = np.abs(matrix).max(axis=axis, keepdims=True) / _FLOAT(127)
+def rowwise_int8(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round ``(N, K) float32`` to int8; return it, and the scales ``(N, 1) float32``."""
+    scales = np.maximum(matrix.max(axis=1, keepdims=True), -matrix.min(axis=1, keepdims=True)) / _FLOAT(127)
     scales = np.where(scales > 0, scales, _FLOAT(1))  # zeros, and what is too small to have a scale
-    return np.rint(matrix / scales).astype(np.int8), scales
+    rows = np.empty(matrix.shape, np.int8)
+    for start in range(0, len(matrix), 1024):  # a table of a large vocabulary is not copied whole
+        part = slice(start, start + 1024)
+        rows[part] = np.rint(matrix[part] / scales[part])
+    return rows, scales
 
 
 def round_blocks(

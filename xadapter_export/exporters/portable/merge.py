@@ -56,6 +56,7 @@ class MergedModel(nn.Module):
         retrieval: Retrieval = "in-graph",
     ) -> None:
         super().__init__()
+        self._made_with, self._without = (expert_set, task, candidate_ids), frozenset(without)
         self.task = TASKS[task]
         self.part = part
         self.active = model.active_experts(expert_set)
@@ -81,6 +82,10 @@ class MergedModel(nn.Module):
             self.register_buffer(
                 "bank", model.bank_features
             )  # (N, D); rows have length 1, so a product is a cosine
+
+    def leaving_out(self, model: XAdapterModel, step: Step) -> "MergedModel":
+        """Return the same part of the same checkpoint, made with one more step left out."""
+        return MergedModel(model, *self._made_with, self._without | {step}, self.part).eval()
 
     def _add_answer(
         self, model: XAdapterModel, candidate_ids: Sequence[int] | None, without: Collection[Step]

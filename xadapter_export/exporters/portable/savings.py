@@ -4,49 +4,34 @@ Counted for one text of 32 tokens with one mask and 32 CLIP tokens, or of as man
 read.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from xadapter_export.bundle.manifest import ExpertSet, Optimization, Task
+from xadapter_export.bundle.manifest import Optimization
 from xadapter_export.exporters.portable.merge import MergedModel
-from xadapter_export.exporters.request import Step
 from xadapter_export.model.x_adapter_model import XAdapterModel
 
 _NUM_TOKENS = 32
 
 
-def count_savings(
-    model: XAdapterModel,
-    merged: MergedModel,
-    expert_set: ExpertSet,
-    task: Task,
-    candidate_ids: Sequence[int] | None,
-    without: Collection[Step],
-) -> list[Optimization]:
+def count_savings(model: XAdapterModel, merged: MergedModel) -> list[Optimization]:
     """What each step of the merge saved, those that saved nothing left out.
 
     Args:
         model: The checkpoint.
-        merged: What ``MergedModel`` made of it with the arguments that follow.
-        expert_set: See ``MergedModel``.
-        task: See ``MergedModel``.
-        candidate_ids: See ``MergedModel``.
-        without: See ``MergedModel``.
+        merged: What was made of it, whole.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):  # no number is computed, no weight copied
         example = _example(model)
         after = _multiply_adds(merged, example)
         found: list[tuple[str, int, int]] = []
 
-        def plain(*steps: Step) -> MergedModel:
-            return MergedModel(model, expert_set, task, candidate_ids, {*without, *steps}).eval()
-
         if merged.last_at_positions:
-            unread = plain("last_layer_at_positions")
+            unread = merged.leaving_out(model, "last_layer_at_positions")
             before = _multiply_adds(unread, example)
             found.append(("last_layer_at_positions", before, after))
             if "mask_positions" in merged.input_names:
@@ -57,15 +42,11 @@ def count_savings(
                 padded = {**example, "clip_input_ids": _clip_ids(model, merged.clip.context_length)}
                 found.append(("clip_at_true_length", _multiply_adds(merged, padded), after))
             if merged.clip_at_end:
-                found.append(
-                    (
-                        "clip_last_block_at_end",
-                        _multiply_adds(plain("clip_last_block_at_end"), example),
-                        after,
-                    )
-                )
+                whole = merged.leaving_out(model, "clip_last_block_at_end")
+                found.append(("clip_last_block_at_end", _multiply_adds(whole, example), after))
         if merged.folds_bank:
-            found.append(("folded_bank", _multiply_adds(plain("folded_bank"), example), after))
+            unfolded = merged.leaving_out(model, "folded_bank")
+            found.append(("folded_bank", _multiply_adds(unfolded, example), after))
         saved = [
             Optimization(name=name, lossless=True, unit="multiply-adds", before=before, after=less)
             for name, before, less in found

@@ -24,7 +24,7 @@ import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.demo.stages import Stages
+from material.stages import Stages
 from xadapter_export.evaluation.objects import ELEVEN
 
 COLORS = ELEVEN

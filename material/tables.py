@@ -1,6 +1,6 @@
 """The tables of results, for the terminal and for ``docs/results.md``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -68,6 +68,44 @@ def spread(values: Sequence[float], digits: int) -> str:
     """Return mean and standard deviation of some values, as ``mean ± sd``."""
     deviation = stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Language:
+    """The language check on ordinary words: mean loss in nats, share right, share answered with a color."""
+
+    loss: float
+    top1: float
+    color_rate: float
+
+
+def language_grid(
+    splits: Sequence[Mapping[str, Language]], names: Iterable[str] | None = None, where: str = ""
+) -> Grid:
+    """The language check, over all splits.
+
+    Args:
+        splits: What was measured of each split, by arm; the frozen PLM is among them.
+        names: The arms to show; all if None.
+        where: Words of the title: `` on MiniLM-L6``.
+    """
+
+    def row(name: str) -> tuple[str, ...]:
+        checks = [split[name] for split in splits]
+        ratio = mean(split[name].loss / split["frozen PLM"].loss for split in splits)
+        return (
+            name,
+            spread([check.loss for check in checks], 3),
+            f"{100 * (ratio - 1):+.1f} %",
+            spread([100 * check.top1 for check in checks], 1),
+            spread([100 * check.color_rate for check in checks], 2),
+        )
+
+    return Grid(
+        f"Language check{where}: one masked word of sentences that were kept from training",
+        ("", "MLM loss (nats)", "against frozen PLM", "top-1 %", "answers that are a color %"),
+        tuple(row(name) for name in names or splits[0]),
+    )
 
 
 def _line(cells: Sequence[str]) -> str:

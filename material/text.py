@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from train.demo.pictures import COLORS, DemoObject
+from material.pictures import COLORS, DemoObject
 
 MASK = "[MASK]"
 
@@ -197,6 +197,27 @@ def list_facts(objects: Sequence[DemoObject]) -> list[Fact]:
         if neighbor is not None and neighbor.group == entry.group:
             add(_NEIGHBOR_TEMPLATES, entry.name, b=with_article(neighbor.name))
     return facts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sentences of facts: those to train on, and those kept for the language check."""
+
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def split_corpus(facts: Sequence[Fact], held_out_share: float, seed: int) -> Corpus:
+    """Keep a share of the wordings of facts; every fact is trained on in its other wordings."""
+    rng = random.Random(seed)
+    training: list[str] = []
+    held_out: list[str] = []
+    for fact in facts:
+        wordings = list(fact.wordings)
+        if rng.random() < held_out_share * len(wordings):
+            held_out.append(wordings.pop(rng.randrange(len(wordings))))
+        training += wordings
+    return Corpus(tuple(training), tuple(held_out))
 
 
 def draw_color_sentences(objects: Sequence[DemoObject], rng: random.Random) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from train.tables import Grid, spread
+from material.tables import Grid, spread
 from xadapter_export import XAdapterModel
 from xadapter_export.evaluation.checkpoint_scorer import CheckpointScorer
 from xadapter_export.evaluation.labeled import Labeled
