@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.contestants import Place, find
 from benchmarks.feeds import feed_as
 from benchmarks.prepare import ROOT
+from benchmarks.worker import ContestantError
 
 KEPT = ", compiled graph kept"  # after the name of a contestant that is loaded with a ``cache_dir``
 _IMPORTS = {
@@ -61,12 +62,19 @@ def measure(
     env: Mapping[str, str],
     python: Path | None = None,
 ) -> Footprint:
-    """Measure in a child process, of another interpreter if ``python`` names one."""
+    """Measure in a child process, of another interpreter if ``python`` names one.
+
+    Raises:
+        ContestantError: If it ends without an answer.
+    """
     arguments = json.dumps([contestant, place.as_json(), str(feed), context])
     child = subprocess.run(
         [str(python or sys.executable), "-m", "benchmarks.footprint", arguments],
-        cwd=ROOT, env=dict(env), check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=ROOT, env=dict(env), capture_output=True, text=True,
     )  # fmt: skip
+    if child.returncode:
+        said = (child.stderr.splitlines() or ["no message"])[-1]
+        raise ContestantError("a contestant ended", where=contestant, got=f"exit {child.returncode}: {said}")
     return Footprint(**json.loads(child.stdout.splitlines()[-1]))
 
 

@@ -286,7 +286,7 @@ def test_onnxruntime_is_named_whatever_package_brings_it(
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr("xadapter_export.exporters.pack.version", find)
+    monkeypatch.setattr("xadapter_export.registry.version", find)
     manifest = export(model, tmp_path / "bundle", "none").manifest
     assert manifest.created_with["onnxruntime"] == onnxruntime.__version__
 

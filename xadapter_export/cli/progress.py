@@ -7,7 +7,8 @@ from typing import Final, Protocol
 
 from xadapter_export.cli.command import make_console
 
-_SHORTEST_S: Final = 5.0  # between two lines, but for the last
+_SHORTEST_S: Final = 5.0  # between two lines, where there are few steps
+_MANY: Final = 100  # steps, of which each tenth has a line
 _LONGEST_S: Final = 60.0  # without a line
 
 
@@ -61,9 +62,9 @@ def show_progress(
     Args:
         quiet: Whether nothing is shown.
         unit: What is counted, in the singular.
-        line: What is said of steps where there is no bar, at each tenth, each minute and the end: a text with
-            ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Empty for
-            nothing.
+        line: What is said of steps where there is no bar, at each tenth and each minute: a text with
+            ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Few steps
+            that pass quickly have no line. Empty for nothing.
         across_stages: Whether one count goes through all stages; else each has its own.
 
     Yields:
@@ -94,8 +95,9 @@ def show_progress(
         notes = ", ".join(filter(None, (note, pace.text_of(done, total))))
         bar.update(task, completed=done, total=total or None, note=notes)
         reached, now = done * 10 // max(total, 1), time.monotonic()
-        is_due = now > last + (_LONGEST_S if reached == tenth else _SHORTEST_S)
-        if line and total and (is_due or done == total):
+        shortest = 0.0 if total >= _MANY else _SHORTEST_S
+        is_due = now > last + (_LONGEST_S if reached == tenth else shortest)
+        if line and total and is_due:
             last, tenth = now, reached
             tell(line.format(done=done, total=total, note=notes and f", {notes}"))
 
