@@ -63,6 +63,7 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
+        self._reason = ""  # why it ended, once it has
         self.loaded = self._read()
         self._stop()
 
@@ -106,7 +107,9 @@ class Worker:
     def _ask(self, request: dict[str, object]) -> Any:
         assert self._process.stdin is not None
         if self._process.poll() is not None:
-            raise ContestantError("a contestant has ended in an earlier cell", where=self.contestant)
+            raise ContestantError(
+                "a contestant has ended in an earlier cell", where=self.contestant, got=self._reason
+            )
         os.kill(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -123,9 +126,9 @@ class Worker:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            reason = (self._errors.read().strip().splitlines() or [f"exit {code}"])[-1]
+            self._reason = (self._errors.read().strip().splitlines() or [f"exit {code}"])[-1]
             self.close()
-            raise ContestantError("a contestant failed", where=self.contestant, got=reason)
+            raise ContestantError("a contestant failed", where=self.contestant, got=self._reason)
         return json.loads(line)
 
 
