@@ -103,8 +103,11 @@ def test_json_alone_is_on_stdout(run: Run, tiny: Path) -> None:
 
 def test_progress_is_a_line_for_each_row_on_stderr(run: Run, tiny: Path) -> None:
     result = run(*[option for option in color(tiny) if option != "--quiet"])
-    assert [line.split("s  ")[1] for line in result.stderr.splitlines()] == [
-        *("loading", "frozen PLM", "V-expert", "T-expert", "V + T")
+    lines = [line.split("s  ")[1] for line in result.stderr.splitlines()]
+    rows = ("frozen PLM", "V-expert", "T-expert", "V + T")
+    assert [line.split(",")[0] for line in lines] == [
+        "loading",
+        *(part for row in rows for part in (row, "6 of 6")),
     ]
 
 

@@ -62,9 +62,9 @@ def show_progress(
     Args:
         quiet: Whether nothing is shown.
         unit: What is counted, in the singular.
-        line: What is said of steps where there is no bar, at each tenth and each minute: a text with
-            ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Few steps
-            that pass quickly have no line. Empty for nothing.
+        line: What is said of steps where there is no bar, at each tenth, each minute and the end: a text
+            with ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Few
+            steps that pass quickly have a line at the end only. Empty for nothing.
         across_stages: Whether one count goes through all stages; else each has its own.
 
     Yields:
@@ -97,7 +97,7 @@ def show_progress(
         reached, now = done * 10 // max(total, 1), time.monotonic()
         shortest = 0.0 if total >= _MANY else _SHORTEST_S
         is_due = now > last + (_LONGEST_S if reached == tenth else shortest)
-        if line and total and is_due:
+        if line and total and (is_due or done == total):
             last, tenth = now, reached
             tell(line.format(done=done, total=total, note=notes and f", {notes}"))
 
