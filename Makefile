@@ -10,7 +10,8 @@ DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BUNDLES := build/bundles
-BASE_TESTS := $(addprefix tests/test_,compare.py errors.py folder.py manifest.py portable.py session.py text.py)
+BASE_TESTS := $(addprefix tests/,test_errors.py bundle/test_folder.py bundle/test_manifest.py parity/test_compare.py repository/test_portable.py \
+              runtime/test_session.py runtime/test_text.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-base test-integrations test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
@@ -47,21 +48,21 @@ test: $(STAMP) ## Run the tests.
 	$(MAKE) --no-print-directory --jobs 2 test-openvino test-others
 
 test-others: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" --ignore tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" --ignore tests/exporters/test_openvino.py
 
 test-openvino: $(STAMP)  # beside the others: a worker of theirs has crashed after its last test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/exporters/test_openvino.py
 
 test-slow: $(STAMP) ## Run the tests that `make test` leaves out, each a minute or more: documentation, npm, published figures.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/test_openvino.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/exporters/test_openvino.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/exporters/test_openvino.py
 
 test-base: $(BASE)  ## Run the tests of what an app needs, without PyTorch; on Windows and macOS too.
 	@$(PIP) filelock hypothesis onnx pytest
 	$(BIN)/python -m pytest $(BASE_TESTS)
 
 test-integrations: $(OTHERS)/.installed ## Run the tests of other libraries, in a venv of their own.
-	OMP_NUM_THREADS=1 $(OTHERS_BIN)/python -m pytest tests/test_integrations.py
+	OMP_NUM_THREADS=1 $(OTHERS_BIN)/python -m pytest tests/integrations/test_integrations.py
 
 $(OTHERS)/.installed: pyproject.toml constraints.txt
 	@echo "Installing sentence-transformers, LangChain and LlamaIndex into $(OTHERS)."
@@ -91,7 +92,7 @@ imports: $(STAMP) ## Check that imports go one way (import-linter).
 	$(BIN)/lint-imports
 
 house: $(STAMP) ## Count names compared outside their rooms, and functions over the limits.
-	$(BIN)/python -m tests.test_house
+	$(BIN)/python -m tests.repository.test_house
 
 docs: $(STAMP) ## Write docs/cli.md from what --help says, and draw the map of the code.
 	$(BIN)/python -m docs.cli_reference

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
     from xadapter_export.model.x_adapter_model import XAdapterModel
 
-_FIRST = ("test_web.py", "test_recipes.py", "test_bank_swap.py")
+_FIRST = ("test_web.py", "test_recipes.py", "test_swap.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

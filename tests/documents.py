@@ -1,9 +1,10 @@
 """The code blocks of a page of the documentation."""
 
 import re
-from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+from tests import ROOT
+
+DOCS = ROOT / "docs"
 
 
 def code_blocks(page: str, language: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.branches import found_in
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.experts import (
@@ -22,7 +23,6 @@ from xadapter_export.experts import (
     title_of,
 )
 
-ROOT = Path(__file__).parent.parent
 ROOM = ROOT / "xadapter_export" / "experts.py"
 ALLOWED = {
     "xadapter_export/training/batches.py": "t is an argument of TrainingModel.forward",

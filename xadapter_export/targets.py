@@ -2,7 +2,7 @@
 
 A target is one row here and one maker, a module of ``exporters/makers``; one that a session runs has an
 opener too, a module of ``sessions``. The row says all that the rest of the library asks of a target, so that
-its name is compared nowhere else (``tests/test_house.py`` counts).
+its name is compared nowhere else (``tests/repository/test_house.py`` counts).
 
 There are two sorts. A *variant* is a graph of the bundle, made from the portable graph of its expert set and
 compared with PyTorch. A *deployment* is files for another runtime, made from a variant that is proven.

@@ -22,7 +22,7 @@ from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Agreement
 from xadapter_export.cli.command import XadCommand
 
-_TESTS: Final = ("tests/test_rounding.py", "tests/test_quantize.py")
+_TESTS: Final = ("tests/exporters/test_rounding.py", "tests/exporters/test_quantize.py")
 _SECTION: Final = "benchmarks.processors.haswell"
 _MOST_POINTS: Final = 0.5
 
