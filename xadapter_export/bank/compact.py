@@ -17,7 +17,7 @@ from xadapter_export.bank.convert import sample_rows
 from xadapter_export.bank.output import staged_bank
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import BankRecord
-from xadapter_export.bank.rows import Float32
+from xadapter_export.bank.rows import Float32, OnRows, ignore_rows
 from xadapter_export.bank.writer import BankWriter
 from xadapter_export.bundle.pictures import Picture
 from xadapter_export.errors import ConfigError, import_extra
@@ -47,11 +47,18 @@ class Compacted:
 
 
 def compact_bank(
-    folder: Path, output: Path, num_prototypes: int, *, seed: int = 0, force: bool = False
+    folder: Path,
+    output: Path,
+    num_prototypes: int,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    on_rows: OnRows = ignore_rows,
 ) -> Compacted:
     """Cluster a bank and write the middles of its clusters, the largest first, as a bank in fp32.
 
-    A cluster that ends up without pictures is left out with a warning.
+    A cluster that ends up without pictures is left out with a warning. ``on_rows`` is told of the rows that
+    are clustered: each counts once for each epoch.
 
     Raises:
         ConfigError: If there are fewer pictures than prototypes.
@@ -66,7 +73,7 @@ def compact_bank(
             "more prototypes than images", where=folder, expected=f"at most {bank.num_pictures}",
             got=num_prototypes,
         )  # fmt: skip
-    centers = _mean_of_members(bank, _cluster(bank, num_prototypes, seed))
+    centers = _mean_of_members(bank, _cluster(bank, num_prototypes, seed, on_rows))
     counts = np.zeros(len(centers), dtype=np.int64)
     cosines = np.zeros(len(centers), dtype=np.float64)
     captions = [_CommonCaptions() for _ in centers]
@@ -120,15 +127,18 @@ class _CommonCaptions:
         return ", ".join(name for name, _ in self._counts.most_common(_CAPTIONS) if name)
 
 
-def _cluster(bank: BankReader, num_prototypes: int, seed: int) -> Float32:
+def _cluster(bank: BankReader, num_prototypes: int, seed: int, on_rows: OnRows) -> Float32:
     """Return ``(M, D) float32`` centers of length 1, by mini-batch k-means."""
     cluster: Any = import_extra("sklearn.cluster", "bank")
     rows = sample_rows(bank, max(10 * num_prototypes, _CHUNKS_PER_BATCH * _CHUNK_ROWS), seed)
     start = np.concatenate([bank.rows(row, row + 1) for row in rows])
     kmeans = cluster.MiniBatchKMeans(num_prototypes, random_state=seed, n_init=1)
     kmeans.partial_fit(start)
+    done = 0
     for batch in _shuffled_batches(bank, seed):
         kmeans.partial_fit(batch)
+        done += len(batch)
+        on_rows(done, _EPOCHS * bank.num_pictures)
     return _unit_length(kmeans.cluster_centers_.astype(np.float32))
 
 

@@ -11,14 +11,21 @@ from xadapter_export.bank.merge import write_rows
 from xadapter_export.bank.nearest import find_nearest, recall
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import BankDtype, BankRecord
-from xadapter_export.bank.rows import Float32
+from xadapter_export.bank.rows import Float32, OnRows, ignore_rows
 
 RECALL_AT = (1, 5, 10)
 _NOISE = 0.5  # length of what is added to a row of length 1, so that a query is near rows and equals none
 
 
-def convert_bank(folder: Path, output: Path, dtype: BankDtype, *, force: bool = False) -> BankRecord:
-    """Write a bank's rows in another dtype.
+def convert_bank(
+    folder: Path,
+    output: Path,
+    dtype: BankDtype,
+    *,
+    force: bool = False,
+    on_rows: OnRows = ignore_rows,
+) -> BankRecord:
+    """Write a bank's rows in another dtype; ``on_rows`` is told after each block of them.
 
     Raises:
         CheckpointError: If the bank cannot be read.
@@ -26,7 +33,7 @@ def convert_bank(folder: Path, output: Path, dtype: BankDtype, *, force: bool = 
         OutputExistsError: If something is at ``output``.
         OutputWriteError: If it cannot be written.
     """
-    return write_rows([BankReader(folder)], output, dtype, force=force)
+    return write_rows([BankReader(folder)], output, dtype, force=force, on_rows=on_rows)
 
 
 def sample_rows(bank: BankReader, count: int, seed: int = 0) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from xadapter_export.bank.output import staged_bank
 from xadapter_export.bank.reader import BankReader
 from xadapter_export.bank.record import DTYPES, SKIPPED_NAME, THUMBNAILS_NAME, BankClip, BankDtype, BankRecord
+from xadapter_export.bank.rows import OnRows, ignore_rows
 from xadapter_export.bank.thumbnails import write_thumbnails
 from xadapter_export.bank.writer import BankWriter
 from xadapter_export.errors import ConfigError
@@ -24,6 +25,7 @@ def merge_banks(
     dtype: BankDtype | None = None,
     keep_duplicates: bool = False,
     force: bool = False,
+    on_rows: OnRows = ignore_rows,
 ) -> BankRecord:
     """Write the rows of several banks into one, in the order given.
 
@@ -33,6 +35,7 @@ def merge_banks(
         dtype: How features are stored; the most exact of the banks' own for None.
         keep_duplicates: Whether a picture may be there twice.
         force: Whether a bank at ``output`` may be replaced.
+        on_rows: Told after each block of rows.
 
     Raises:
         ConfigError: If the banks are of different CLIPs, widths or kinds, or share a picture.
@@ -52,21 +55,31 @@ def merge_banks(
     if not keep_duplicates:
         _refuse_duplicates(banks)
     stored = min((bank.dtype for bank in banks), key=DTYPES.index) if dtype is None else dtype
-    return write_rows(banks, output, stored, force=force)
+    return write_rows(banks, output, stored, force=force, on_rows=on_rows)
 
 
-def write_rows(banks: Sequence[BankReader], output: Path, dtype: BankDtype, *, force: bool) -> BankRecord:
+def write_rows(
+    banks: Sequence[BankReader],
+    output: Path,
+    dtype: BankDtype,
+    *,
+    force: bool,
+    on_rows: OnRows = ignore_rows,
+) -> BankRecord:
     """Write the rows of banks of a kind into one, with all that goes with them.
 
     Raises:
         ShapeError: If a row is not of length 1.
         As ``staged_bank``.
     """
+    done, total = 0, sum(bank.num_pictures for bank in banks)
     with staged_bank(output, force=force) as staged:
         with BankWriter(staged.path, dtype=dtype, dim=banks[0].dim) as writer:
             for bank in banks:
                 for block in bank.blocks():
                     writer.append(block.features, block.pictures)
+                    done += len(block.pictures)
+                    on_rows(done, total)
             record = writer.finish(
                 clip=banks[0].clip, kind=banks[0].kind, num_skipped=sum(bank.num_skipped for bank in banks)
             )

@@ -3,6 +3,7 @@
 Dimensions: N rows, D CLIP embedding size.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ from xadapter_export.bundle.bank_rows import Raw
 from xadapter_export.bundle.bank_rows import to_float32 as to_float32
 from xadapter_export.errors import ShapeError
 
+OnRows = Callable[[int, int], None]  # rows that are done, and all
+
 NUMPY_DTYPES: Final[dict[BankDtype, np.dtype[Any]]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
@@ -20,6 +23,10 @@ NUMPY_DTYPES: Final[dict[BankDtype, np.dtype[Any]]] = {
 }
 _BLOCK_VALUES = 2**17  # half a MiB as float32: large enough to be quick, small enough to be nothing
 _LENGTH_TOLERANCE = 0.01  # float16 rounding moves a length by 0.0005
+
+
+def ignore_rows(_done: int, _total: int) -> None:
+    """The default of ``on_rows``."""
 
 
 def block_rows(dim: int) -> int:

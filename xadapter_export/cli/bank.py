@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    quiet_option,
     revision_option,
     sign_option,
 )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from xadapter_export.bank.reader import BankReader
     from xadapter_export.bank.record import BankClip, BankDtype, BankRecord
     from xadapter_export.bank_builder.build import BuildResult
+    from xadapter_export.cli.progress import Count
     from xadapter_export.runtime.picture_index import IndexKind
 
 DTYPES = ("fp32", "fp16", "int8")
@@ -107,7 +110,7 @@ def output_options(function: F) -> F:
     metavar="PIXELS",
     help="Store thumbnails of this size.",
 )
-@click.option("--quiet", is_flag=True, help="Do not show progress.")
+@quiet_option
 @json_option
 def build(
     sources: tuple[str, ...],
@@ -166,6 +169,14 @@ def build(
             raise
     if result is not None:  # else another process speaks
         _report_build(result, time.monotonic() - start, as_json=as_json)
+
+
+@contextmanager
+def _rows_shown(stage: str, *, quiet: bool) -> Iterator["Count"]:
+    """Show how many rows are done in the block."""
+    with show_progress(quiet=quiet, unit="row", line="{done} of {total} rows{note}") as (say, count):
+        say(stage)
+        yield count
 
 
 def _report_build(result: "BuildResult", elapsed_s: float, *, as_json: bool) -> None:
@@ -309,6 +320,7 @@ def search(
     help="Dtype of the stored features. [default: the most exact of the inputs]",
 )
 @click.option("--keep-duplicates", is_flag=True, help="Keep duplicate images.")
+@quiet_option
 @json_option
 def merge(
     folders: tuple[str, ...],
@@ -316,13 +328,17 @@ def merge(
     force: bool,
     dtype: "BankDtype | None",
     keep_duplicates: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Merge banks that were made with the same CLIP."""
     from xadapter_export.bank.merge import merge_banks
 
     paths = [_resolve(folder) for folder in folders]
-    record = merge_banks(paths, output, dtype=dtype, keep_duplicates=keep_duplicates, force=force)
+    with _rows_shown("merge", quiet=quiet) as count:
+        record = merge_banks(
+            paths, output, dtype=dtype, keep_duplicates=keep_duplicates, force=force, on_rows=count
+        )
     _report(output, record, as_json=as_json)
 
 
@@ -333,15 +349,19 @@ def merge(
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for the clustering."
 )
+@quiet_option
 @json_option
-def compact(folder: str, output: Path, force: bool, prototypes: int, seed: int, as_json: bool) -> None:
+def compact(
+    folder: str, output: Path, force: bool, prototypes: int, seed: int, quiet: bool, as_json: bool
+) -> None:
     """Cluster a bank into a few prototypes, for static retrieval.
 
     A prototype is the mean of the images in its cluster. Its caption lists their most common captions.
     """
     from xadapter_export.bank.compact import compact_bank
 
-    made = compact_bank(_resolve(folder), output, prototypes, seed=seed, force=force)
+    with _rows_shown("cluster", quiet=quiet) as count:
+        made = compact_bank(_resolve(folder), output, prototypes, seed=seed, force=force, on_rows=count)
     if as_json:
         listed = [
             {**asdict(prototype), "picture": prototype.picture.model_dump()} for prototype in made.prototypes
@@ -380,9 +400,17 @@ def compact(folder: str, output: Path, force: bool, prototypes: int, seed: int, 
 @click.option(
     "--clip", metavar="CLIP", help="Use captions encoded by this CLIP as queries, instead of noisy rows."
 )
+@quiet_option
 @json_option
 def convert(
-    folder: str, output: Path, force: bool, to: "BankDtype", queries: int, clip: str | None, as_json: bool
+    folder: str,
+    output: Path,
+    force: bool,
+    to: "BankDtype",
+    queries: int,
+    clip: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Store a bank in another dtype and measure the recall it loses.
 
@@ -399,7 +427,8 @@ def convert(
         pictures = reader.pictures_of(sample_rows(reader, queries))
         texts = [picture.caption or picture.id for picture in pictures]
         features = text_search.encode_texts(text_search.load_bank_clip(reader, clip), texts)
-    record = convert_bank(reader.folder, output, to, force=force)
+    with _rows_shown("convert", quiet=quiet) as count:
+        record = convert_bank(reader.folder, output, to, force=force, on_rows=count)
     recalls = measure_recall(reader, BankReader(output), features)
     before, after = ((path / "bank.safetensors").stat().st_size / MIB for path in (reader.folder, output))
     if as_json:
@@ -454,7 +483,7 @@ def convert(
     show_default=True,
     help="Number of noisy queries used to estimate recall; 0 to skip the estimate.",
 )
-@click.option("--quiet", is_flag=True, help="Do not show progress.")
+@quiet_option
 @json_option
 def index(
     folder: str,
@@ -514,6 +543,7 @@ def index(
 @click.option("--assume-clip", is_flag=True, help="Accept a bank that does not record which CLIP made it.")
 @sign_option
 @revision_option
+@quiet_option
 @json_option
 def swap(
     bundle: str,
@@ -524,6 +554,7 @@ def swap(
     assume_clip: bool,
     sign: Path | None,
     revision: str | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Replace the bank in a bundle, without PyTorch or a new export.
@@ -538,15 +569,17 @@ def swap(
     from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.swap.swap import swap_bank
 
-    result = swap_bank(
-        read_bundle(bundle, revision=revision),
-        _resolve(folder),
-        output,
-        leave_out=leave_out,
-        assume_clip=assume_clip,
-        sign=sign,
-        force=force,
-    )
+    with show_progress(quiet=quiet) as (say, _):
+        result = swap_bank(
+            read_bundle(bundle, revision=revision),
+            _resolve(folder),
+            output,
+            leave_out=leave_out,
+            assume_clip=assume_clip,
+            sign=sign,
+            force=force,
+            say=say,
+        )
     if result.lost_signature:
         click.echo("note: the old bundle was signed; the new one is not. Sign it with xad-sign.", err=True)
     held = result.manifest.bank

@@ -177,6 +177,11 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
+def quiet_option(function: F) -> F:
+    """Add ``--quiet``."""
+    return click.option("--quiet", is_flag=True, help="Do not show progress.")(function)
+
+
 def as_typed(command: str) -> str:
     """Return how a command of this installation is typed here: by its path where its name is not enough."""
     beside = Path(sys.executable).with_name(command)

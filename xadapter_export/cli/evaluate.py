@@ -17,6 +17,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_evaluation,
     print_json,
+    quiet_option,
     revision_option,
     session_options,
 )
@@ -114,7 +115,7 @@ def shared_options(function: F) -> F:
             help="Folder to write results.json, results.md and charts to.",
         ),
         click.option("--force", is_flag=True, help="Replace existing results."),
-        click.option("--quiet", is_flag=True, help="Do not show progress."),
+        quiet_option,
         json_option,
     ]
     for option in reversed(options):

@@ -18,6 +18,7 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    quiet_option,
     sign_option,
 )
 from xadapter_export.cli.progress import show_progress
@@ -248,7 +249,7 @@ def _default_targets() -> str:
 )
 @sign_option
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--quiet", is_flag=True, help="Do not show progress.")
+@quiet_option
 @json_option
 def export(
     checkpoint: str,

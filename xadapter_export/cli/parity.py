@@ -15,10 +15,12 @@ from xadapter_export.cli.command import (
     json_option,
     make_console,
     print_json,
+    quiet_option,
     revision_option,
     session_options,
     verify_key_option,
 )
+from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import ParityError
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.targets import all_targets
@@ -96,6 +98,7 @@ class _Findings:
 @verify_key_option
 @revision_option
 @session_options
+@quiet_option
 @json_option
 def parity(
     bundles: tuple[str, ...],
@@ -108,6 +111,7 @@ def parity(
     revision: str | None,
     providers: tuple[str, ...],
     threads: int | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Check a bundle's outputs against PyTorch.
@@ -142,7 +146,7 @@ def parity(
         if verify_key is not None:
             verify_signature(bundle, verify_key)
         if engine is None:
-            found[name] = _examine(bundle, experts or None, variants, providers or None, threads)
+            found[name] = _examine(bundle, experts or None, variants, providers or None, threads, quiet=quiet)
         else:
             report = prove_engines(bundle.folder, engine, experts or None, variants=variants or None)
             found[name] = _Findings(report)
@@ -224,6 +228,8 @@ def _examine(
     variants: tuple[str, ...],
     providers: tuple[str, ...] | None,
     threads: int | None,
+    *,
+    quiet: bool,
 ) -> _Findings:
     """Prove the fp32 variants of a bundle, and check its lossy ones.
 
@@ -231,32 +237,44 @@ def _examine(
         As ``prove_bundle`` and ``check_lossy``.
     """
     from xadapter_export.parity import TOLERANCES, check_lossy, prove_bundle
+    from xadapter_export.parity.prove import runs_on
 
     folder, manifest = bundle.folder, bundle.manifest
     held = [v for name in experts or manifest.expert_sets for v in manifest.variants_of(name)]
     lossy = [v for v in held if v.precision not in TOLERANCES and (not variants or v.name in variants)]
     # What is not among the lossy ones is proven, or there is no such variant.
     exact = [name for name in variants or [v.name for v in held] if name not in {v.name for v in lossy}]
+    total = sum(runs_on(v, providers) for v in held if not variants or v.name in variants)
+    done: list[Variant] = []
     report: ParityReport | None = None
     checks: tuple[Check, ...] = ()
-    if exact:
-        report = prove_bundle(
-            folder,
-            experts,
-            variants=exact if variants else None,
-            providers=providers,
-            num_threads=threads,
-            verify=False,  # just done
-        )
-    if lossy:
-        checks = check_lossy(
-            folder,
-            experts,
-            variants=variants or None,
-            providers=providers,
-            num_threads=threads,
-            verify=False,
-        )
+    with show_progress(quiet=quiet, unit="graph", line="{done} of {total} graphs{note}") as (say, count):
+
+        def on_variant(variant: "Variant") -> None:
+            done.append(variant)
+            count(len(done), total)
+
+        say("check")
+        if exact:
+            report = prove_bundle(
+                folder,
+                experts,
+                variants=exact if variants else None,
+                providers=providers,
+                num_threads=threads,
+                verify=False,  # just done
+                on_variant=on_variant,
+            )
+        if lossy:
+            checks = check_lossy(
+                folder,
+                experts,
+                variants=variants or None,
+                providers=providers,
+                num_threads=threads,
+                verify=False,
+                on_variant=on_variant,
+            )
     return _Findings(
         report, lossy, checks, manifest.bank is not None and manifest.bank.swapped_from is not None
     )

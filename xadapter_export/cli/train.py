@@ -15,6 +15,7 @@ from xadapter_export.cli.command import (
     make_console,
     print_evaluation,
     print_json,
+    quiet_option,
 )
 from xadapter_export.cli.progress import show_progress
 from xadapter_export.errors import import_extra
@@ -69,7 +70,7 @@ def _flag(name: str, field: "FieldInfo") -> Callable[[Callable[..., None]], Call
 )
 @click.option("--config", type=NamedPath(path_type=Path), help="TOML file with settings; flags override it.")
 @_flags
-@click.option("--quiet", is_flag=True, help="Do not show progress.")
+@quiet_option
 @json_option
 def train(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Train a plug-in that lets a frozen PLM use a frozen CLIP.

@@ -42,6 +42,8 @@ from xadapter_export.sessions.open import open_variant
 from xadapter_export.sessions.session import Array, OnnxSession, Opening, Provider
 from xadapter_export.targets import CPU_PROVIDER, TARGETS
 
+OnVariant = Callable[[Variant], None]
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
@@ -73,6 +75,7 @@ def prove_bundle(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     verify: bool = True,
+    on_variant: OnVariant = lambda _variant: None,
 ) -> ParityReport:
     """Compare a bundle's fp32 graphs with the PyTorch outputs that it carries.
 
@@ -87,6 +90,7 @@ def prove_bundle(
             targets that are made for it, or for any, are proven.
         num_threads: Threads inside one operator; the engine's choice if None.
         verify: Whether to check the files' hashes first.
+        on_variant: Told of each variant that is done.
 
     Returns:
         The report. A difference that is too large is a cell that did not pass, not an exception.
@@ -108,6 +112,7 @@ def prove_bundle(
         compared, used = _prove_variant(bundle, variant, reference, Opening(providers, num_threads), bank)
         active |= dict.fromkeys(used)
         cells += compared
+        on_variant(variant)
     if not cells:
         got = None if chosen else "no fp32 variant that runs here"
         raise ParityError("there was nothing to compare", where=bundle.folder, got=got)
@@ -187,6 +192,7 @@ def check_lossy(
     providers: Sequence[Provider] | None = None,
     num_threads: int | None = None,
     verify: bool = True,
+    on_variant: OnVariant = lambda _variant: None,
 ) -> tuple[Check, ...]:
     """Ask a bundle's lossy graphs every case, and compare with what they said when the bundle was made.
 
@@ -197,6 +203,7 @@ def check_lossy(
         providers: As ``prove_bundle``.
         num_threads: As ``prove_bundle``.
         verify: Whether to check the files' hashes first.
+        on_variant: As ``prove_bundle``.
 
     Returns:
         A check for each case of each variant, by the rule of ``parity.recorded``; none where no lossy variant
@@ -218,6 +225,7 @@ def check_lossy(
         session = open_variant(bundle, variant, Opening(providers, num_threads))
         with opened_record(bundle) as record:
             checks += [record.check(session, variant, case) for case in record.cases]
+        on_variant(variant)
     return tuple(checks)
 
 

@@ -8,7 +8,7 @@ computes: both must find the same pictures.
 Dimensions: N bank size, D CLIP embedding size, K retrieved pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -79,6 +79,7 @@ def swap_bank(
     assume_clip: bool = False,
     sign: str | Path | None = None,
     force: bool = False,
+    say: Callable[[str], None] = lambda _stage: None,
 ) -> SwapResult:
     """Replace the bank of a bundle; a bundle that cannot take it stays as it is. Its signature is left out.
 
@@ -91,6 +92,7 @@ def swap_bank(
         assume_clip: Take a bank that does not say which CLIP it is of.
         sign: Private key to sign the new bundle with, see ``BundleSigner``; None to leave it unsigned.
         force: Replace a bundle that is already at ``output``.
+        say: Told of each stage.
 
     Raises:
         BundleError: If the bundle is not whole, or has no bank.
@@ -115,21 +117,37 @@ def swap_bank(
     kept = _keep(old.manifest, leave_out)
     spec = _check_fits(old, kept, reader, assume_clip=assume_clip)
     with staged_folder(old.folder if output is None else output, force=in_place or force) as staged:
-        if old.folder.resolve() in staged.final.parents:
-            raise ConfigError(
-                "the output lies inside the bundle",
-                where=staged.final,
-                hint="choose a folder outside the bundle",
-            )
+        _check_outside(old, staged.final)
+        say("write")
         make = BankWeights(FeatureBank.load(reader.folder), old)
         SwappedFiles(old, staged.path, kept, make).write(spec, reader, staged.final.name)
         new = read_bundle(staged.path, verify=False)
-        num_cells = _prove_again(new)
-        num_searched = _check_answers(new, reader)
-        manifest = _record_answers(new)
+        num_cells, num_searched, manifest = _check_new(new, reader, say)
         if signer is not None:
             signer.sign(replace(new, manifest=manifest), staged.final.name)
     return SwapResult(staged.final, manifest, num_cells, num_searched, tuple(dict.fromkeys(leave_out)), lost)
+
+
+def _check_new(new: Bundle, reader: BankReader, say: Callable[[str], None]) -> tuple[int, int, Manifest]:
+    """Prove a new bundle, search its bank, and write what its graphs answer.
+
+    Returns:
+        How many comparisons with PyTorch and how many retrievals that were, and the manifest.
+    """
+    say("prove")
+    num_cells = _prove_again(new)
+    say("search")
+    num_searched = _check_answers(new, reader)
+    say("record")
+    return num_cells, num_searched, _record_answers(new)
+
+
+def _check_outside(bundle: Bundle, output: Path) -> None:
+    """Refuse an output inside of the bundle that is read."""
+    if bundle.folder.resolve() in output.parents:
+        raise ConfigError(
+            "the output lies inside the bundle", where=output, hint="choose a folder outside the bundle"
+        )
 
 
 def _prove_again(new: Bundle) -> int:
