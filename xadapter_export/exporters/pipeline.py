@@ -173,8 +173,7 @@ def _check_profile(
     Raises:
         ConfigError: If it is one.
     """
-    context = model.clip.context_length if model.clip is not None else None
-    check_limits(profile, max_seq=plan.max_seq, context_length=context)
+    check_limits(profile, plan.longest)
     unread = set() if TASKS[plan.task].reads_masks else {"mask_positions"}
     if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
         unread.add("clip_input_ids")
@@ -297,7 +296,7 @@ class _Builder:
         graphs: Graphs = {}
         for part, merged in parts.items():
             self.on_stage("trace", expert_set if part == "whole" else f"{expert_set}, {part}")
-            graphs[part] = trace(merged, _example(model), self.request.opset, plan.max_seq)
+            graphs[part] = trace(merged, _example(model), self.request.opset, plan.longest)
             self.on_stage("check", expert_set)
             check_graph(graphs[part], merged, self.request.opset)
             hide_taps(graphs[part], merged)
@@ -312,6 +311,7 @@ class _Builder:
             graphs,
             parts,
             self.rounding,
+            plan.longest,
             calibrate=partial(self._calibration, expert_set),
             measure=partial(self._measure, variant, graphs),
         )
