@@ -144,7 +144,9 @@ def test_ours_come_first_and_one_of_a_package_is_found() -> None:
 def test_a_kind_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such layer kind .*token-query.*got round"):
         XAdapterConfig(layers=(1,), layer="round")
-    with pytest.raises(ConfigError, match=r"a table names what is not there: tests\.test_layers:Nothing"):
+    with pytest.raises(
+        ConfigError, match=r"a table names what is not there: tests\.layers\.test_layers:Nothing"
+    ):
         make_layer(LayerKind("gone", "nothing", "tests.layers.test_layers:Nothing"), LayerShape(H, C, R, A))
 
 
