@@ -180,6 +180,7 @@ def test_the_table_is_whole() -> None:
         assert len(set(places)) == len(places)
 
 
+@pytest.mark.long
 def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportResult) -> None:
     manifest = bundle.manifest
     assert [v.name for v in manifest.variants] == ["onnx-fp32", "whole-fp32", "whole-int8", "cpu-fp32"]
@@ -194,6 +195,7 @@ def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportRes
     read_bundle(bundle.folder)  # sizes and hashes
 
 
+@pytest.mark.long
 def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> None:
     int8 = bundle.manifest.variant("t", "whole-int8")
     assert int8.optimizations[-1].name == "times 1.0"
@@ -201,6 +203,7 @@ def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> Non
     assert int8.agreement.same_top == 1
 
 
+@pytest.mark.long
 def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_outside: None) -> None:
     session = XAdapterSession.load(bundle.folder, num_threads=1)
     assert session.answered_by == "whole-fp32"
@@ -213,6 +216,7 @@ def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_
     assert "listed-fp32" in shown
 
 
+@pytest.mark.long
 def test_a_bundle_is_read_where_the_package_is_not_installed(
     bundle: ExportResult, from_outside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -458,6 +458,7 @@ def test_commands_can_be_entry_points_of_their_own() -> None:
     assert result.exit_code == 1
 
 
+@pytest.mark.long
 def test_export_takes_settings_from_a_file_and_flags_win(tmp_path: Path) -> None:
     config = tmp_path / "small.toml"
     config.write_text(

@@ -184,6 +184,7 @@ def answers_as_trained(model: XAdapterModel, folder: Path, variant: str) -> None
     assert np.abs(logits - plain).max() > 0.1
 
 
+@pytest.mark.long
 def test_rows_beside_the_memory_are_exported_and_proven(tmp_path: Path) -> None:
     model = make_model(tmp_path, layer="null-rows")
     result = export(model, tmp_path / "bundle", "vt", variants=("onnx-fp32", "cpu-fp32"))
@@ -192,6 +193,7 @@ def test_rows_beside_the_memory_are_exported_and_proven(tmp_path: Path) -> None:
     answers_as_trained(model, result.folder, "cpu-fp32")
 
 
+@pytest.mark.long
 def test_rows_beside_a_static_bank_stay_when_it_is_swapped(tmp_path: Path) -> None:
     model = make_model(tmp_path, experts="v", layer="null-rows", retrieval={"mode": "static"})
     made = export(model, tmp_path / "bundle", "v")
