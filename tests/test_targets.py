@@ -205,6 +205,7 @@ def test_the_table_is_whole() -> None:
         assert len(set(places)) == len(places)
 
 
+@pytest.mark.long
 def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportResult) -> None:
     manifest = bundle.manifest
     assert [v.name for v in manifest.variants] == ["onnx-fp32", "whole-fp32", "whole-int8", "cpu-fp32"]
@@ -220,6 +221,7 @@ def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportRes
     read_bundle(bundle.folder)  # sizes and hashes
 
 
+@pytest.mark.long
 def test_a_maker_is_told_the_longest_inputs(bundle: ExportResult) -> None:
     manifest = bundle.manifest
     assert manifest.clip is not None
@@ -227,6 +229,7 @@ def test_a_maker_is_told_the_longest_inputs(bundle: ExportResult) -> None:
     assert longest == {"seq": manifest.plm.max_seq, "clip_seq": manifest.clip.context_length}
 
 
+@pytest.mark.long
 def test_the_card_says_how_to_run_a_target_of_another_package(
     bundle: ExportResult, from_outside: None
 ) -> None:
@@ -255,6 +258,7 @@ def test_a_graph_that_cannot_be_made_here_is_refused_before_anything_is(
         TARGETS._loaded.pop("choosy", None)
 
 
+@pytest.mark.long
 def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> None:
     int8 = bundle.manifest.variant("t", "whole-int8")
     assert int8.optimizations[-1].name == "times 1.0"
@@ -262,6 +266,7 @@ def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> Non
     assert int8.agreement.same_top == 1
 
 
+@pytest.mark.long
 def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_outside: None) -> None:
     session = XAdapterSession.load(bundle.folder, num_threads=1)
     assert session.answered_by == "whole-fp32"
@@ -274,6 +279,7 @@ def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_
     assert "listed-fp32" in shown
 
 
+@pytest.mark.long
 def test_a_bundle_is_read_where_the_package_is_not_installed(
     bundle: ExportResult, from_outside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,18 +238,7 @@ class _Builder:
         plan, folder, wanted = self.plan, self.folder, self.request.wanted.graphs
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
-        shelf, done = Shelf(folder, plan.expert_sets[0]), itertools.count(1)
-        derived = [variant for variant in wanted if variant != all_variants()[PORTABLE]]
-        total = len(plan.expert_sets) * (1 + len(derived))
-        try:
-            for expert_set in plan.expert_sets:
-                material = self._write_portable(expert_set, cases, shelf)
-                self.on_graph(next(done), total)
-                for variant in derived:
-                    self._write_variant(variant, material, shelf)
-                    self.on_graph(next(done), total)
-        finally:
-            shelf.close()
+        self._write_graphs(cases)
         self._check_remaining(wanted)
 
         components = {component for spec in self.specs.values() for component in spec.component_parameters}
@@ -276,6 +265,22 @@ class _Builder:
         _write_reference(folder, sample_reference(self.reference))
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
         return _write_manifest(folder, manifest, name), report
+
+    def _write_graphs(self, cases: dict[str, dict[str, Array]]) -> None:
+        """Writes every variant of every expert set; what they were made from is gone afterwards."""
+        plan, wanted = self.plan, self.request.wanted.graphs
+        shelf, done = Shelf(self.folder, plan.expert_sets[0]), itertools.count(1)
+        derived = [variant for variant in wanted if variant != all_variants()[PORTABLE]]
+        total = len(plan.expert_sets) * (1 + len(derived))
+        try:
+            for expert_set in plan.expert_sets:
+                material = self._write_portable(expert_set, cases, shelf)
+                self.on_graph(next(done), total)
+                for variant in derived:
+                    self._write_variant(variant, material, shelf)
+                    self.on_graph(next(done), total)
+        finally:
+            shelf.close()
 
     def _write_portable(
         self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], shelf: Shelf
