@@ -46,7 +46,7 @@ def run_flags(manifest: Manifest, choices: Mapping[str, str]) -> str:
         return f" --provider {CUDA_PROVIDER}"
     if choices:
         return ""
-    return f" --variant {manifest.variants_of(manifest.default_expert_set)[0].name}"
+    return f" --variant {manifest.variants[0].name}"
 
 
 def _summary(manifest: Manifest, choices: Mapping[str, str]) -> list[str]:
