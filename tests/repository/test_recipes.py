@@ -186,7 +186,12 @@ def test_the_color_recipe(
     printed = capsys.readouterr().out
     assert "9 prompts (VaLM)" in printed
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
-    for row in ("same adapter, text only", "V-expert, shuffled pictures", "K = 8", "V + T"):
+    nulls = (
+        "V-expert, trained alone, 16 null rows",
+        "same adapter, text only, 16 null rows",
+        "null rows, M = 4",
+    )
+    for row in ("same adapter, text only", "V-expert, shuffled pictures", "K = 8", "V + T", *nulls):
         assert f"| {row} |" in table
     color(given, standalone_mode=False)
     assert "done in" not in capsys.readouterr().out  # every arm was kept

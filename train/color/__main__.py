@@ -26,23 +26,29 @@ from train.color.laboratory import Arm, ArmResult, Laboratory, from_json, to_jso
 from train.color.mlm_head import HeadSettings, train_head
 from train.color.published import hold_out_named, score_published
 from xadapter_export.bank.compact import compact_bank
-from xadapter_export.layers import TOKEN_QUERY
+from xadapter_export.layers import NULL_ROWS, TOKEN_QUERY
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 from xadapter_export.model.plm import NoMlmHeadError, load_plm
 from xadapter_export.model.plm_family import PlmFamily
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FROZEN, _TEXT_ONLY, _STATIC = "frozen PLM", "same adapter, text only", "V-expert, static (512 prototypes)"
-_CHECKED = (_FROZEN, _TEXT_ONLY, "V-expert", "T-expert", "V + T", _STATIC)
+_ALONE = "V-expert, trained alone"
+_NULLS = f"{_ALONE}, {NULL_ROWS.null_rows} null rows"
+_TEXT_NULLS = f"{_TEXT_ONLY}, {NULL_ROWS.null_rows} null rows"
+_CHECKED = (_FROZEN, _TEXT_ONLY, _TEXT_NULLS, "V-expert", "T-expert", "V + T", _ALONE, _NULLS, _STATIC)
 _ROWS = (
     "chance",
     "majority",
     _FROZEN,
     _TEXT_ONLY,
+    _TEXT_NULLS,
     "V-expert, shuffled pictures",
     "V-expert",
     "T-expert",
     "V + T",
+    _ALONE,
+    _NULLS,
     _STATIC,
     "probe on the pictures' pixels",
 )
@@ -51,8 +57,10 @@ _NOTES = (
     "about them are sentences that nothing was trained on. CLIP has seen their pictures, with captions that "
     "name no color.",
     "The text-only control is the same adapter, trained on the same texts, attending to 16 random rows in "
-    "place of pictures; it and the static arm take as many steps as V's weights do in the arm of both "
-    "experts.",
+    "place of pictures; it, V trained alone and the static arm take as many steps as V's weights do in the "
+    "arm of both experts.",
+    "Null rows are learned keys and values alongside the pictures, so that a token can look away. They can "
+    "learn from the texts too, so one of the controls has as many.",
     "MiniLM comes without an MLM head. One was trained over the frozen encoder, on facts without colors and "
     "on sentences whose colors have nothing to do with their objects.",
     "The static bank is searched by the PLM's own states: one softmax over all pairs of token and prototype, "
@@ -185,12 +193,16 @@ class ColorComparison:
             "bank": str(prototypes / "bank"),
         }
         # V learns in two of the three sets that take turns; what it is compared with gets as many steps.
-        as_many = {"max_steps": 2 * settings["training"]["max_steps"]}
-        self.arms = (
-            Arm(_TEXT_ONLY, {"experts": "v", "control": True, **as_many}, {"none": _FROZEN, "v": _TEXT_ONLY}),
-            Arm("experts", {"experts": "vt"}, {"v": "V-expert", "t": "T-expert", "vt": "V + T"}),
-            Arm(_STATIC, {**self.static, **as_many}, {"v": _STATIC}),
-        )
+        alone = {"experts": "v", "max_steps": 2 * settings["training"]["max_steps"]}
+        nulls, control = {"layer": NULL_ROWS.name}, {"control": True}
+        self.arms = {  # by the letter that their folders end with
+            "t": Arm(_TEXT_ONLY, {**alone, **control}, {"none": _FROZEN, "v": _TEXT_ONLY}),
+            "e": Arm("experts", {"experts": "vt"}, {"v": "V-expert", "t": "T-expert", "vt": "V + T"}),
+            "s": Arm(_STATIC, {**self.static, **alone}, {"v": _STATIC}),
+            "a": Arm(_ALONE, alone, {"v": _ALONE}),
+            "n": Arm(_NULLS, {**alone, **nulls}, {"v": _NULLS}),
+            "c": Arm(_TEXT_NULLS, {**alone, **control, **nulls}, {"v": _TEXT_NULLS}),
+        }
 
     @property
     def split_sizes(self) -> list[int]:
@@ -259,7 +271,7 @@ class ColorComparison:
             }
             results = [
                 self.run(f"split-{number}-{place}", arm, split, split_seed)
-                for place, arm in zip("tes", self.arms, strict=True)
+                for place, arm in self.arms.items()
             ]
             found.append(
                 ArmResult(
@@ -293,11 +305,13 @@ class ColorComparison:
         ]
         split = hold_out_named(self.material.objects, list(named.values()))
         folders, grids = {}, []
-        for place, arm in zip("tes", self.arms, strict=True):
+        for place, arm in self.arms.items():
             self.run(f"published-{place}", arm, split, self.seed)
             folders[arm.name] = self.parts.work / f"published-{place}" / "checkpoint"
         for title, path in named.items():
-            grid, note = score_published(path, title, folders, self.arms, self.material.objects)
+            grid, note = score_published(
+                path, title, folders, list(self.arms.values()), self.material.objects
+            )
             grids.append(grid)
             notes.append(note)
         return grids, notes
@@ -316,6 +330,7 @@ def ablations(static: dict[str, Any], training: dict[str, Any]) -> dict[str, Arm
         f"before layers {last - 2} and {last - 1}": {"layers": [last - 2, last - 1]},
         "width 16": {"adapter_width": 16},
         "width 128": {"adapter_width": 128},
+        **{f"null rows, M = {m}": {"layer": NULL_ROWS.name, "null_rows": m} for m in (1, 4, 16)},
         "static, sentence query, distilled on training names alone": {
             **static,
             "texts": ["colors", "facts", "seen_names"],
