@@ -23,6 +23,7 @@ class Plan:
     max_seq: int
     retrieval: Retrieval
     split: bool
+    explains: bool = False
 
     @property
     def candidate_ids(self) -> list[int] | None:
@@ -54,8 +55,17 @@ def make_plan(model: XAdapterModel, request: ExportRequest) -> Plan:
     candidates = None
     if request.candidates is not None:
         candidates = tuple(find_candidates(model.plm.tokenizer, request.candidates))
-    plan = Plan(expert_sets, task, candidates, max_seq or longest, request.retrieval, request.is_split)
+    explains = request.with_explanations
+    plan = Plan(
+        expert_sets, task, candidates, max_seq or longest, request.retrieval, request.is_split, explains
+    )
     _check_split(model, plan)
+    if explains and not any(map(model.active_experts, expert_sets)):
+        raise ConfigError(
+            "there is nothing to explain without experts",
+            where=f"experts {', '.join(expert_sets)}",
+            hint="remove --with-explanations, or add --experts v, t or vt",
+        )
     return plan
 
 
