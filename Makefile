@@ -12,9 +12,11 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BUNDLES := build/bundles
 BASE_TESTS := $(addprefix tests/,test_errors.py bundle/test_folder.py bundle/test_manifest.py parity/test_compare.py repository/test_portable.py \
               runtime/test_session.py runtime/test_text.py)
+# What exports or trains in most of its tests is not among these rooms.
+FAST_TESTS := tests/test_*.py $(addprefix tests/,bundle cli evaluation layers parity repository/test_house.py runtime sessions tasks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-base test-integrations test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
+.PHONY: help install demo test test-fast test-slow test-base test-integrations test-others test-openvino parity check lint types imports house docs docs-build site dist bench bench-field bench-avx2 bench-full bench-training processors trust web clean
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -46,6 +48,9 @@ demo: $(DEMO) ## Export the built-in checkpoint and let it answer from images.
 
 test: $(STAMP) ## Run the tests.
 	$(MAKE) --no-print-directory --jobs 2 test-openvino test-others
+
+test-fast: $(STAMP) ## Run the tests that export and train nothing: under 2 minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not long" $(FAST_TESTS)
 
 test-others: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" --ignore tests/exporters/test_openvino.py

@@ -10,6 +10,7 @@ from xadapter_export.errors import (
     ShapeError,
     XAdapterError,
     import_extra,
+    import_installed,
     printable,
 )
 
@@ -57,6 +58,11 @@ def test_missing_extra_gives_the_exact_line_to_install_it() -> None:
         import_extra("no_such_module_at_all", "export")
     with pytest.raises(ImportError, match=r'\[cpu\]" or pip install "xadapter-export\[gpu\]"$'):
         import_extra("no_such_module_at_all", "cpu", "gpu")
+
+
+def test_the_line_names_the_package_that_brings_the_module() -> None:
+    with pytest.raises(MissingExtraError, match=r'pip install "my-package\[export\]"$'):
+        import_installed("no_such_module_at_all", "my-package[export]")
 
 
 def test_import_extra_returns_the_module() -> None:

@@ -1,8 +1,11 @@
 """Targets: the table, and what another package adds to it without a line of the library changed."""
 
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +17,9 @@ from tests.tiny_checkpoint import TEXTS, make_model
 from xadapter_export import XAdapterSession, export, registry
 from xadapter_export.bundle.folder import read_bundle
 from xadapter_export.bundle.manifest import Optimization
+from xadapter_export.bundle.model_card import model_card, run_flags
 from xadapter_export.cli.inspect import inspect
-from xadapter_export.errors import ConfigError, UnsupportedError
+from xadapter_export.errors import ConfigError, MissingExtraError, UnsupportedError
 from xadapter_export.exporters.makers.maker import (
     Deployed,
     Deployer,
@@ -23,9 +27,11 @@ from xadapter_export.exporters.makers.maker import (
     GraphJob,
     GraphMaker,
     MadeGraph,
+    check_options,
     load_maker,
 )
 from xadapter_export.exporters.pipeline import ExportResult
+from xadapter_export.exporters.request import ExportRequest
 from xadapter_export.parity import prove_bundle
 from xadapter_export.runtime.choose import choices_of
 from xadapter_export.sessions.session import OnnxSession, Opening
@@ -37,6 +43,7 @@ from xadapter_export.targets import (
     PRECISIONS,
     TARGETS,
     Precision,
+    Runtime,
     Target,
     VariantName,
     all_targets,
@@ -86,8 +93,17 @@ class WholeMaker(GraphMaker):
                     value.const_value = ir.tensor(array * np.float32(factor), name=value.name)
             file = job.empty_scratch() / f"{job.stems['whole']}_{job.precision}.whole"
             file.write_bytes(ir.to_proto(graph).SerializeToString())
+            file.with_suffix(".json").write_text(json.dumps(job.material.longest))
             step = Optimization(name=f"times {factor}", lossless=False, unit="bytes", before=2, after=1)
             yield MadeGraph([step], files={"whole": file})
+
+
+class ChoosyMaker(WholeMaker):
+    """Refuses int8."""
+
+    def check(self, options: ExportRequest, precisions: Sequence[Precision]) -> None:
+        if "int8" in precisions:
+            raise ConfigError("this one takes no int8", where=self.target.name)
 
 
 def open_whole(file: Path, how: Opening) -> OnnxSession:
@@ -103,9 +119,18 @@ WHOLE = Target(
     maker="tests.test_targets:WholeMaker",
     precisions=("fp32", "int8"),
     opener="tests.test_targets:open_whole",
-    runtime=ONNXRUNTIME,
+    runtime=Runtime("Whole", "onnxruntime", ("my-package[whole]",), ("onnxruntime",), is_optional=False),
     provider=CPU_PROVIDER,
     places={"fp32": (1,) * len(KINDS)},
+)
+CHOOSY = Target(
+    name="choosy",
+    says="needs what is not installed",
+    maker="tests.test_targets:ChoosyMaker",
+    precisions=("fp32", "int8"),
+    opener="tests.test_targets:open_whole",
+    runtime=ONNXRUNTIME,
+    needs=("no_such_module", "my-package[export]"),
 )
 NO_MAKER = Target("nomaker", "nothing", "tests.test_targets:open_whole", ("fp32",))
 
@@ -180,11 +205,13 @@ def test_the_table_is_whole() -> None:
         assert len(set(places)) == len(places)
 
 
+@pytest.mark.long
 def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportResult) -> None:
     manifest = bundle.manifest
     assert [v.name for v in manifest.variants] == ["onnx-fp32", "whole-fp32", "whole-int8", "cpu-fp32"]
     fp32, int8 = (manifest.variant("t", name) for name in ("whole-fp32", "whole-int8"))
-    assert (fp32.file, fp32.weight_files, fp32.is_onnx) == ("whole/model_fp32.whole", (), False)
+    assert (fp32.file, fp32.is_onnx) == ("whole/model_fp32.whole", False)
+    assert fp32.weight_files == ("whole/model_fp32.json",)
     assert {cell.output for cell in bundle.parity.cells_of("t", "whole-fp32")} == {"logits"}
     assert bundle.parity.passed
     [made] = manifest.deployments
@@ -194,6 +221,44 @@ def test_a_target_of_another_package_is_made_proven_and_listed(bundle: ExportRes
     read_bundle(bundle.folder)  # sizes and hashes
 
 
+@pytest.mark.long
+def test_a_maker_is_told_the_longest_inputs(bundle: ExportResult) -> None:
+    manifest = bundle.manifest
+    assert manifest.clip is not None
+    longest = json.loads((bundle.folder / "whole" / "model_fp32.json").read_text())
+    assert longest == {"seq": manifest.plm.max_seq, "clip_seq": manifest.clip.context_length}
+
+
+@pytest.mark.long
+def test_the_card_says_how_to_run_a_target_of_another_package(
+    bundle: ExportResult, from_outside: None
+) -> None:
+    """What to install, and the variant's name where no session would take it unasked."""
+    alone = bundle.manifest.model_copy(update={"variants": bundle.manifest.variants[1:2]})
+    card = model_card(alone, "b", {})
+    assert 'pip install "my-package[whole]"\n' in card
+    assert "It runs with Whole;" in card
+    assert '[MASK]." --variant whole-fp32\n' in card
+    assert run_flags(alone, {"every CPU": "whole-fp32"}) == ""
+
+
+def test_a_graph_that_cannot_be_made_here_is_refused_before_anything_is(
+    monkeypatch: pytest.MonkeyPatch, from_outside: None
+) -> None:
+    """By what the row needs, and by what its maker says."""
+    install(monkeypatch, choosy="tests.test_targets:CHOOSY")
+    try:
+        with pytest.raises(MissingExtraError, match=r'no_such_module .*pip install "my-package\[export\]"'):
+            check_options(ExportRequest(variants=("choosy-fp32",)))
+        monkeypatch.setitem(sys.modules, "no_such_module", ModuleType("no_such_module"))
+        with pytest.raises(ConfigError, match="this one takes no int8: choosy"):
+            check_options(ExportRequest(variants=("choosy-fp32", "choosy-int8")))
+        check_options(ExportRequest(variants=("choosy-fp32",)))
+    finally:
+        TARGETS._loaded.pop("choosy", None)
+
+
+@pytest.mark.long
 def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> None:
     int8 = bundle.manifest.variant("t", "whole-int8")
     assert int8.optimizations[-1].name == "times 1.0"
@@ -201,6 +266,7 @@ def test_the_first_try_that_passes_its_gate_is_kept(bundle: ExportResult) -> Non
     assert int8.agreement.same_top == 1
 
 
+@pytest.mark.long
 def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_outside: None) -> None:
     session = XAdapterSession.load(bundle.folder, num_threads=1)
     assert session.answered_by == "whole-fp32"
@@ -213,6 +279,7 @@ def test_a_session_opens_it_and_the_commands_name_it(bundle: ExportResult, from_
     assert "listed-fp32" in shown
 
 
+@pytest.mark.long
 def test_a_bundle_is_read_where_the_package_is_not_installed(
     bundle: ExportResult, from_outside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

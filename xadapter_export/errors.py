@@ -156,9 +156,22 @@ def import_extra(module: str, *extras: str) -> ModuleType:
     Raises:
         MissingExtraError: If the module, or something it needs, cannot be imported.
     """
+    return import_installed(module, *(f"xadapter-export[{extra}]" for extra in extras))
+
+
+def import_installed(module: str, *requirements: str) -> ModuleType:
+    """Import a module that may not be installed.
+
+    Args:
+        module: Dotted module name, ``"ncnn"``.
+        requirements: What pip installs to bring it, ``"my-package[export]"``; one of several is enough.
+
+    Raises:
+        MissingExtraError: If the module, or something it needs, cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        lines = " or ".join(f'pip install "xadapter-export[{extra}]"' for extra in extras)
-        missing = f"this needs {' or '.join(f'[{extra}]' for extra in extras)}, which is not installed"
+        lines = " or ".join(f'pip install "{requirement}"' for requirement in requirements)
+        missing = f"this needs {' or '.join(requirements)}, which is not installed"
         raise MissingExtraError(missing, where=module, got=error, hint=f"install it with: {lines}") from error

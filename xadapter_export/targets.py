@@ -67,14 +67,14 @@ class Runtime:
     Attributes:
         name: As people call it.
         module: What is imported.
-        extras: The extras that bring it; one of them is enough.
+        requirements: What pip installs to bring it, as ``my-package[export]``; one of them is enough.
         distributions: Its packages, as pip calls them.
         is_optional: Whether a machine that runs bundles may lack it.
     """
 
     name: str
     module: str
-    extras: tuple[str, ...]
+    requirements: tuple[str, ...]
     distributions: tuple[str, ...]
     is_optional: bool = True
 
@@ -99,7 +99,7 @@ class Target:
         opener: Where its opener is, ``module:function``; None where no session runs it.
         runtime: What the opener runs it with; None where there is no opener.
         made_from: Of a deployment, the variant that each precision is made from; empty of a variant.
-        needs: What its maker imports besides the extra ``export``: a module, and the extra that brings it.
+        needs: What its maker imports besides the extra ``export``: a module, and what pip installs for it.
         provider: The only execution provider of onnxruntime that it is for; None if it runs with any.
         default_for: Precisions that are made for it where no target is named.
         int8: When ``--precision int8`` is made for it, where several of the targets that are named take int8.
@@ -167,11 +167,16 @@ class Target:
 
 
 ONNXRUNTIME: Final = Runtime(
-    "onnxruntime", "onnxruntime", ("cpu", "gpu"), ("onnxruntime", "onnxruntime-gpu"), is_optional=False
+    "onnxruntime",
+    "onnxruntime",
+    ("xadapter-export[cpu]", "xadapter-export[gpu]"),
+    ("onnxruntime", "onnxruntime-gpu"),
+    is_optional=False,
 )
-_OPENVINO: Final = Runtime("OpenVINO", "openvino", ("openvino",), ("openvino",))
-_TENSORRT: Final = Runtime("TensorRT", "tensorrt", ("tensorrt",), ("tensorrt",))
-_TENSORRT_RTX: Final = Runtime("TensorRT-RTX", "tensorrt_rtx", ("tensorrt",), ("tensorrt-rtx",))
+_TENSORRT_EXTRA: Final = "xadapter-export[tensorrt]"
+_OPENVINO: Final = Runtime("OpenVINO", "openvino", ("xadapter-export[openvino]",), ("openvino",))
+_TENSORRT: Final = Runtime("TensorRT", "tensorrt", (_TENSORRT_EXTRA,), ("tensorrt",))
+_TENSORRT_RTX: Final = Runtime("TensorRT-RTX", "tensorrt_rtx", (_TENSORRT_EXTRA,), ("tensorrt-rtx",))
 
 _MAKERS: Final = "xadapter_export.exporters.makers"
 _OPEN_ONNX: Final = "xadapter_export.sessions.onnx_session:open_onnx"
@@ -250,7 +255,7 @@ _TABLE: Final = (
         opener=_OPEN_ENGINE,
         runtime=_TENSORRT_RTX,
         made_from=_ENGINES,
-        needs=("tensorrt_rtx", "tensorrt"),
+        needs=("tensorrt_rtx", _TENSORRT_EXTRA),
         int8="if it gets nothing else",
         axes=AXES,
         reads=("compute-capability",),
@@ -263,7 +268,7 @@ _TABLE: Final = (
         opener=_OPEN_ENGINE,
         runtime=_TENSORRT,
         made_from=_ENGINES,
-        needs=("polygraphy.json", "tensorrt"),
+        needs=("polygraphy.json", _TENSORRT_EXTRA),
         int8="if it gets nothing else",
         axes=AXES,
     ),
@@ -284,7 +289,7 @@ _TABLE: Final = (
             "fp16": VariantName("onnx", "fp16"),
             "int8": VariantName("cpu", "int8"),
         },
-        needs=("tritonclient.grpc.model_config_pb2", "triton"),
+        needs=("tritonclient.grpc.model_config_pb2", "xadapter-export[triton]"),
         largest_axes=("batch",),
     ),
 )

@@ -115,6 +115,7 @@ def test_an_evaluation_takes_a_name(hub: FakeHub, tiny: Path, tmp_path: Path) ->
     assert "a revision is for repositories on the Hub" in refused.output
 
 
+@pytest.mark.long
 def test_a_swap_and_a_search_take_names(
     hub: FakeHub, tiny_model: "XAdapterModel", tiny_export: "ExportResult", tmp_path: Path
 ) -> None:

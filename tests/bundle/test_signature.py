@@ -343,6 +343,7 @@ def re_signed(text: str) -> str:
     )
 
 
+@pytest.mark.long
 def test_an_export_is_signed_and_a_swap_loses_the_signature(keys: Path, tmp_path: Path) -> None:
     from tests.tiny_checkpoint import make_model  # PyTorch, which the other tests do without
     from tests.trust.kill import write_bank

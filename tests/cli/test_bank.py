@@ -199,6 +199,19 @@ def test_the_page_holds_its_pictures(built: Path, pictures: Path, tmp_path: Path
     assert sheet.read_text().count('class="picture words"') == 3  # no id leads out
 
 
+def test_long_work_shows_its_rows(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xadapter_export.cli.bank.QUICK_S", 0.0)
+    for command, total in (
+        (("merge", built, built, "--keep-duplicates"), 16),
+        (("compact", built, "--prototypes", 2), 3 * 8),  # each row once for each epoch
+        (("dtype", built, "--to", "int8"), 8),
+    ):
+        result = call(*command, "-o", tmp_path / str(command[0]))
+        assert f"{total} of {total} rows" in result.stderr
+        quiet = call(*command, "-o", tmp_path / str(command[0]), "--force", "--quiet")
+        assert (quiet.exit_code, quiet.stderr) == (0, "")
+
+
 def test_merge_and_compact_and_dtype(built: Path, tmp_path: Path) -> None:
     assert "8 images are in more than one bank" in error_of("merge", built, built, "-o", tmp_path / "merged")
     merged = good("merge", built, built, "--keep-duplicates", "-o", tmp_path / "merged")

@@ -201,6 +201,12 @@ def test_a_reader_that_goes_away_gets_no_traceback(tiny: Path) -> None:
     assert result.stderr == ""
 
 
+def test_a_long_proof_counts_its_graphs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xadapter_export.cli.parity.QUICK_S", 0.0)
+    assert "4 of 4 graphs" in call("parity", tiny).stderr
+    assert "graphs" not in call("parity", tiny, "--quiet").stderr
+
+
 def test_parity_prints_a_table_and_passes(tiny: Path) -> None:
     result = call("parity", tiny)
     assert result.exit_code == 0, result.output
@@ -455,6 +461,7 @@ def test_commands_can_be_entry_points_of_their_own() -> None:
     assert result.exit_code == 1
 
 
+@pytest.mark.long
 def test_export_takes_settings_from_a_file_and_flags_win(tmp_path: Path) -> None:
     config = tmp_path / "small.toml"
     config.write_text(

@@ -295,6 +295,7 @@ def test_a_checkpoint_without_a_record_has_no_trained_control(run: Run, tmp_path
     assert "checkpoint has no train.json" in untrained.stderr
 
 
+@pytest.mark.long
 def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -> None:
     from xadapter_export.training import read_config, train
 
@@ -331,6 +332,7 @@ def test_the_control_of_a_checkpoint_is_trained_once(run: Run, tmp_path: Path) -
     assert Path("checkpoint-control/xadapter.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.long
 def test_the_control_of_a_distilled_checkpoint_is_found_again(run: Run, tmp_path: Path) -> None:
     from xadapter_export.training import read_config, train
 
@@ -347,6 +349,7 @@ def test_the_control_of_a_distilled_checkpoint_is_found_again(run: Run, tmp_path
     assert TRAINED_CONTROL in rows(run(*text))
 
 
+@pytest.mark.long
 def test_a_bundle_is_scored_with_everything_heavy_blocked(run: Run, tiny: Path, classifier: Path) -> None:
     blocked = [name for name in HEAVY if name != "sklearn"]
     code = f"""

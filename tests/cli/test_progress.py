@@ -2,6 +2,7 @@
 
 import io
 import sys
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "time", Clock())
 
 
-def count_to(total: int, step: int = 1, **settings: bool) -> None:
+def count_to(total: int, step: int = 1, **settings: Any) -> None:
     line = "{done} of {total} images{note}"
     with show_progress(quiet=False, unit="image", line=line, **settings) as (say, count):
         say("first")
@@ -50,6 +51,15 @@ def test_a_stage_starts_its_own_count(capsys: pytest.CaptureFixture[str]) -> Non
     lines = [line.partition(" s  ")[2] for line in capsys.readouterr().err.splitlines()]
     assert "images/s, " in lines[2]
     assert lines[4] == "3000 of 4000 images"
+
+
+def test_what_is_over_soon_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    count_to(4, after_s=1e6)
+    assert not capsys.readouterr().err
+    count_to(4, after_s=40.0)
+    lines = [line.partition(" s  ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] != "first"
+    assert lines[-1].startswith("4 of 4 images")
 
 
 def test_a_terminal_shows_a_bar_with_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from xadapter_export.exporters.judge.calibration import read_calibration
 from xadapter_export.training.config import TABLES, TrainConfig, all_flags
 from xadapter_export.training.trainer import XAdapterTrainer
 
+pytestmark = pytest.mark.long  # every test exports or trains
+
 TEXTS = "the color of a banana is green.\na fruit is very very green.\nthe banana is a fruit.\n"
 CONFIG = """
 plm = "plm"

@@ -34,6 +34,8 @@ from xadapter_export.exporters.pipeline import ExportResult
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.runtime.text import TruncationWarning
 
+pytestmark = pytest.mark.long  # every test exports or trains
+
 SHARES = {"banana": (0.1, 0.0, 0.9), "cherry": (0.1, 0.8, 0.1), "lime": (0.7, 0.1, 0.2)}
 COLORS = ("green", "red", "yellow")
 FRUIT = ObjectSet(

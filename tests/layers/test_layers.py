@@ -144,7 +144,9 @@ def test_ours_come_first_and_one_of_a_package_is_found() -> None:
 def test_a_kind_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such layer kind .*token-query.*got round"):
         XAdapterConfig(layers=(1,), layer="round")
-    with pytest.raises(ConfigError, match=r"a table names what is not there: tests\.test_layers:Nothing"):
+    with pytest.raises(
+        ConfigError, match=r"a table names what is not there: tests\.layers\.test_layers:Nothing"
+    ):
         make_layer(LayerKind("gone", "nothing", "tests.layers.test_layers:Nothing"), LayerShape(H, C, R, A))
 
 
@@ -182,6 +184,7 @@ def answers_as_trained(model: XAdapterModel, folder: Path, variant: str) -> None
     assert np.abs(logits - plain).max() > 0.1
 
 
+@pytest.mark.long
 def test_rows_beside_the_memory_are_exported_and_proven(tmp_path: Path) -> None:
     model = make_model(tmp_path, layer="null-rows")
     result = export(model, tmp_path / "bundle", "vt", variants=("onnx-fp32", "cpu-fp32"))
@@ -190,6 +193,7 @@ def test_rows_beside_the_memory_are_exported_and_proven(tmp_path: Path) -> None:
     answers_as_trained(model, result.folder, "cpu-fp32")
 
 
+@pytest.mark.long
 def test_rows_beside_a_static_bank_stay_when_it_is_swapped(tmp_path: Path) -> None:
     model = make_model(tmp_path, experts="v", layer="null-rows", retrieval={"mode": "static"})
     made = export(model, tmp_path / "bundle", "v")

@@ -10,6 +10,8 @@ from xadapter_export import XAdapterSession, export
 from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.model.builtin import builtin_folder
 
+pytestmark = pytest.mark.long  # every test exports or trains
+
 NUM_BATCHES = 1000
 NUM_TEXTS = 60
 LARGEST_BATCH = 6

@@ -532,6 +532,12 @@ class Manifest(_Strict):
         )
 
     @property
+    def longest(self) -> dict[str, int]:
+        """The most tokens of ``seq``, and of ``clip_seq`` where a set reads CLIP, by axis."""
+        of_clip = {} if self.clip is None else {"clip_seq": self.clip.context_length}
+        return {"seq": self.plm.max_seq, **of_clip}
+
+    @property
     def example(self) -> str:
         """A text to try the bundle with."""
         return TASKS[self.task].example.format(mask=self.plm.mask_token)

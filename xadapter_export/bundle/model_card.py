@@ -24,7 +24,7 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
     lines = [
         f"# {name}",
         "",
-        *_summary(manifest),
+        *_summary(manifest, choices),
         *_graphs(manifest, choices),
         *_deployments(manifest),
         *_bank(manifest),
@@ -35,15 +35,27 @@ def model_card(manifest: Manifest, name: str, choices: Mapping[str, str]) -> str
     return bundle_card_data("\n".join(lines), name, manifest)
 
 
-def _summary(manifest: Manifest) -> list[str]:
+def run_flags(manifest: Manifest, choices: Mapping[str, str]) -> str:
+    """Return the flags without which ``xad-run`` would find nothing to run on this bundle.
+
+    Args:
+        manifest: The bundle's.
+        choices: As ``model_card``.
+    """
+    if manifest.is_for_gpu:
+        return f" --provider {CUDA_PROVIDER}"
+    if choices:
+        return ""
+    return f" --variant {manifest.variants[0].name}"
+
+
+def _summary(manifest: Manifest, choices: Mapping[str, str]) -> list[str]:
     """What the bundle is, and how to run it."""
     sets = " | ".join(manifest.expert_sets)
     targets = [TARGETS[variant.target] for variant in manifest.variants]
     runtimes = {target.runtime for target in targets if target.runtime is not None}
     runtime = ONNXRUNTIME if ONNXRUNTIME in runtimes else next(iter(runtimes))
-    extra, provider = runtime.extras[0], ""
-    if manifest.is_for_gpu:
-        extra, provider = runtime.extras[-1], f" --provider {CUDA_PROVIDER}"
+    requirement = runtime.requirements[-1 if manifest.is_for_gpu else 0]
     is_portable = any(target.provider is None for target in targets)
     return [
         f"An X-adapter bundle for {manifest.task} ({TASKS[manifest.task].says}): "
@@ -55,8 +67,8 @@ def _summary(manifest: Manifest) -> list[str]:
         "## Run",
         "",
         "```console",
-        f'pip install "xadapter-export[{extra}]"',
-        f'xad-run . "{manifest.example}"{provider}',
+        f'pip install "{requirement}"',
+        f'xad-run . "{manifest.example}"{run_flags(manifest, choices)}',
         "xad-parity .",
         "```",
         "",

@@ -22,7 +22,7 @@ from xadapter_export.cli.command import (
     revision_option,
     sign_option,
 )
-from xadapter_export.cli.progress import show_progress
+from xadapter_export.cli.progress import QUICK_S, show_progress
 from xadapter_export.errors import import_extra
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 
@@ -175,7 +175,8 @@ def build(
 @contextmanager
 def _rows_shown(stage: str, *, quiet: bool) -> Iterator["Count"]:
     """Show how many rows are done in the block."""
-    with show_progress(quiet=quiet, unit="row", line="{done} of {total} rows{note}") as (say, count):
+    line = "{done} of {total} rows{note}"
+    with show_progress(quiet=quiet, unit="row", line=line, after_s=QUICK_S) as (say, count):
         say(stage)
         yield count
 
@@ -570,7 +571,7 @@ def swap(
     from xadapter_export.bundle.folder import read_bundle
     from xadapter_export.swap.swap import swap_bank
 
-    with show_progress(quiet=quiet) as (say, _):
+    with show_progress(quiet=quiet, after_s=QUICK_S) as (say, _):
         result = swap_bank(
             read_bundle(bundle, revision=revision),
             _resolve(folder),

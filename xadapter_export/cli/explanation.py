@@ -1,5 +1,6 @@
 """Why a text was answered as it was, on the terminal and as a page."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +61,13 @@ def _table(expert: "ExplainedExpert", plus: str, minus: str) -> "Table":
     table.add_column("without it")
     items = sorted(expert.items, key=lambda item: -abs(item.share))
     most = abs(items[0].share) if items else 0.0
+    times = Counter(item.name for item in items)
     for item in items[:_MOST_ROWS]:
         size = round(_BAR_COLUMNS * abs(item.share) / most) if most else 0
         bar = (plus if item.share > 0 else minus) * size
         style = "bold" if item.without.changes else None
-        table.add_row(f"{item.share:.1%}", bar, item.name, item.without.summary, style=style)
+        name = f"{item.name} ({item.id})" if item.id is not None and times[item.name] > 1 else item.name
+        table.add_row(f"{item.share:.1%}", bar, name, item.without.summary, style=style)
     if others := items[_MOST_ROWS:]:
         share = sum(item.share for item in others)
         table.add_row(f"{share:.1%}", "", f"{len(others)} more", "", style="dim")

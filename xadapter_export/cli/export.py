@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from xadapter_export.bundle.folder import MANIFEST_NAME
+from xadapter_export.bundle.model_card import run_flags
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.bundle.staging import check_replaceable, resolved
 from xadapter_export.cli.command import (
@@ -31,7 +32,7 @@ from xadapter_export.exporters.request import (
     ExportRequest,
     default_target,
 )
-from xadapter_export.targets import CUDA_PROVIDER, PRECISIONS, TARGETS, all_targets, all_variants
+from xadapter_export.targets import PRECISIONS, TARGETS, all_targets, all_variants
 from xadapter_export.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -310,11 +311,12 @@ def _report(result: "ExportResult") -> None:
         )
         for line in made.refused:
             console.print(f"refused: {line}")
-    for name, kinds in _by_variant(choices_of(manifest)).items():
+    choices = choices_of(manifest)
+    for name, kinds in _by_variant(choices).items():
         console.print(f"used by default: {name} on {'; '.join(kinds)}")
     console.print(f"bundle: {result.folder}")
-    provider = f" --provider {CUDA_PROVIDER}" if manifest.is_for_gpu else ""
-    console.print(f'try: {as_typed("xad-run")} {result.folder} "{manifest.example}"{provider}')
+    flags = run_flags(manifest, choices)
+    console.print(f'try: {as_typed("xad-run")} {result.folder} "{manifest.example}"{flags}')
 
 
 def _by_variant(choices: "Mapping[str, str]") -> dict[str, list[str]]:

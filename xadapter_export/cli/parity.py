@@ -20,7 +20,7 @@ from xadapter_export.cli.command import (
     session_options,
     verify_key_option,
 )
-from xadapter_export.cli.progress import show_progress
+from xadapter_export.cli.progress import QUICK_S, show_progress
 from xadapter_export.errors import ParityError
 from xadapter_export.experts import EXPERT_SETS
 from xadapter_export.targets import all_targets
@@ -248,7 +248,10 @@ def _examine(
     done: list[Variant] = []
     report: ParityReport | None = None
     checks: tuple[Check, ...] = ()
-    with show_progress(quiet=quiet, unit="graph", line="{done} of {total} graphs{note}") as (say, count):
+    with show_progress(quiet=quiet, unit="graph", line="{done} of {total} graphs{note}", after_s=QUICK_S) as (
+        say,
+        count,
+    ):
 
         def on_variant(variant: "Variant") -> None:
             done.append(variant)

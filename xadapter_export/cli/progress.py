@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from xadapter_export.cli.command import make_console
 
+QUICK_S: Final = 5.0  # what is over sooner needs no lines
 _SHORTEST_S: Final = 5.0  # between two lines, where there are few steps
 _MANY: Final = 100  # steps, of which each tenth has a line
 _LONGEST_S: Final = 60.0  # without a line
@@ -55,7 +56,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def show_progress(
-    *, quiet: bool, unit: str = "step", line: str = "", across_stages: bool = False
+    *, quiet: bool, unit: str = "step", line: str = "", across_stages: bool = False, after_s: float = 0.0
 ) -> Iterator[tuple[Say, Count]]:
     """Show what is done in the block; nothing where ``quiet``.
 
@@ -66,6 +67,7 @@ def show_progress(
             with ``{done}``, ``{total}`` and ``{note}`` in it; the note has the rate and the time left. Few
             steps that pass quickly have a line at the end only. Empty for nothing.
         across_stages: Whether one count goes through all stages; else each has its own.
+        after_s: Where there is no bar, nothing is said in the first seconds: of work that is mostly quick.
 
     Yields:
         What names a stage: the title of the bar, or a line with the seconds since the start. And what counts
@@ -102,8 +104,9 @@ def show_progress(
             tell(line.format(done=done, total=total, note=notes and f", {notes}"))
 
     def tell(text: str) -> None:
-        if not quiet and not has_bar:
-            console.print(f"{time.monotonic() - start:6.1f} s  {text}", soft_wrap=True)
+        elapsed = time.monotonic() - start
+        if not quiet and not has_bar and elapsed >= after_s:
+            console.print(f"{elapsed:6.1f} s  {text}", soft_wrap=True)
 
     shown = (*columns, note_column, TimeElapsedColumn())
     with Progress(*shown, console=console, transient=True, disable=not has_bar) as bar:

@@ -180,8 +180,7 @@ def _check_profile(
     Raises:
         ConfigError: If it is one.
     """
-    context = model.clip.context_length if model.clip is not None else None
-    check_limits(profile, max_seq=plan.max_seq, context_length=context)
+    check_limits(profile, plan.longest)
     unread = set() if TASKS[plan.task].reads_masks else {"mask_positions"}
     if not any(reads_clip(model, expert_set) for expert_set in plan.expert_sets):
         unread.add("clip_input_ids")
@@ -246,18 +245,7 @@ class _Builder:
         plan, folder, wanted = self.plan, self.folder, self.request.wanted.graphs
         if plan.retrieval == "external" and self.model.bank is not None:
             self.model.bank.save_features(folder / FEATURES_NAME)
-        shelf, done = Shelf(folder, plan.expert_sets[0]), itertools.count(1)
-        derived = [variant for variant in wanted if variant != all_variants()[PORTABLE]]
-        total = len(plan.expert_sets) * (1 + len(derived))
-        try:
-            for expert_set in plan.expert_sets:
-                material = self._write_portable(expert_set, cases, shelf)
-                self.on_graph(next(done), total)
-                for variant in derived:
-                    self._write_variant(variant, material, shelf)
-                    self.on_graph(next(done), total)
-        finally:
-            shelf.close()
+        self._write_graphs(cases)
         self._check_remaining(wanted)
 
         components = {component for spec in self.specs.values() for component in spec.component_parameters}
@@ -287,6 +275,22 @@ class _Builder:
         (folder / PARITY_NAME).write_text(report.to_json(), encoding="utf-8")
         return _write_manifest(folder, manifest, name), report
 
+    def _write_graphs(self, cases: dict[str, dict[str, Array]]) -> None:
+        """Writes every variant of every expert set; what they were made from is gone afterwards."""
+        plan, wanted = self.plan, self.request.wanted.graphs
+        shelf, done = Shelf(self.folder, plan.expert_sets[0]), itertools.count(1)
+        derived = [variant for variant in wanted if variant != all_variants()[PORTABLE]]
+        total = len(plan.expert_sets) * (1 + len(derived))
+        try:
+            for expert_set in plan.expert_sets:
+                material = self._write_portable(expert_set, cases, shelf)
+                self.on_graph(next(done), total)
+                for variant in derived:
+                    self._write_variant(variant, material, shelf)
+                    self.on_graph(next(done), total)
+        finally:
+            shelf.close()
+
     def _write_portable(
         self, expert_set: ExpertSet, cases: dict[str, dict[str, Array]], shelf: Shelf
     ) -> Material:
@@ -308,7 +312,7 @@ class _Builder:
         graphs: Graphs = {}
         for part, merged in parts.items():
             self.on_stage("trace", expert_set if part == "whole" else f"{expert_set}, {part}")
-            graphs[part] = trace(merged, _example(model), self.request.opset, plan.max_seq)
+            graphs[part] = trace(merged, _example(model), self.request.opset, plan.longest)
             self.on_stage("check", expert_set)
             check_graph(graphs[part], merged, self.request.opset)
             hide_taps(graphs[part], merged)
@@ -323,6 +327,7 @@ class _Builder:
             graphs,
             parts,
             self.rounding,
+            plan.longest,
             calibrate=partial(self._calibration, expert_set),
             measure=partial(self._measure, variant, graphs),
         )

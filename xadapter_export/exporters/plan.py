@@ -1,5 +1,6 @@
 """What was asked for, checked against the checkpoint, before anything is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xadapter_export.bundle.manifest import Candidate, ExpertSet, Task
@@ -15,15 +16,23 @@ _MIN_SEQ = 8  # tokens; the example that is traced needs them
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, checked against the checkpoint."""
+    """What was asked for, checked against the checkpoint.
+
+    ``longest`` has the most tokens of ``seq``, and of ``clip_seq`` where the checkpoint has a CLIP, by axis.
+    """
 
     expert_sets: tuple[ExpertSet, ...]
     task: Task
     candidates: tuple[Candidate, ...] | None
-    max_seq: int
+    longest: Mapping[str, int]
     retrieval: Retrieval
     split: bool
     explains: bool = False
+
+    @property
+    def max_seq(self) -> int:
+        """The most tokens of the PLM."""
+        return self.longest["seq"]
 
     @property
     def candidate_ids(self) -> list[int] | None:
@@ -49,15 +58,18 @@ def make_plan(model: XAdapterModel, request: ExportRequest) -> Plan:
         )
     if request.candidates is not None and not TASKS[task].fills_words:
         raise ConfigError(f"{task} does not use candidates; remove them")
-    longest, max_seq = model.plm.max_seq, request.max_seq
-    if max_seq is not None and not _MIN_SEQ <= max_seq <= longest:
-        raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {longest} tokens")
+    limit, max_seq = model.plm.max_seq, request.max_seq
+    if max_seq is not None and not _MIN_SEQ <= max_seq <= limit:
+        raise ConfigError(f"max_seq {max_seq}: PLM {model.plm.source} takes {_MIN_SEQ} to {limit} tokens")
+    longest = {"seq": max_seq or limit}
+    if model.clip is not None:
+        longest["clip_seq"] = model.clip.context_length
     candidates = None
     if request.candidates is not None:
         candidates = tuple(find_candidates(model.plm.tokenizer, request.candidates))
     explains = request.with_explanations
     plan = Plan(
-        expert_sets, task, candidates, max_seq or longest, request.retrieval, request.is_split, explains
+        expert_sets, task, candidates, longest, request.retrieval, request.is_split, explains=explains
     )
     _check_split(model, plan)
     if explains and not any(map(model.active_experts, expert_sets)):

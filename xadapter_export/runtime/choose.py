@@ -179,7 +179,7 @@ def _not_there(
     """Return the error of a set that has nothing that was asked for."""
     hint = "choose one of those, or export with its --precision and --target"
     if name == "auto":
-        hint = "name one of those with variant=, or export with --precision fp32"
+        hint = f"name one of those with variant= (--variant), or export again with --variant {PORTABLE}"
         if on_cpu and all(variant.is_for_gpu for variant in variants):
             hint = (
                 f"every variant of this bundle needs a GPU: export again with --variant {PORTABLE}, or run "

@@ -38,10 +38,8 @@ def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manif
     Raises:
         ShapeError: If an input is missing, or has another dtype or shape than the contract says.
     """
-    limits = {"seq": manifest.plm.max_seq}
-    if manifest.clip is not None:
-        limits["clip_seq"] = manifest.clip.context_length
     inputs = keep_everything(inputs, spec.inputs)
+    limits = manifest.longest
     sizes: dict[str, int] = {}
     feed: dict[str, Array] = {}
     for tensor in spec.inputs:

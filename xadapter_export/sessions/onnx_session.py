@@ -12,7 +12,7 @@ from xadapter_export.errors import (
     BundleError,
     MissingExtraError,
     ProviderError,
-    import_extra,
+    import_installed,
 )
 from xadapter_export.registry import installed_version
 from xadapter_export.sessions.cuda import (
@@ -126,7 +126,7 @@ def _warn_that_the_cpu_answers(ort: ModuleType) -> None:
 def _import_onnxruntime() -> ModuleType:
     clash = _clash()
     try:
-        ort = import_extra(ONNXRUNTIME.module, *ONNXRUNTIME.extras)
+        ort = import_installed(ONNXRUNTIME.module, *ONNXRUNTIME.requirements)
     except MissingExtraError as error:
         if clash is None:
             raise

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from xadapter_export.bundle.manifest import Deployment
-from xadapter_export.errors import BundleError, ProviderError, import_extra
+from xadapter_export.errors import BundleError, ProviderError, import_extra, import_installed
 from xadapter_export.sessions.session import Array, KnownValue
 from xadapter_export.targets import TARGETS
 
@@ -25,7 +25,7 @@ def import_library(target: str) -> ModuleType:
     """
     runtime = TARGETS[target].runtime
     assert runtime is not None  # a session runs it
-    return import_extra(runtime.module, *runtime.extras)
+    return import_installed(runtime.module, *runtime.requirements)
 
 
 def find_gpu() -> str:

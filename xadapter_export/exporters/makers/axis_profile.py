@@ -65,19 +65,18 @@ def check_axes(profile: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def check_limits(profile: Mapping[str, tuple[int, int]], *, max_seq: int, context_length: int | None) -> None:
+def check_limits(profile: Mapping[str, tuple[int, int]], longest: Mapping[str, int]) -> None:
     """Refuses lengths that the models cannot read.
 
     Args:
         profile: Ranges by axis.
-        max_seq: Most tokens of the PLM.
-        context_length: Most tokens of CLIP; None where no graph reads it.
+        longest: The most that the models read, by axis.
 
     Raises:
         ConfigError: If a range goes further.
     """
-    for axis, limit in (("seq", max_seq), ("clip_seq", context_length)):
-        if axis in profile and limit is not None and profile[axis][1] > limit:
+    for axis, limit in longest.items():
+        if axis in profile and profile[axis][1] > limit:
             raise ConfigError(
                 "the profile is longer than the model's longest input",
                 where=f"profile {axis}",
@@ -124,7 +123,7 @@ def plan_axes(manifest: Manifest, profile: Mapping[str, tuple[int, int]]) -> dic
     clip = manifest.clip
     context = clip.context_length if clip else None
     shortest = _LEAST_TOKENS if clip is None or clip.exact_at_true_length else clip.context_length
-    check_limits(profile, max_seq=manifest.plm.max_seq, context_length=context)
+    check_limits(profile, manifest.longest)
     ranges = {
         "batch": (1, TASKS[manifest.task].most_texts),
         "seq": (_LEAST_TOKENS, manifest.plm.max_seq),

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from xadapter_export.bundle.manifest import ExpertSet, Manifest, Optimization, Variant
-from xadapter_export.errors import ConfigError, import_extra
+from xadapter_export.errors import ConfigError, import_installed
 from xadapter_export.exporters.makers.axis_profile import check_axes
 from xadapter_export.exporters.passes.quantize import Ranges, Rounding
 from xadapter_export.exporters.portable.merge import MergedModel, Part
@@ -39,6 +39,7 @@ class Material:
         graphs: Its graph, or both where it is split; not to be changed.
         merged: What each was traced from.
         rounding: What graphs with the same weights have in common.
+        longest: The most tokens of ``seq`` and ``clip_seq``, by axis; the other axes have no limit.
         calibrate: Returns inputs of texts to calibrate with.
         measure: Returns what goes into the products of each graph.
     """
@@ -49,6 +50,7 @@ class Material:
     graphs: Graphs
     merged: Mapping[Part, MergedModel]
     rounding: Rounding
+    longest: Mapping[str, int]
     calibrate: Callable[[], list[dict[str, Array]]]
     measure: Callable[[], dict[Part, Ranges]]
 
@@ -198,17 +200,17 @@ def check_options(options: ExportRequest) -> None:
     """Refuse options that no target reads, what no maker can do, and what is not installed.
 
     Args:
-        options: What was asked for: deployments, and what they must fit.
+        options: What was asked for: variants, deployments, and what they must fit.
 
     Raises:
         XAdapterError: If there is one.
     """
-    names = options.wanted.deployments
+    names = (*options.wanted.graphs, *options.wanted.deployments)
     check_axes(options.profile)
     targets = [TARGETS[name] for name in dict.fromkeys(name.target for name in names)]
     for target in targets:
         if target.needs is not None:
-            import_extra(*target.needs)
+            import_installed(*target.needs)
     _check_profile(targets, options)
     if options.compute_capabilities and not any(_CAPABILITY in target.reads for target in targets):
         readers = [target.name for target in all_targets() if _CAPABILITY in target.reads]

@@ -85,7 +85,6 @@ class MergedModel(nn.Module):
         self.num_bank_items = model.num_bank_items if reads_bank(self.active) else 0
         self.width_v = model.bank_features.shape[1] if reads_bank(self.active) else 0
         self.width_t = model.clip.width if model.clip is not None else 0
-        self.clip_context = model.clip.context_length if model.clip is not None else None
         if self.answers:
             self._add_answer(model, candidate_ids, without)
         clip = model.clip if reads_clip and part != "answer" else None

@@ -22,18 +22,21 @@ from torch import Tensor
 from xadapter_export.bundle.opsets import check_opset
 from xadapter_export.errors import UnsupportedError
 from xadapter_export.exporters.portable.merge import MergedModel, tap_name
+from xadapter_export.targets import AXES
 
 _LOWEST_TRACED = 18  # torch.onnx writes from here on; 17 is converted from it
 
 
-def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq: int) -> ir.Model:
+def trace(
+    merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, longest: Mapping[str, int]
+) -> ir.Model:
     """Traces with named dynamic axes.
 
     Args:
         merged: What to trace, in evaluation mode.
         inputs: Example inputs of ``merged.input_names``; two or more rows, all axes of different length.
         opset: 17 to 21.
-        max_seq: Longest ``seq`` that the graph promises to take.
+        longest: The most tokens of ``seq`` and ``clip_seq`` that the graph promises to take, by axis.
 
     Returns:
         The graph in memory, with the contributions of the experts as its last outputs.
@@ -42,10 +45,7 @@ def trace(merged: MergedModel, inputs: Mapping[str, Tensor], opset: int, max_seq
         UnsupportedError: If the graph cannot be written in this opset.
     """
     check_opset(opset)
-    limits = {"seq": max_seq, "clip_seq": merged.clip_context}
-    dims = {
-        axis: torch.export.Dim(axis, max=limits.get(axis)) for axis in ("batch", "seq", "clip_seq", "masks")
-    }
+    dims = {axis: torch.export.Dim(axis, max=longest.get(axis)) for axis in AXES}
     shapes = {
         name: {number: dims[axis] for number, axis in enumerate(axes) if isinstance(axis, str)}
         for name, axes in merged.input_axes.items()
