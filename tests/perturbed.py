@@ -10,8 +10,15 @@ from xadapter_export.bundle.manifest import ExpertSet
 from xadapter_export.parity import prove_bundle
 
 
-def prove_with_each_matrix_off(folder: Path, expert_set: ExpertSet = "vt") -> dict[str, bool]:
+def prove_with_each_matrix_off(
+    folder: Path, expert_set: ExpertSet = "vt", *, only: str = ""
+) -> dict[str, bool]:
     """Scales each matrix of the experts by 1.05 in the bundle's weights, proves, and puts it back.
+
+    Args:
+        folder: The bundle.
+        expert_set: The expert set whose graph is proven.
+        only: What the name of a matrix must have in it.
 
     Returns:
         Whether the proof passed, by the name of the matrix that was off.
@@ -21,7 +28,7 @@ def prove_with_each_matrix_off(folder: Path, expert_set: ExpertSet = "vt") -> di
     outcomes: dict[str, bool] = {}
     with (folder / variant.weight_files[0]).open("r+b") as weights:
         for tensor in graph.initializer:
-            if not tensor.name.startswith("adapters.") or len(tensor.dims) != 2:
+            if not tensor.name.startswith("adapters.") or len(tensor.dims) != 2 or only not in tensor.name:
                 continue
             entry = {item.key: item.value for item in tensor.external_data}
             offset, length = int(entry["offset"]), int(entry["length"])

@@ -261,6 +261,16 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(run: Run, tmp_path: P
         ("", "patience = 3", "patience needs an eval_file: bad.toml"),
         ("", "plugin = 3", "the config cannot be read: bad.toml"),
         ("plugin", "layers = [9]", "layer 9: PLM plm has layers 0 to 2"),
+        (
+            "plugin",
+            "null_rows = 4",
+            "layer token-query has no null_rows; choose one that has, such as null-rows",
+        ),
+        (
+            "plugin",
+            'layer = "null-rows"\nnull_rows = 0',
+            "null_rows: Input should be greater than or equal to 1",
+        ),
         ("plugin", "k = 1000", "retrieval k=1000, but the bank has 30 pictures"),
         ("plugin", "k = ", "the config cannot be read: bad.toml"),
         ("trainer", 'optm = "sgd"', "unknown setting of the trainer: [trainer], optm; did you mean optim?"),

@@ -87,18 +87,20 @@ def test_a_weight_that_is_off_is_noticed_in_the_lengths(
 
 
 @pytest.mark.parametrize("mode", ["topk", "static"])
-@pytest.mark.parametrize("layer", ["token-query", "sentence-query"])
+@pytest.mark.parametrize("layer", ["token-query", "sentence-query", "null-rows"])
 def test_every_kind_of_memory(tmp_path: Path, layer: str, mode: str) -> None:
     if layer == "sentence-query" and mode == "topk":
         return  # it reads a static bank alone
-    model = make_model(tmp_path, experts="v", layer=layer, retrieval={"mode": mode, "k": 3})
+    nulls: dict[str, Any] = {"null_rows": 2} if layer == "null-rows" else {}
+    model = make_model(tmp_path, experts="v", layer=layer, retrieval={"mode": mode, "k": 3}, **nulls)
     result = export(model, tmp_path / "bundle", targets=("onnx", "cpu"), with_explanations=True)
     session = XAdapterSession.load(result.folder, num_threads=1)
     [answer] = session.explain("the color of a banana is [MASK].").answers
     [expert] = answer.experts
     assert len(expert.items) == (N if mode == "static" else 3)
-    assert sum(item.share for item in expert.items) + expert.bias_share == pytest.approx(1, abs=1e-4)
-    assert expert.null_share == 0
+    rest = expert.bias_share + expert.null_share
+    assert sum(item.share for item in expert.items) + rest == pytest.approx(1, abs=1e-4)
+    assert (expert.null_share != 0) == (layer == "null-rows")
     if mode == "static":
         assert [item.name for item in expert.items[:2]] == ["picture 0", "picture 1"]
         (tmp_path / "bank").mkdir()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.layers.test_layers import KINDS as BASE_KINDS
-from tests.layers.test_layers import NULL_ROWS, NULLS, A, C, H, R, fresh, rows
+from tests.layers.test_layers import NULLS, A, C, H, R, fresh, rows
 from tests.tiny_checkpoint import TEXTS, N
 from xadapter_export.errors import UnsupportedError
-from xadapter_export.layers import TOKEN_QUERY, LayerKind
+from xadapter_export.layers import NULL_ROWS, TOKEN_QUERY, LayerKind
 from xadapter_export.model.explanation import Reading, measure_lengths
 from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.pooling import take_positions

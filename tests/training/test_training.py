@@ -284,8 +284,11 @@ def test_a_regression(parts: Path, tmp_path: Path) -> None:
     assert answer.score == answer.logit  # a value, not a probability
 
 
-def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path: Path) -> None:
-    run(parts, tmp_path / "ck", experts="v")
+@pytest.mark.parametrize("layer", [{}, {"layer": "null-rows"}, {"layer": "null-rows", "null_rows": 5}])
+def test_the_control_has_the_same_size_and_nothing_of_clip(
+    layer: dict[str, Any], parts: Path, tmp_path: Path
+) -> None:
+    run(parts, tmp_path / "ck", experts="v", **layer)
     control = train_control(tmp_path / "ck", tmp_path / "control")
     original = XAdapterModel.from_pretrained(tmp_path / "ck")
     again = XAdapterModel.from_pretrained(tmp_path / "control")
@@ -295,6 +298,11 @@ def test_the_control_has_the_same_size_and_nothing_of_clip(parts: Path, tmp_path
     sizes = [sum(t.numel() for t in model.trained_state().values()) for model in (original, again)]
     assert sizes[0] == sizes[1]
     assert control.record["config"]["control"]
+    num_null_rows = layer.get("null_rows", 16) if layer else 0
+    assert original.config.null_rows == again.config.null_rows == num_null_rows
+
+
+def test_the_control_of_both_experts_is_one_of_twice_the_width(parts: Path, tmp_path: Path) -> None:
     run(parts, tmp_path / "both")
     wide = train_control(tmp_path / "both", tmp_path / "wide")
     assert wide.steps == 6  # as many as v, t and vt took together

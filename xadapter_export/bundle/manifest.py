@@ -21,6 +21,7 @@ from xadapter_export.experts import (
     length_names,
     reads_bank,
 )
+from xadapter_export.layers import TOKEN_QUERY
 from xadapter_export.targets import PORTABLE, TARGETS, Precision
 from xadapter_export.tasks import TASKS
 
@@ -131,10 +132,19 @@ class Candidate(_Strict):
 
 
 class CheckpointIdentity(_Strict):
-    """Which checkpoint the bundle was made from; ``source`` is a name or hub id, never a local path."""
+    """Which checkpoint the bundle was made from.
+
+    Attributes:
+        source: A name or hub id, never a local path.
+        sha256: Hash of what was trained, with its settings.
+        layer: The kind of its X-adapter layers.
+        null_rows: Null rows beside each memory; left out where there are none.
+    """
 
     source: str
     sha256: Sha256
+    layer: str = TOKEN_QUERY.name
+    null_rows: Annotated[Count, Field(exclude_if=lambda number: number == 0)] = 0
 
 
 class PlmSpec(_Strict):

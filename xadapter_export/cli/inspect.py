@@ -159,9 +159,11 @@ def _facts(manifest: "Manifest", *, verify: bool, timed: bool) -> dict[str, str]
 
 def _sources(manifest: "Manifest", *, verbose: bool) -> dict[str, str]:
     """What the bundle was made from."""
-    plm, clip, bank = manifest.plm, manifest.clip, manifest.bank
+    plm, clip, bank, checkpoint = manifest.plm, manifest.clip, manifest.bank, manifest.checkpoint
+    nulls = f", {checkpoint.null_rows} null rows alongside each memory" if checkpoint.null_rows else ""
     facts = {
-        "checkpoint": f"{manifest.checkpoint.source} (SHA-256 {manifest.checkpoint.sha256[:12]})",
+        "checkpoint": f"{checkpoint.source} (SHA-256 {checkpoint.sha256[:12]})",
+        "layer": f"{checkpoint.layer}{nulls}",
         "PLM": f"{plm.source} ({plm.family}, {plm.hidden_size} wide, up to {plm.max_seq} tokens)",
     }
     if clip is not None:

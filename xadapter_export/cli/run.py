@@ -38,10 +38,8 @@ BAR_COLUMNS = 24
 @click.command(
     cls=XadCommand,
     epilog=example(
-        "xad-export --experts v --opset 17 -o bundle",
-        'xad-run bundle "The color of a banana is [MASK]."',
-        "xad-export --experts vt --with-explanations -o explained",
-        'xad-run explained "The color of a banana is [MASK]." --explain --explain-html why.html',
+        "xad-export --experts v --opset 17 --with-explanations -o bundle",
+        'xad-run bundle "The color of a banana is [MASK]." --explain',
     ),
 )
 @click.argument("bundle", type=NamedPath())

@@ -172,6 +172,8 @@ def make_manifest(
         checkpoint=CheckpointIdentity(
             source=public_name(source),
             sha256=weights_sha256(model.trained_state(), model.config.model_dump(mode="json")),
+            layer=model.config.layer,
+            null_rows=model.config.null_rows,
         ),
         task=plan.task,
         labels=model.config.labels if TASKS[plan.task].has_labels else None,

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator
 
 from xadapter_export.layers.kind import LayerKind
+from xadapter_export.layers.null_rows import NullRowsKind
 from xadapter_export.registry import Registry
 
 _TORCH: Final = "xadapter_export.model.x_adapter"
@@ -22,8 +23,11 @@ SENTENCE_QUERY: Final = LayerKind(
     f"{_TORCH}:SentenceQueryLayer",
     learns_rows=True,
 )
+NULL_ROWS: Final = NullRowsKind(
+    "null-rows", "each token asks for itself, and may look away", f"{_TORCH}:NullRowsLayer"
+)
 LAYERS: Final[Registry[LayerKind]] = Registry(
-    "xadapter_export.layers", "layer kind", TOKEN_QUERY, SENTENCE_QUERY
+    "xadapter_export.layers", "layer kind", TOKEN_QUERY, SENTENCE_QUERY, NULL_ROWS
 )
 
 
@@ -34,4 +38,4 @@ def _known(name: str) -> str:
 
 LayerName = Annotated[str, AfterValidator(_known)]
 
-__all__ = ["LAYERS", "SENTENCE_QUERY", "TOKEN_QUERY", "LayerKind", "LayerName"]
+__all__ = ["LAYERS", "NULL_ROWS", "SENTENCE_QUERY", "TOKEN_QUERY", "LayerKind", "LayerName", "NullRowsKind"]

@@ -27,6 +27,8 @@ class LayerKind:
             PyTorch is.
         learns_rows: Whether it learns something for each row of a static bank. Then it reads nothing else:
             the other experts of its plug-in get the default kind, and the bank cannot be swapped.
+        null_rows: How many null rows it has beside each memory where the settings do not say; 0 for a kind
+            without them.
         fold_reads: The tensors of a layer that ``fold`` reads, by their names in the layer.
     """
 
@@ -34,6 +36,7 @@ class LayerKind:
     says: str
     torch_half: str
     learns_rows: bool = False
+    null_rows: int = 0
     fold_reads: tuple[str, ...] = tuple(
         f"{part}.{name}" for part in ("memory_norm", "key", "value") for name in ("weight", "bias")
     )
@@ -48,7 +51,7 @@ class LayerKind:
             rows: ``(N, C) float32``. The bank.
 
         Returns:
-            Keys and values, each ``(1, N, R) float32``.
+            Keys and values, each ``(1, N, R) float32``, or with more rows where the kind adds some.
         """
         import numpy as np
 

@@ -16,14 +16,15 @@ def checkpoint_card(record: CheckpointRecord, name: str) -> str:
     """
     config, clip = record.config, record.clip
     reads = "" if clip is None else f" that reads a frozen CLIP ({clip.source})"
+    nulls = f", with {config.null_rows} null rows alongside each memory" if config.null_rows else ""
     trained = [f"- {key}: {value}" for key, value in record.training.items() if value is not None]
     lines = [
         f"# {name}",
         "",
         f"An X-adapter for {config.task} ({TASKS[config.task].says}): a plug-in for a frozen "
         f"{record.plm.family} PLM ({record.plm.source}){reads}. Experts: {title_of(config.experts)}, before "
-        f"layers {', '.join(map(str, config.layers))}, {config.adapter_width} wide. Only the plug-in was "
-        "trained; the frozen parts are checked by their hashes when it is loaded.",
+        f"layers {', '.join(map(str, config.layers))}, {config.adapter_width} wide{nulls}. Only the plug-in "
+        "was trained; the frozen parts are checked by their hashes when it is loaded.",
         "",
         "```python",
         "from xadapter_export import XAdapterModel",

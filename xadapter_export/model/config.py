@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xadapter_export.bundle.manifest import Sha256, SomeExperts, Task
 from xadapter_export.experts import EXPERT_SETS
-from xadapter_export.layers import LAYERS, TOKEN_QUERY, LayerName
+from xadapter_export.layers import LAYERS, NULL_ROWS, TOKEN_QUERY, LayerName
 from xadapter_export.tasks import FILL_MASK, TASKS
 
 
@@ -30,7 +30,7 @@ class RetrievalConfig(_Strict):
 
 
 def check_shape(
-    layer: str, retrieval: str, layers: Sequence[int], adapter_width: int, num_heads: int
+    layer: str, null_rows: int, retrieval: str, layers: Sequence[int], adapter_width: int, num_heads: int
 ) -> None:
     """Refuse settings of a plug-in that do not go together; for what each is see ``XAdapterConfig``.
 
@@ -39,6 +39,10 @@ def check_shape(
     """
     if LAYERS[layer].learns_rows and retrieval != "static":
         raise ValueError(f"layer {layer} needs static retrieval")
+    if null_rows and not LAYERS[layer].null_rows:
+        raise ValueError(f"layer {layer} has no null_rows; choose one that has, such as {NULL_ROWS.name}")
+    if LAYERS[layer].null_rows and not null_rows:
+        raise ValueError(f"layer {layer} needs null_rows of at least 1")
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"layers must be in ascending order, without repeats: {list(layers)}")
     if adapter_width % num_heads:
@@ -54,6 +58,8 @@ class XAdapterConfig(_Strict):
         adapter_width: R, width of the attention inside the plug-in; a multiple of ``num_heads``.
         num_heads: Attention heads of each expert.
         layer: The kind of layer; see ``layers``.
+        null_rows: How many null rows each layer has beside its memory, where its kind has them; else 0, which
+            a record leaves out.
         retrieval: The V-expert's retrieval mode.
         task: What the model is for; decides head and outputs.
         labels: Class names of ``text-classification``, in the order of the logits; exactly one, the name of
@@ -65,13 +71,21 @@ class XAdapterConfig(_Strict):
     adapter_width: Annotated[int, Field(ge=1)] = 64
     num_heads: Annotated[int, Field(ge=1)] = 4
     layer: LayerName = TOKEN_QUERY.name
+    null_rows: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 0)] = 0
     retrieval: RetrievalConfig = RetrievalConfig()
     task: Task = FILL_MASK.name
     labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_shape(self.layer, self.retrieval.mode, self.layers, self.adapter_width, self.num_heads)
+        check_shape(
+            self.layer,
+            self.null_rows,
+            self.retrieval.mode,
+            self.layers,
+            self.adapter_width,
+            self.num_heads,
+        )
         if TASKS[self.task].has_labels != bool(self.labels):
             verb = "has no" if self.labels else "needs"
             raise ValueError(f"labels: {self.task} {verb} labels")

@@ -31,6 +31,7 @@ class LayerShape:
         adapter_width: R, a multiple of A.
         num_heads: A.
         num_rows: N, where the memory is a static bank.
+        num_null_rows: Null rows of a kind that has them.
     """
 
     hidden_size: int
@@ -38,10 +39,11 @@ class LayerShape:
     adapter_width: int
     num_heads: int
     num_rows: int | None = None
+    num_null_rows: int = 0
 
 
 class Projected(NamedTuple):
-    """A memory as keys and values.
+    """A memory as keys and values; behind its items may be rows beside the memory, such as null rows.
 
     Attributes:
         keys: ``(B, M, R) float32``, or ``(1, M, R)`` for a memory that the whole batch shares.
@@ -73,6 +75,8 @@ class XAdapterLayer(nn.Module, ABC):
         is_fused: Whether the attention of ``attend_in_graph`` is ``export_layers.attend``, with the keys,
             values and mask that it is given. onnxruntime has an operator for that, and an export that misses
             it fails. Else nobody knows what can be fused.
+        num_null_rows: How many of the last rows that ``project_memory`` gives are null rows, and no item of
+            the memory.
 
     Source:
         X-adapter (arXiv 2305.07358), abstract: a plug-in with an image and a text sub-module, only added
@@ -80,6 +84,7 @@ class XAdapterLayer(nn.Module, ABC):
     """
 
     is_fused: ClassVar[bool] = False
+    num_null_rows: int = 0
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
@@ -116,7 +121,7 @@ class XAdapterLayer(nn.Module, ABC):
             rows: ``(N, C) float32``.
 
         Returns:
-            Keys and values, each ``(1, N, R) float32``.
+            Keys and values, each ``(1, N, R) float32``, or with more rows where a kind adds some.
         """
         wide = copy.deepcopy(self)
         for parameter in wide.parameters():
@@ -272,6 +277,31 @@ class TokenQueryLayer(XAdapterLayer):
         del token_mask
         scores = self._scores(hidden if positions is None else take_positions(hidden, positions), memory.keys)
         return torch.softmax(scores if memory.mask is None else scores + memory.mask, dim=-1)
+
+
+class NullRowsLayer(TokenQueryLayer):
+    """Each token asks for itself, and may look away, at null rows.
+
+    A softmax over pictures alone gives them all of its weight, whatever the sentence is about. Null rows are
+    keys and values that are learned, the same for every text; they share the softmax with the memory.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.num_null_rows = shape.num_null_rows
+        size = (shape.num_null_rows, shape.adapter_width)
+        spread = 3**-0.5  # that of what fresh key and value matrices make of a normalized memory
+        self.null_keys = nn.Parameter(spread * torch.randn(size))
+        self.null_values = nn.Parameter(spread * torch.randn(size))
+
+    def project_memory(self, memory: Tensor, mask: Tensor | None = None) -> Projected:
+        """As ``XAdapterLayer.project_memory``, then the null rows, which no mask hides."""
+        keys, values, mask = super().project_memory(memory, mask)
+        batch = keys.shape[0]
+        nulls = [rows.expand(batch, -1, -1) for rows in (self.null_keys, self.null_values)]
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_zeros(batch, 1, 1, self.num_null_rows)], dim=-1)
+        return Projected(torch.cat([keys, nulls[0]], dim=1), torch.cat([values, nulls[1]], dim=1), mask)
 
 
 class SentenceQueryLayer(XAdapterLayer):

@@ -140,6 +140,7 @@ class XAdapterModel(nn.Module):
             config.adapter_width,
             config.num_heads,
             num_rows=len(self.bank_features) if reads_static else None,
+            num_null_rows=config.null_rows,
         )
         return make_layer(TOKEN_QUERY if kind.learns_rows and not reads_static else kind, shape)
 

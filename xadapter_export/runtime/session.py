@@ -6,7 +6,6 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, M masks, H hidden size, K retr
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
@@ -69,13 +68,13 @@ class XAdapterSession:
         manifest = bundle.manifest
         self.bundle = bundle
         self.experts = how.experts or manifest.default_expert_set
+        with how.verifying(bundle, companions(manifest)):  # each graph when it is opened; what is not, never
+            self._encoder, self._clip_encoder = load_encoders(bundle)
+            self.pictures = self._read_pictures()
+        self._tokenizer = self._encoder.tokenizer
         self._batch_size = how.batch_size
         pairs = SplitPairs(bundle, how.index, how.cache_size, verify=how.verify)
-        with ThreadPoolExecutor(max_workers=1) as pool:  # tokenizers are read while the engine prepares
-            loading = pool.submit(self._load_companions, how)
-            self._graphs = Graphs(bundle, self.experts, how, pairs)
-            self._encoder, self._clip_encoder, self.pictures = loading.result()
-        self._tokenizer = self._encoder.tokenizer
+        self._graphs = Graphs(bundle, self.experts, how, pairs)
 
     @classmethod
     def load(cls, bundle: Path | str, **options: Unpack[SessionOptions]) -> Self:
@@ -469,11 +468,6 @@ class XAdapterSession:
         name = self._graphs.choice(experts or self.experts).name
         check_outputs(found, feed, spec, self.manifest, name)
         return found
-
-    def _load_companions(self, how: HowToOpen) -> tuple[TextEncoder, TextEncoder, Sequence[Picture]]:
-        """Return the encoders without and with CLIP, and the pictures."""
-        with how.verifying(self.bundle, companions(self.manifest)):
-            return *load_encoders(self.bundle), self._read_pictures()
 
     def _read_pictures(self) -> Sequence[Picture]:
         """Return the pictures of the bank, where a graph says which ones it looked at, or how."""

@@ -13,7 +13,7 @@ from xadapter_export.bundle.manifest import SomeExperts, Task
 from xadapter_export.errors import ConfigError
 from xadapter_export.evaluation.objects import ELEVEN
 from xadapter_export.experts import EXPERT_SETS, V, reads_bank, reads_text
-from xadapter_export.layers import SENTENCE_QUERY, TOKEN_QUERY, LayerName
+from xadapter_export.layers import LAYERS, NULL_ROWS, SENTENCE_QUERY, TOKEN_QUERY, LayerName
 from xadapter_export.model.config import check_shape
 from xadapter_export.tasks import FILL_MASK, TASKS, TEXT_CLASSIFICATION
 
@@ -40,8 +40,14 @@ class PluginSettings(_Table):
     num_heads: Positive = Field(4, description="Attention heads of each expert.")
     layer: LayerName = Field(
         TOKEN_QUERY.name,
-        description=f"Kind of X-adapter layer: {TOKEN_QUERY.name}, or {SENTENCE_QUERY.name} (static "
+        description=f"Kind of X-adapter layer: {TOKEN_QUERY.name}, {NULL_ROWS.name} (the same with learned "
+        f"rows alongside the memory, so that a token can look away), or {SENTENCE_QUERY.name} (static "
         "retrieval: one query per sentence, with a learned key for each prototype).",
+    )
+    null_rows: Positive | None = Field(
+        None,
+        description=f"Number of learned rows alongside each memory, for layer {NULL_ROWS.name}. "
+        f"Default: {NULL_ROWS.null_rows}.",
     )
     retrieval: Literal["topk", "static"] = Field(
         "topk",
@@ -59,8 +65,16 @@ class PluginSettings(_Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_shape(self.layer, self.retrieval, self.layers or (), self.adapter_width, self.num_heads)
+        layers = self.layers or ()
+        check_shape(
+            self.layer, self.num_null_rows, self.retrieval, layers, self.adapter_width, self.num_heads
+        )
         return self
+
+    @property
+    def num_null_rows(self) -> int:
+        """How many null rows a layer has."""
+        return self.null_rows or LAYERS[self.layer].null_rows
 
     @property
     def pool(self) -> int:

@@ -247,12 +247,14 @@ def _make_model(
                 hint="get the original",
             )
     plugin = config.plugin
-    experts, width, retrieval, layer = plugin.experts, plugin.adapter_width, plugin.retrieval, plugin.layer
+    experts, width, retrieval = plugin.experts, plugin.adapter_width, plugin.retrieval
+    layer, null_rows = plugin.layer, plugin.num_null_rows
     if config.control:
         bank = _random_bank(_memory_width(clip, bank), config.seed)
         width *= len(experts_of(experts))
         experts, retrieval, clip = V.name, "static", None
-        layer = TOKEN_QUERY.name if LAYERS[layer].learns_rows else layer
+        if LAYERS[layer].learns_rows:
+            layer, null_rows = TOKEN_QUERY.name, 0
     model = XAdapterModel(
         XAdapterConfig.model_validate(
             {
@@ -261,6 +263,7 @@ def _make_model(
                 "adapter_width": width,
                 "num_heads": plugin.num_heads,
                 "layer": layer,
+                "null_rows": null_rows,
                 "retrieval": RetrievalConfig(mode=retrieval, k=plugin.k),
                 "task": config.task,
                 "labels": rows.labels,

@@ -98,17 +98,35 @@ def _is_causal(mask: ir.Value) -> bool:
 
 
 def _key_padding(graph: ir.Graph, mask: ir.Value, before: ir.Node) -> ir.Value | None:
-    """``(B, M) int32``, 1 at real tokens, from an ``additive_mask`` ``(B, 1, 1, M)``; None for another."""
-    node = mask.producer()
-    product = node if node is not None and node.op_type == "Mul" else None
+    """``(B, M) int32``, 1 at keys that are seen, from a mask ``(B, 1, 1, M)``, or None.
+
+    The mask must be an ``additive_mask``, which zeros may follow, for keys that every text sees.
+    """
+    joined = _producer(mask, "Concat")
+    parts = [mask] if joined is None else list(joined.inputs)
+    product = _producer(parts[0], "Mul")
     difference = None if product is None else _producer(product.inputs[0], "Sub")
     cast = None if difference is None else _producer(difference.inputs[1], "Cast")
     unsqueeze = None if cast is None else _producer(cast.inputs[0], "Unsqueeze")
-    if unsqueeze is None:
+    if unsqueeze is None or not all(map(_is_zero, parts[1:])):
         return None
-    padding = ir.node("Cast", [unsqueeze.inputs[0]], {"to": ir.DataType.INT32})
-    graph.insert_before(before, padding)
-    return padding.outputs[0]
+    if joined is None:
+        nodes = [ir.node("Cast", [unsqueeze.inputs[0]], {"to": ir.DataType.INT32})]
+    else:
+        axes = ir.node("Constant", [], {"value": ir.tensor(np.array([1, 2], np.int64))})
+        flat = ir.node("Squeeze", [mask, axes.outputs[0]])
+        hidden = ir.node("Cast", [flat.outputs[0]], {"to": ir.DataType.BOOL})
+        seen = ir.node("Not", [hidden.outputs[0]])
+        nodes = [axes, flat, hidden, seen, ir.node("Cast", [seen.outputs[0]], {"to": ir.DataType.INT32})]
+    graph.insert_before(before, nodes)
+    return nodes[-1].outputs[0]
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Whether a value is zeros, of whatever shape."""
+    filled = _producer(value, "ConstantOfShape")
+    number = None if filled is None else filled.attributes.get("value")
+    return filled is not None and (number is None or not number.as_tensor().numpy().any())
 
 
 def split_projections(model: ir.Model) -> int:
