@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import pytest
 from filelock import FileLock
@@ -12,6 +12,7 @@ from tests.tiny_bundle import write_bundle
 
 if TYPE_CHECKING:
     from xadapter_export.exporters.pipeline import ExportResult
+    from xadapter_export.exporters.request import ExportOptions
     from xadapter_export.model.x_adapter_model import XAdapterModel
 
 _FIRST = ("test_web.py", "test_recipes.py", "test_swap.py")
@@ -37,7 +38,7 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def builtin_export(tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
     """Return the built-in checkpoint, exported once for all workers with every expert set; not to change."""
-    return _export_once(tmp_path_factory, "builtin-bundle", "builtin", ("onnx",))
+    return _export_once(tmp_path_factory, "builtin-bundle", "builtin", targets=("onnx",))
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +52,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "XAdapterModel":
 @pytest.fixture(scope="session")
 def tiny_export(tiny_model: "XAdapterModel", tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
     """Return ``tiny_model``, exported once for all workers with every expert set; not to change."""
-    return _export_once(tmp_path_factory, "tiny-export", tiny_model, ("onnx", "cpu"))
+    return _export_once(tmp_path_factory, "tiny-export", tiny_model, targets=("onnx", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def explained_export(tiny_model: "XAdapterModel", tmp_path_factory: pytest.TempPathFactory) -> "ExportResult":
+    """Return ``tiny_model``, exported once for all workers with explanations, int8 too; not to change."""
+    return _export_once(
+        tmp_path_factory,
+        "explained-export",
+        tiny_model,
+        targets=("onnx", "cpu"),
+        precisions=("fp32", "int8"),
+        with_explanations=True,
+        min_agreement=0.0,
+    )
 
 
 def _export_once(
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
     checkpoint: "str | XAdapterModel",
-    targets: tuple[str, ...],
+    **options: "Unpack[ExportOptions]",
 ) -> "ExportResult":
     """Export, or find what another worker exported: tracing takes seconds for each expert set."""
     from xadapter_export import export  # PyTorch, which most tests do without
@@ -70,5 +85,5 @@ def _export_once(
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            return export(checkpoint, folder, ("vt", "v", "t", "none"), targets=targets)
+            return export(checkpoint, folder, ("vt", "v", "t", "none"), **options)
     return ExportResult(folder, read_bundle(folder).manifest, ParityReport.read(folder / "parity.json"))

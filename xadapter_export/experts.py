@@ -1,7 +1,8 @@
 """The kinds of experts that a plug-in may hold, and the sets that they make.
 
 A set is any of them together: its name is their letters in the order of ``KINDS``, or ``none``. Adapters in a
-checkpoint, taps and weights in a graph are named by the letter.
+checkpoint, taps and weights in a graph are named by the letter. So is what a graph takes and gives that is
+exported with explanations; docs/explaining.md says what it means.
 """
 
 from collections.abc import Iterable
@@ -41,6 +42,19 @@ def set_of(experts: Iterable[str]) -> str:
     """Return the name of the set of some experts: ``vt`` of ``t`` and ``v``, ``none`` of nothing."""
     held = set(experts)
     return "".join(name for name in KINDS if name in held) or NONE
+
+
+def keep_name(expert: str) -> str:
+    """Return the name of the input that says which items of an expert's memory are kept: 1, or 0."""
+    return f"keep_{expert}"
+
+
+def length_names(expert: str) -> tuple[str, str]:
+    """Return the names of the outputs that say how far items, and the rest, carry an expert's contributions.
+
+    The rest are the layer's own rows beside the memory, and its bias.
+    """
+    return f"lengths_{expert}", f"rest_{expert}"
 
 
 def all_sets() -> tuple[str, ...]:

@@ -176,6 +176,8 @@ export class XAdapterSession {
       throw new XAdapterError(`write ${plm.mask_token} where the word should go`);
     }
     inputs.mask_positions = masks;
+    inputs.keep_t = inputs.clip_input_ids?.map(() => 1); // a bundle with explanations can leave items out
+    inputs.keep_v = Array(this.manifest.bank?.k ?? 0).fill(1);
     const wanted = this.manifest.expert_sets[experts].inputs.map((tensor) => tensor.name);
     return Object.fromEntries(wanted.map((name) => [name, inputs[name]]));
   }

@@ -35,6 +35,15 @@ from xadapter_export.errors import BundleError, CheckpointError, ConfigError, In
 from xadapter_export.evaluation.thumbnails import load_thumbnails
 from xadapter_export.model.builtin import builtin_folder
 from xadapter_export.runtime.answers import RetrievedPicture
+from xadapter_export.runtime.explain import (
+    ExplainedAnswer,
+    ExplainedExpert,
+    ExplainedItem,
+    Explanation,
+    Without,
+)
+from xadapter_export.runtime.explanation_page import render_explanations
+from xadapter_export.tasks.text_classification import LabelAnswer
 
 BANANA = "the color of a banana is [MASK]."
 CONTROLS = "\x1b[2J\x07\x9b31m\u202e"
@@ -460,3 +469,22 @@ def test_a_page_of_images_holds_no_markup_of_theirs() -> None:
         assert "<script" not in page
         assert 'alt=""' not in page
         assert page.count("&lt;script&gt;") >= 4
+
+
+def test_a_page_of_explanations_holds_no_markup_of_theirs() -> None:
+    attack = "\"><script>alert(1)</script>'&"
+    without = Without(LabelAnswer(attack, 0.5, 1.0), attack, 0.25, changes=True)
+    items = [
+        ExplainedItem(attack, row, attack, 0.5, share=share, by_layer=(share,), without=without)
+        for row, share in ((0, 1.5), (None, -0.5))
+    ]
+    experts = [
+        ExplainedExpert(e, (1,), (2.0,), (item,), 0.1, 0.2, without)
+        for e, item in zip("vt", items, strict=True)
+    ]
+    answer = ExplainedAnswer(0, (LabelAnswer(attack, 0.5, 1.0),) * 2, tuple(experts))
+    for thumbnails in ({}, {0: b"webp"}):
+        page = render_explanations([Explanation(attack, attack, attack, (answer,))], thumbnails)
+        assert "<script" not in page
+        assert 'alt=""' not in page
+        assert page.count("&lt;script&gt;") >= 12

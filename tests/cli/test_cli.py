@@ -134,6 +134,9 @@ def test_run_of_the_other_tasks(tmp_path: Path, task: Task, arguments: list[str]
         (["{tiny}", BANANA, "--experts", "w"], 2, "Error: Invalid value for '--experts': 'w' is not one of"),
         (["{tiny}", BANANA, "--experts", "v", "--compare"], 2, "Error: --compare shows all expert sets"),
         (["{tiny}", BANANA, "--top-k", "0"], 2, "Error: Invalid value for '--top-k'"),
+        (["{tiny}", BANANA, "--explain"], 1, "Error: the bundle was exported without explanations"),
+        (["{tiny}", BANANA, "--explain", "--compare"], 2, "Error: one expert set is explained at a time"),
+        (["{tiny}", BANANA, "--explain-html", "{tiny}"], 1, "Error: the output path already exists"),
     ],
 )
 def test_what_goes_wrong_is_one_line_on_stderr(

@@ -282,7 +282,7 @@ def test_pairs_are_read_where_a_classifier_may_take_them(
     assert not set(halves.made_with.texts) & set(found.texts)
     assert read_calibration(filler, path, "fill-mask").compared_on.pairs is None
     encoder = classifier.make_text_encoder(32)
-    feed = calibration_feeds(encoder, found, ["input_ids", "token_type_ids"])[0]
+    feed = calibration_feeds(encoder, found, inputs_of("input_ids", "token_type_ids"))[0]
     assert feed["token_type_ids"].max() == 1
 
 
@@ -314,8 +314,9 @@ def test_a_file_that_is_not_there(filler: XAdapterModel) -> None:
 def test_feeds_hold_every_text_once_in_mixed_batches(filler: XAdapterModel) -> None:
     texts = CalibrationTexts(read_calibration(filler, None, "fill-mask").compared_on.texts[:40])
     names = ["input_ids", "attention_mask", "clip_input_ids", "mask_positions"]
+    inputs = inputs_of(*names)
     feeds = calibration_feeds(
-        filler.make_text_encoder(12), texts, names
+        filler.make_text_encoder(12), texts, inputs
     )  # most are cut: no warning is raised
     assert [len(feed["input_ids"]) for feed in feeds] == [1, 4, 8, 2, 1, 4, 8, 2, 1, 4, 5]
     assert all(list(feed) == names for feed in feeds)
@@ -323,7 +324,18 @@ def test_feeds_hold_every_text_once_in_mixed_batches(filler: XAdapterModel) -> N
     whole = filler.make_text_encoder(40).encode(texts.texts[:1])
     np.testing.assert_array_equal(feeds[0]["clip_input_ids"], whole["clip_input_ids"])
     with pytest.raises(InputTextError, match="no mask to fill"):
-        calibration_feeds(filler.text_encoder, PLAIN, names)
+        calibration_feeds(filler.text_encoder, PLAIN, inputs)
+
+
+def inputs_of(*names: str) -> list[TensorSpec]:
+    return [TensorSpec(name=name, dtype="int64", axes=("batch", "seq")) for name in names]
+
+
+def test_feeds_keep_every_memory_item(filler: XAdapterModel) -> None:
+    keep = TensorSpec(name="keep_v", dtype="int64", axes=("batch", 3))
+    inputs = [*inputs_of("input_ids"), keep]
+    for feed in calibration_feeds(filler.make_text_encoder(12), PLAIN, inputs):
+        assert feed["keep_v"].tolist() == [[1, 1, 1]] * len(feed["input_ids"])
 
 
 # Comparison

@@ -12,7 +12,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from xadapter_export.bundle.small_files import describe, parse_object
 from xadapter_export.errors import BundleError
-from xadapter_export.experts import KINDS, known_expert, known_experts, known_set
+from xadapter_export.experts import (
+    KINDS,
+    keep_name,
+    known_expert,
+    known_experts,
+    known_set,
+    length_names,
+    reads_bank,
+)
 from xadapter_export.layers import TOKEN_QUERY
 from xadapter_export.targets import PORTABLE, TARGETS, Precision
 from xadapter_export.tasks import TASKS
@@ -109,6 +117,11 @@ class ExpertSetSpec(_Strict):
     def searches_outside(self) -> bool:
         """Whether the app searches the bank, and not a graph."""
         return self.split is not None and any(t.name == "query" for t in self.split.query.outputs)
+
+    def explains(self, expert: Expert) -> bool:
+        """Whether the graph says how far the items of an expert's memory carry its contributions."""
+        named = {tensor.name for tensor in (*self.inputs, *self.outputs)}
+        return named.issuperset((keep_name(expert), *length_names(expert)))
 
 
 class Candidate(_Strict):
@@ -445,6 +458,8 @@ class Manifest(_Strict):
         outputs = {spec.name for item in sets.values() for spec in item.outputs}
         yield "clip is null but a set takes clip_input_ids", self.clip is None and "clip_input_ids" in inputs
         yield "bank is null but a set gives retrieved", self.bank is None and "retrieved" in outputs
+        too_many = self.bank is not None and self.bank.k > self.bank.num_pictures
+        yield "bank.k is larger than bank.num_pictures", too_many
         split = [
             (v.query_file is not None) != (sets[v.expert_set].split is not None)
             for v in self.variants
@@ -472,6 +487,27 @@ class Manifest(_Strict):
                 found = ", ".join(map(str, got[0])) if got else "none"
                 text = f"set {name}: {output.name} should be {wanted} wide, got {found}"
                 yield text, got != [(wanted,)]
+            for tensor, axes in self._explaining_axes(spec):
+                text = f"set {name}: {tensor.name} should have the axes {axes}, got {tensor.axes}"
+                yield text, tensor.axes != axes
+
+    def _explaining_axes(self, spec: ExpertSetSpec) -> Iterable[tuple[TensorSpec, tuple[str | int, ...]]]:
+        """Yield what a set with explanations takes and gives, and the axes that it must have."""
+        places = "masks" if TASKS[self.task].reads_masks else 1
+        for expert in filter(spec.explains, KINDS):
+            items = "clip_seq" if self.bank is None or not reads_bank([expert]) else self.bank.k
+            layers = sum(tap.expert == expert for tap in spec.taps)
+            lengths, rest = length_names(expert)
+            wanted: dict[str, tuple[str | int, ...]] = {
+                keep_name(expert): ("batch", items),
+                lengths: ("batch", places, layers, items),
+                rest: ("batch", places, layers, 2),
+            }
+            if reads_bank([expert]):
+                wanted["retrieved"] = ("batch", items)
+            for tensor in (*spec.inputs, *spec.outputs):
+                if tensor.name in wanted:
+                    yield tensor, wanted[tensor.name]
 
     def variants_of(self, expert_set: ExpertSet) -> tuple[Variant, ...]:
         """Return the variants of an expert set, the portable one first.

@@ -13,6 +13,7 @@ import click
 from xadapter_export.cli.command import (
     NamedPath,
     XadCommand,
+    check_new_file,
     example,
     json_option,
     make_console,
@@ -22,7 +23,7 @@ from xadapter_export.cli.command import (
     sign_option,
 )
 from xadapter_export.cli.progress import QUICK_S, show_progress
-from xadapter_export.errors import OutputExistsError, import_extra
+from xadapter_export.errors import import_extra
 from xadapter_export.model.builtin import BUILTIN, builtin_folder
 
 if TYPE_CHECKING:
@@ -280,8 +281,7 @@ def search(
 ) -> None:
     """Find the images in a bank that best match a text."""
     reader = _open(folder, revision)
-    if sheet is not None and sheet.exists() and not force:
-        raise OutputExistsError("the output path already exists", where=sheet, hint="replace it with --force")
+    check_new_file(sheet, force=force)
     from xadapter_export.bank.contact_sheet import Hit, find_thumbnails, render_sheet
     from xadapter_export.bank.nearest import check_k, find_nearest
     from xadapter_export.bundle.staging import staged_file
@@ -295,7 +295,8 @@ def search(
     hits = [Hit(*hit) for hit in zip(rows, names, found.scores[0].tolist(), strict=True)]
     if sheet is not None:
         about = f"{reader.num_pictures} {reader.kind}, the nearest {k} by CLIP's cosine"
-        page = render_sheet(query, about, hits, find_thumbnails(reader, hits, pictures))
+        ids = {hit.row: hit.picture.id for hit in hits}
+        page = render_sheet(query, about, hits, find_thumbnails(reader.folder, ids, pictures))
         with staged_file(sheet) as path:
             path.write_text(page, encoding="utf-8")
     if as_json:

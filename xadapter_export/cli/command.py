@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xadapter_export.errors import XAdapterError, printable, shortened
+from xadapter_export.errors import OutputExistsError, XAdapterError, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,6 +180,16 @@ def json_option(function: F) -> F:
 def quiet_option(function: F) -> F:
     """Add ``--quiet``."""
     return click.option("--quiet", is_flag=True, help="Do not show progress.")(function)
+
+
+def check_new_file(path: Path | None, *, force: bool) -> None:
+    """Refuse a file that is to be written and is already there.
+
+    Raises:
+        OutputExistsError: If it is.
+    """
+    if path is not None and path.exists() and not force:
+        raise OutputExistsError("the output path already exists", where=path, hint="replace it with --force")
 
 
 def as_typed(command: str) -> str:

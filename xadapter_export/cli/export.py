@@ -248,6 +248,11 @@ def _default_targets() -> str:
     help="Split each graph that uses CLIP in two, so repeated texts skip the CLIP half. [default: only with "
     "--retrieval external]",
 )
+@click.option(
+    "--with-explanations",
+    is_flag=True,
+    help="Let the graphs also report how much each image and CLIP token contributed, for xad-run --explain.",
+)
 @sign_option
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @quiet_option

@@ -10,6 +10,7 @@ import click
 from xadapter_export.cli.command import (
     NamedPath,
     XadCommand,
+    check_new_file,
     example,
     json_option,
     make_console,
@@ -18,6 +19,7 @@ from xadapter_export.cli.command import (
     session_options,
     verify_key_option,
 )
+from xadapter_export.cli.explanation import show_explanations, write_page
 from xadapter_export.errors import InputTextError
 from xadapter_export.experts import EXPERT_SETS
 
@@ -36,8 +38,8 @@ BAR_COLUMNS = 24
 @click.command(
     cls=XadCommand,
     epilog=example(
-        "xad-export --experts v --opset 17 -o bundle",
-        'xad-run bundle "The color of a banana is [MASK]."',
+        "xad-export --experts v --opset 17 --with-explanations -o bundle",
+        'xad-run bundle "The color of a banana is [MASK]." --explain',
     ),
 )
 @click.argument("bundle", type=NamedPath())
@@ -54,6 +56,25 @@ BAR_COLUMNS = 24
     help="Number of predictions per mask.",
 )
 @click.option("--candidates", metavar="WORDS", help="Choose only among these words, separated by commas.")
+@click.option(
+    "--explain",
+    "explains",
+    is_flag=True,
+    help="Also show how much each image and CLIP token contributed, and the answer without it. The bundle "
+    "must be exported with --with-explanations.",
+)
+@click.option(
+    "--explain-html",
+    "page",
+    type=NamedPath(path_type=Path),
+    help="Write the explanations as an HTML page that shows the images.",
+)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the bank with its thumbnails.zip, or with the original images, for --explain-html.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing page.")
 @click.option("--pair", metavar="TEXT", help="Second text to pair with every TEXT (text-classification).")
 @click.option(
     "--variant",
@@ -98,6 +119,10 @@ def run(
     compare: bool,
     top_k: int,
     candidates: str | None,
+    explains: bool,
+    page: Path | None,
+    pictures: Path | None,
+    force: bool,
     pair: str | None,
     threads: int | None,
     as_json: bool,
@@ -110,6 +135,10 @@ def run(
     """
     if compare and opening["experts"]:
         raise click.UsageError("--compare shows all expert sets; remove --experts.")
+    explains = explains or page is not None
+    if compare and explains:
+        raise click.UsageError("one expert set is explained at a time; remove --compare.")
+    check_new_file(page, force=force)
     rows = [line for text in texts for line in (_read_stdin() if text == "-" else [text])]
 
     from xadapter_export.bundle.machine import read_machine
@@ -120,6 +149,9 @@ def run(
     words = None if candidates is None else candidates.split(",")
     sets = tuple(session.manifest.expert_sets) if compare else (session.experts,)
     replies = [reply for name in sets for reply in _ask(session.with_experts(name), rows, pair, top_k, words)]
+    reasons = [session.explain(row, pair, top_k=top_k, candidates=words) for row in rows if explains]
+    if page is not None:
+        write_page(page, reasons, pictures)
     if as_json:
         print_json(
             {
@@ -128,11 +160,16 @@ def run(
                 "variant_reason": session.variant_reason,
                 "checks": [asdict(found) for found in session.checks],
                 "replies": [asdict(reply) for reply in replies],
+                **({"explanations": [asdict(reason) for reason in reasons]} if explains else {}),
             }
         )
         return
     for number in range(len(rows)):
         _show_all(replies[number :: len(rows)], replies[0], compare=compare)
+        if explains:
+            show_explanations(reasons[number : number + 1])
+    if page is not None:
+        click.echo(f"page: {page}")
 
 
 @dataclass(frozen=True)

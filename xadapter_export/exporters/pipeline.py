@@ -37,7 +37,7 @@ from xadapter_export.bundle.model_card import model_card
 from xadapter_export.bundle.signature import BundleSigner
 from xadapter_export.bundle.staging import StagedFolder, staged_folder
 from xadapter_export.errors import ParityError, XAdapterError
-from xadapter_export.experts import reads_bank
+from xadapter_export.experts import T, V, keep_name, reads_bank
 from xadapter_export.exporters import pack
 from xadapter_export.exporters.judge import agreement
 from xadapter_export.exporters.judge.calibration import calibration_feeds
@@ -59,7 +59,7 @@ from xadapter_export.exporters.passes.quantize import Ranges, Rounding, measure_
 from xadapter_export.exporters.plan import Plan, make_plan, reads_clip
 from xadapter_export.exporters.portable.check import check_graph
 from xadapter_export.exporters.portable.merge import MergedModel, Part
-from xadapter_export.exporters.portable.reference import reference_inputs, reference_outputs
+from xadapter_export.exporters.portable.reference import leave_some_out, reference_inputs, reference_outputs
 from xadapter_export.exporters.portable.savings import count_savings
 from xadapter_export.exporters.portable.trace import trace
 from xadapter_export.exporters.request import ExportOptions, ExportRequest, WantedVariants, made_from
@@ -141,9 +141,7 @@ def export(
             on_stage("load", source)
             model = XAdapterModel.from_pretrained(model)
         plan = make_plan(model, request)
-        cases = reference_inputs(
-            model.make_text_encoder(plan.max_seq), with_masks=TASKS[plan.task].reads_masks
-        )
+        cases = _make_cases(model, plan)
         _check_profile(request.profile, model, plan, cases)
         judge = Judge(read_gates(model, plan, request))
         builder = _Builder(model, source, request, plan, staged.path, on_stage, on_graph, judge)
@@ -160,6 +158,15 @@ def export(
     for line in (not_made := _not_deployed(request.wanted, manifest)):
         warnings.warn(line, LeftOutWarning, stacklevel=2)
     return ExportResult(staged.final, manifest, report, (*judge.left_out, *not_made))
+
+
+def _make_cases(model: XAdapterModel, plan: Plan) -> dict[str, dict[str, Array]]:
+    """Makes the inputs of every case of the proof."""
+    encoder = model.make_text_encoder(plan.max_seq)
+    cases = reference_inputs(encoder, with_masks=TASKS[plan.task].reads_masks)
+    if plan.explains:
+        leave_some_out(model, cases)
+    return cases
 
 
 def _check_profile(
@@ -243,7 +250,9 @@ class _Builder:
 
         components = {component for spec in self.specs.values() for component in spec.component_parameters}
         retrieves = any(output.name == "retrieved" for spec in self.specs.values() for output in spec.outputs)
-        pack.write_companions(self.model, folder, with_clip="clip" in components, with_rows=retrieves)
+        explains = any(spec.explains(V.name) for spec in self.specs.values())
+        with_rows = retrieves or explains
+        pack.write_companions(self.model, folder, with_clip="clip" in components, with_rows=with_rows)
         manifest = pack.make_manifest(
             self.model, self.source, plan, self.request.opset, self.specs, tuple(self.variants)
         )
@@ -288,15 +297,17 @@ class _Builder:
         """Writes the portable graph of a set, wanted or not, from which its other variants are made."""
         model, plan, without = self.model, self.plan, self.request.without
         self.on_stage("merge", expert_set)
-        merge = partial(MergedModel, model, expert_set, plan.task, plan.candidate_ids, without)
+        merge = partial(
+            MergedModel, model, expert_set, plan.task, plan.candidate_ids, without, explains=plan.explains
+        )
         whole = merge().eval()
-        saved = count_savings(model, whole)
+        saved = count_savings(model, merge(explains=False).eval() if plan.explains else whole)
         self.reference |= reference_outputs(model, whole, expert_set, plan.candidate_ids, cases)
         self.reference |= {f"{c}/in/{n}": cases[c][n] for c in cases for n in whole.input_names}
         input_names = whole.input_names
         parts: dict[Part, MergedModel] = {"whole": whole}
         if plan.split and reads_clip(model, expert_set):
-            parts = {part: merge(part, plan.retrieval).eval() for part in ("query", "answer")}
+            parts = {part: merge(part=part, retrieval=plan.retrieval).eval() for part in ("query", "answer")}
         del whole
         graphs: Graphs = {}
         for part, merged in parts.items():
@@ -403,8 +414,7 @@ class _Builder:
         if calibration is None:
             return []
         encoder = self.model.make_text_encoder(self.plan.max_seq)
-        names = [tensor.name for tensor in self.specs[expert_set].inputs]
-        return calibration_feeds(encoder, calibration.made_with, names)
+        return calibration_feeds(encoder, calibration.made_with, self.specs[expert_set].inputs)
 
     def _measure(self, portable: Variant, graphs: Graphs) -> dict[Part, Ranges]:
         """What goes into the products of each graph of a set."""
@@ -519,7 +529,9 @@ def _example(model: XAdapterModel) -> dict[str, Tensor]:
     if model.clip is not None:
         example["clip_input_ids"] = torch.tensor([[1, 2, 3, 4, model.clip.end_token_id]] * 2)
         example["memory_t"] = torch.zeros(2, 5, model.clip.width)
-        example["memory_t_mask"] = torch.ones(2, 5, dtype=torch.int64)
+        for name in ("memory_t_mask", keep_name(T.name)):  # one tensor for both would be traced as one input
+            example[name] = torch.ones(2, 5, dtype=torch.int64)
     if reads_bank(model.config.experts):
         example["memory_v"] = torch.zeros(2, model.config.retrieval.k, model.bank_features.shape[1])
+        example[keep_name(V.name)] = torch.ones(2, model.num_bank_items, dtype=torch.int64)
     return example

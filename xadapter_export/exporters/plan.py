@@ -27,6 +27,7 @@ class Plan:
     longest: Mapping[str, int]
     retrieval: Retrieval
     split: bool
+    explains: bool = False
 
     @property
     def max_seq(self) -> int:
@@ -66,8 +67,17 @@ def make_plan(model: XAdapterModel, request: ExportRequest) -> Plan:
     candidates = None
     if request.candidates is not None:
         candidates = tuple(find_candidates(model.plm.tokenizer, request.candidates))
-    plan = Plan(expert_sets, task, candidates, longest, request.retrieval, request.is_split)
+    explains = request.with_explanations
+    plan = Plan(
+        expert_sets, task, candidates, longest, request.retrieval, request.is_split, explains=explains
+    )
     _check_split(model, plan)
+    if explains and not any(map(model.active_experts, expert_sets)):
+        raise ConfigError(
+            "there is nothing to explain without experts",
+            where=f"experts {', '.join(expert_sets)}",
+            hint="remove --with-explanations, or add --experts v, t or vt",
+        )
     return plan
 
 

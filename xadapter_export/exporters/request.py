@@ -49,6 +49,7 @@ class ExportOptions(TypedDict, total=False):
     without: Collection[Step]
     retrieval: Retrieval
     split: bool
+    with_explanations: bool
     sign: str | Path | None
     force: bool
 
@@ -81,6 +82,8 @@ class ExportRequest:
             choice; every set that reads CLIP is then split.
         split: Make two graphs of every set that reads CLIP: what a text asks CLIP and the bank, and the
             answer, so that a session can keep the first for texts that come again.
+        with_explanations: Let the graphs also say how much each picture and each CLIP token counted, and
+            answer without some of them, for ``XAdapterSession.explain``.
         sign: Private key to sign the bundle with, see ``BundleSigner``; None to leave it unsigned.
         force: Replace a bundle that is already there.
 
@@ -108,6 +111,7 @@ class ExportRequest:
     without: Collection[Step] = ()
     retrieval: Retrieval = "in-graph"
     split: bool = False
+    with_explanations: bool = False
     sign: str | Path | None = None
     force: bool = False
 
@@ -123,6 +127,12 @@ class ExportRequest:
         self._check_judging()
         if self.is_split:
             self._check_split()
+        if self.with_explanations and self.wanted.deployments:
+            raise ConfigError(
+                "deployments cannot be made from graphs with explanations",
+                got=", ".join(map(str, self.wanted.deployments)),
+                hint="export twice: once for the deployments, and once with explanations",
+            )
 
     @property
     def expert_sets(self) -> tuple[ExpertSet, ...]:

@@ -1,7 +1,8 @@
 """One expert at one PLM layer: attention from the PLM's hidden states to what CLIP knows.
 
 Dimensions: B batch, T PLM tokens, H hidden size, R adapter width, A attention heads, M memory items
-(K retrieved pictures, S CLIP tokens or the N rows of a static bank), C memory width.
+(K retrieved pictures, S CLIP tokens or the N rows of a static bank), P tokens that are looked at, C memory
+width.
 """
 
 import copy
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xadapter_export.errors import UnsupportedError
 from xadapter_export.layers.kind import LayerKind
 from xadapter_export.model.export_layers import attend
+from xadapter_export.model.pooling import take_positions
 from xadapter_export.registry import load_named
 
 
@@ -156,6 +159,52 @@ class XAdapterLayer(nn.Module, ABC):
         del hidden
         return self.out(context)  # type: ignore[no-any-return]  # nn.Module call
 
+    def weigh(
+        self,
+        hidden: Tensor,
+        memory: Projected,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Computes how much ``attend`` takes of each value.
+
+        Args:
+            hidden: ``(B, T, H) float32``.
+            memory: As for ``attend``.
+            token_mask: As for ``attend``.
+            positions: ``(B, P) int64``, the tokens that are looked at; None for all.
+
+        Returns:
+            ``(B, A, P or T, M) float32``, which add up to 1 over M; with 1 for P where every token gets the
+            same.
+
+        Raises:
+            UnsupportedError: If contributions of this kind are no weighted sums of values.
+        """
+        del hidden, memory, token_mask, positions
+        raise UnsupportedError(
+            "this kind of layer cannot be explained: it does not say how much it takes of each memory item",
+            where=type(self).__name__,
+            hint="export without explanations, or give the layer a method weigh",
+        )
+
+    def split(self, hidden: Tensor, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits contributions into a part for each value, ``W_o (a_k V_k)``, and what is always added.
+
+        Args:
+            hidden: ``(B, P, H) float32``. Hidden states of the tokens that are looked at.
+            weights: ``(B, A, P or 1, M) float32``. What ``weigh`` gave.
+            values: ``(B or 1, M, R) float32``. Of ``Projected``.
+
+        Returns:
+            The parts, ``(B, P or 1, M, H) float32``, and the bias, ``(B, P or 1, H)``: together the
+            contribution.
+        """
+        weighted = weights[..., None] * self._split_heads(values)[:, :, None]  # (B, A, P, M, R/A)
+        contexts = weighted.permute(0, 2, 3, 1, 4).flatten(3)  # (B, P, M, R)
+        bias = self.contribute(hidden[:, :, None], torch.zeros_like(contexts[:, :, :1]))
+        return self.contribute(hidden[:, :, None], contexts) - bias, bias.squeeze(2)
+
     def forward(
         self,
         hidden: Tensor,
@@ -217,6 +266,18 @@ class TokenQueryLayer(XAdapterLayer):
         query = self.query(self.norm(hidden)) * (keys.shape[-1] / self.num_heads) ** -0.5
         return self.contribute(hidden, attend(query, keys, values, self.num_heads, mask))
 
+    def weigh(
+        self,
+        hidden: Tensor,
+        memory: Projected,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """See ``XAdapterLayer.weigh``."""
+        del token_mask
+        scores = self._scores(hidden if positions is None else take_positions(hidden, positions), memory.keys)
+        return torch.softmax(scores if memory.mask is None else scores + memory.mask, dim=-1)
+
 
 class NullRowsLayer(TokenQueryLayer):
     """Each token asks for itself, and may look away, at null rows.
@@ -266,12 +327,26 @@ class SentenceQueryLayer(XAdapterLayer):
 
     def attend(self, hidden: Tensor, memory: Projected, token_mask: Tensor | None = None) -> Tensor:
         """As ``XAdapterLayer.attend``; ``token_mask`` keeps padding from asking."""
+        weights = self.weigh(hidden, memory, token_mask)
+        context = weights @ self._split_heads(memory.values)  # (B, A, 1, R/A)
+        return self.contribute(hidden, context.transpose(1, 2).flatten(2)).expand_as(hidden)
+
+    def weigh(
+        self,
+        hidden: Tensor,
+        memory: Projected,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As ``XAdapterLayer.weigh``, of the sentence: ``(B, A, 1, M)``."""
+        del positions
         scores = self._scores(hidden, memory.keys)  # (B, A, T, M)
+        if memory.mask is not None:
+            scores = scores + memory.mask
         if token_mask is not None:
             scores = scores + token_mask.transpose(2, 3)
         pairs = torch.softmax(scores.flatten(2), dim=-1).view(scores.shape)  # one softmax over T * M
-        context = pairs.sum(2, keepdim=True) @ self._split_heads(memory.values)  # (B, A, 1, R/A)
-        return self.contribute(hidden, context.transpose(1, 2).flatten(2)).expand_as(hidden)
+        return pairs.sum(2, keepdim=True)
 
     def log_attention(self, hidden: Tensor, memory: Tensor, token_mask: Tensor) -> Tensor:
         """As ``XAdapterLayer.log_attention``, of the sentence: ``(B, A, 1, M)``."""

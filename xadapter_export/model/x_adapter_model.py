@@ -4,7 +4,7 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, H hidden size, V vocabulary, K
 size, D CLIP embedding size, W CLIP text width, P masks per text, L labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from xadapter_export.errors import CheckpointError, ConfigError
 from xadapter_export.experts import KINDS, NONE, Read, experts_of, reads_bank, reads_text
 from xadapter_export.layers import LAYERS, TOKEN_QUERY
 from xadapter_export.model.config import BankPart, FrozenPart, XAdapterConfig
+from xadapter_export.model.explanation import is_on
 from xadapter_export.model.export_layers import additive_mask
 from xadapter_export.model.plm import load_plm
 from xadapter_export.model.plm_family import PlmFamily
@@ -45,6 +46,8 @@ class Memory:
         t_mask: ``(B, S) bool``. True at real CLIP tokens, end-of-text included.
         retrieved: ``(B, K) int64`` bank rows, best first; None without top-k retrieval.
         retrieved_scores: ``(B, K) float32`` cosine similarities.
+        keep: ``(B, K)``, ``(B, N)`` or ``(B, S)``, by expert: 0 or False at the items that are left out, as
+            if they were not there. An expert all of whose items are left out adds nothing.
     """
 
     v: Tensor | None = None
@@ -52,12 +55,15 @@ class Memory:
     t_mask: Tensor | None = None
     retrieved: Tensor | None = None
     retrieved_scores: Tensor | None = None
+    keep: Mapping[Expert, Tensor] = field(default_factory=dict)
 
     def of(self, expert: Expert) -> tuple[Tensor | None, Tensor | None]:
         """What an expert attends to, and what is added to its scores: the lowest number where masked."""
-        if KINDS[expert].reads == "bank":
-            return self.v, None
-        return self.t, None if self.t_mask is None else additive_mask(self.t_mask)
+        memory, mask = (self.v, None) if KINDS[expert].reads == "bank" else (self.t, self.t_mask)
+        if (keep := self.keep.get(expert)) is not None:
+            mask = keep if mask is None else mask * keep
+            memory = None if memory is None else memory.expand(len(keep), -1, -1)
+        return memory, None if mask is None else additive_mask(mask)
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,14 @@ class XAdapterOutput:
         answers: What the task gives, float32, by the names of ``TaskSpec.outputs``.
         memory: What the experts attended to.
         contributions: ``(B, T, H) float32`` that each expert added before each layer, by (layer, expert).
+        entering: ``(B, T, H) float32`` that it was added to, by layer.
     """
 
     last_hidden_state: Tensor
     answers: dict[str, Tensor]
     memory: Memory = field(default_factory=Memory)
     contributions: dict[tuple[int, Expert], Tensor] = field(default_factory=dict)
+    entering: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def logits(self) -> Tensor:
@@ -135,6 +143,12 @@ class XAdapterModel(nn.Module):
             num_null_rows=config.null_rows,
         )
         return make_layer(TOKEN_QUERY if kind.learns_rows and not reads_static else kind, shape)
+
+    @property
+    def num_bank_items(self) -> int:
+        """How many pictures or prototypes a V-expert attends to."""
+        retrieval = self.config.retrieval
+        return retrieval.k if retrieval.mode == "topk" else len(self.bank_features)
 
     def make_text_encoder(self, max_seq: int) -> TextEncoder:
         """Both tokenizers with their rules, for inputs of at most ``max_seq`` PLM tokens."""
@@ -406,17 +420,25 @@ class XAdapterModel(nn.Module):
         hidden = self.plm.embed(input_ids, token_type_ids) if first_layer_input is None else first_layer_input
         context = self.plm.prepare(hidden, attention_mask)
         contributions: dict[tuple[int, Expert], Tensor] = {}
+        entering: dict[int, Tensor] = {}
         for index in range(start, len(self.plm.layers)):
             if str(index) in self.adapters:
-                adapters = cast(nn.ModuleDict, self.adapters[str(index)])
+                entering[index] = hidden
                 for expert in active:
-                    contributions[index, expert] = adapters[expert](hidden, *memories[expert], mask)
+                    added = self.adapter(index, expert)(hidden, *memories[expert], mask)
+                    if expert in memory.keep:
+                        added = added * is_on(memory.keep[expert])
+                    contributions[index, expert] = added
                 hidden = sum((contributions[index, expert] for expert in active), start=hidden)
             hidden = self.plm.layer(index, hidden, context)
         hidden = self.plm.finish(hidden)
 
         answers = self.answers(self.task, hidden, attention_mask, mask_positions)
-        return XAdapterOutput(hidden, answers, memory, contributions)
+        return XAdapterOutput(hidden, answers, memory, contributions, entering)
+
+    def adapter(self, layer: int, expert: Expert) -> XAdapterLayer:
+        """The layer of an expert before a PLM layer."""
+        return cast(XAdapterLayer, cast(nn.ModuleDict, self.adapters[str(layer)])[expert])
 
     def answers(
         self, task: TaskSpec, hidden: Tensor, attention_mask: Tensor, mask_positions: Tensor | None = None

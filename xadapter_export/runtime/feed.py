@@ -1,20 +1,44 @@
 """Check arrays against a bundle's IO contract: before they go into the graph, and what comes out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Final
 
 import numpy as np
 
-from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest
+from xadapter_export.bundle.manifest import ExpertSetSpec, Manifest, TensorSpec
 from xadapter_export.errors import BundleError, ShapeError
+from xadapter_export.experts import KINDS, keep_name
 from xadapter_export.sessions.session import Array
+
+_KEEPS: Final = tuple(map(keep_name, KINDS))
+
+
+def keep_everything(arrays: Mapping[str, Array], inputs: Iterable[TensorSpec]) -> dict[str, Array]:
+    """Return inputs of a graph with ones in those that say which memory items are kept, where they lack.
+
+    Args:
+        arrays: Inputs by name.
+        inputs: What the graph takes.
+    """
+    complete, sizes = dict(arrays), dict[str | int, int]()
+    for tensor in inputs:
+        if tensor.name in arrays:
+            sizes |= dict(zip(tensor.axes, arrays[tensor.name].shape, strict=False))
+        elif tensor.name in _KEEPS:
+            shape = [axis if isinstance(axis, int) else sizes.get(axis, 1) for axis in tensor.axes]
+            complete[tensor.name] = np.ones(shape, np.int64)
+    return complete
 
 
 def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manifest) -> dict[str, Array]:
     """Return what the graph takes of the inputs, each checked against the contract.
 
+    Inputs that say which memory items are kept may lack: then all are.
+
     Raises:
         ShapeError: If an input is missing, or has another dtype or shape than the contract says.
     """
+    inputs = keep_everything(inputs, spec.inputs)
     limits = manifest.longest
     sizes: dict[str, int] = {}
     feed: dict[str, Array] = {}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xadapter_export.bundle.folder import BANK_NAME, Bundle, companions, read_bundle
 from xadapter_export.bundle.manifest import (
     Candidate,
+    Expert,
     ExpertSet,
     ExpertSetSpec,
     Manifest,
@@ -31,12 +32,14 @@ from xadapter_export.errors import (
     UnsupportedError,
     XAdapterError,
 )
+from xadapter_export.experts import V, experts_of, reads_bank
 from xadapter_export.parity.recorded import Check
 from xadapter_export.runtime.answers import RetrievedPicture
 from xadapter_export.runtime.batches import plan_batches
 from xadapter_export.runtime.candidates import columns_of, find_candidates
 from xadapter_export.runtime.choose import runs_on_cpu
 from xadapter_export.runtime.encoders import load_encoders
+from xadapter_export.runtime.explain import Explanation, MemoryItem, check_explains, explain
 from xadapter_export.runtime.feed import check_feed, check_outputs
 from xadapter_export.runtime.graphs import Graphs
 from xadapter_export.runtime.how_to_open import HowToOpen, SessionOptions
@@ -287,16 +290,7 @@ class XAdapterSession:
             UnsupportedError: If the task takes no second texts, or no candidates.
             BundleError: If the bundle does not hold the expert set.
         """
-        task = TASKS[self.manifest.task]
-        for what, given, fits in (
-            ("second texts", text_pairs, task.takes_pairs),
-            ("candidates", candidates, task.fills_words),
-        ):
-            if given is not None and not fits:
-                raise UnsupportedError(f"the bundle's task does not use {what}", got=task.name)
-        if top_k < 1:
-            raise ConfigError("top_k must be at least 1", got=top_k)
-        columns, words = self._choose(candidates)
+        task, columns, words = self._check_asked(text_pairs, candidates, top_k)
         firsts = check_texts(texts)
         found: list[Any] = [None] * len(firsts)
         for numbers, inputs in self._batches(firsts, text_pairs, experts, require_mask=task.reads_masks):
@@ -307,6 +301,62 @@ class XAdapterSession:
             for number, answer in zip(numbers, task.answers(values, asked), strict=True):
                 found[number] = answer
         return found
+
+    def explain(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        *,
+        top_k: int = 5,
+        candidates: Sequence[str] | None = None,
+        experts: ExpertSet | None = None,
+    ) -> Explanation:
+        """Say why a text is answered as it is: what each picture and CLIP token did, and what without it.
+
+        Args:
+            text: The text.
+            text_pair: Where the task takes two texts, the second one.
+            top_k: How many answers for each mask or text at most.
+            candidates: Where the task answers with words, answer with one of these only.
+            experts: Expert set for this call.
+
+        Raises:
+            InputTextError: If the text cannot be answered.
+            ConfigError: As ``answer``.
+            UnsupportedError: As ``answer``; or if the expert set has no experts, or was exported without
+                explanations.
+            BundleError: If the bundle does not hold the expert set.
+        """
+        name = experts or self.experts
+        spec = self._spec(name)
+        check_explains(spec, name)
+        task, columns, words = self._check_asked(text_pair, candidates, top_k)
+        texts, pairs = check_texts(text), None if text_pair is None else [text_pair]
+        [(_, inputs)] = self._batches(texts, pairs, name, require_mask=task.reads_masks)
+        feed = check_feed(inputs, spec, self.manifest)
+        asked = Asked(texts, feed, self.manifest, top_k, words, columns, self._tokenizer)
+        answers = explain(
+            lambda feed, outputs: self.run(feed, outputs=outputs, experts=name),
+            asked,
+            spec,
+            experts_of(name),
+            lambda expert, outputs: self._looked(expert, feed, outputs),
+            self._size_of_batch(name),
+        )
+        return Explanation(text, name, self._graphs.choice(name).name, answers)
+
+    def _looked(
+        self, expert: Expert, feed: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> list[MemoryItem]:
+        """Return what an expert attends to in a batch of one text."""
+        if not reads_bank([expert]):
+            return [*map(MemoryItem, self._clip_encoder.clip_tokens(feed["clip_input_ids"][0].tolist()))]
+        if "retrieved" in outputs:
+            rows, scores = (outputs[key][0].tolist() for key in ("retrieved", "retrieved_scores"))
+        else:  # a static bank, all of which is read
+            rows, scores = range(len(self.pictures)), [None] * len(self.pictures)
+        pictures = [(row, self.pictures[row], score) for row, score in zip(rows, scores, strict=True)]
+        return [MemoryItem(p.caption or p.id, row, p.id, score) for row, p, score in pictures]
 
     @overload
     def retrieve(
@@ -420,9 +470,10 @@ class XAdapterSession:
         return found
 
     def _read_pictures(self) -> Sequence[Picture]:
-        """Return the pictures of the bank, where a graph says which ones it looked at."""
+        """Return the pictures of the bank, where a graph says which ones it looked at, or how."""
         bank = self.manifest.bank
-        if bank is None or not any(_retrieves(spec) for spec in self.manifest.expert_sets.values()):
+        sets = self.manifest.expert_sets.values()
+        if bank is None or not any(_retrieves(spec) or spec.explains(V.name) for spec in sets):
             return ()
         return read_pictures(self.bundle.file(BANK_NAME), num_pictures=bank.num_pictures)
 
@@ -442,16 +493,35 @@ class XAdapterSession:
         """Yield batches of texts of about the same length: the texts' numbers, and their arrays."""
         encoder = self.text_encoder(experts)
         tokenized = encoder.tokenize(texts, text_pairs, require_mask=require_mask)
-        engine = self._graphs.choice(experts or self.experts).engine
-        size = self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))
+        size = self._size_of_batch(experts)
         for numbers in plan_batches([len(text.input_ids) for text in tokenized], size):
             yield numbers, encoder.collate([tokenized[number] for number in numbers])
+
+    def _size_of_batch(self, experts: ExpertSet | None) -> int:
+        """Return how many texts go through the graph together at most."""
+        engine = self._graphs.choice(experts or self.experts).engine
+        return self._batch_size if engine is None else min(self._batch_size, largest_batch(engine))
 
     def _require_task(self, task: TaskSpec) -> None:
         if self.manifest.task != task.name:
             raise UnsupportedError(
                 "the bundle was exported for another task", expected=task.name, got=self.manifest.task
             )
+
+    def _check_asked(
+        self, text_pairs: str | TextList | None, candidates: Sequence[str] | None, top_k: int
+    ) -> tuple[TaskSpec, list[int] | None, tuple[Candidate, ...] | None]:
+        """Return the task, and what ``_choose`` does, if it can be asked like this; see ``answer``."""
+        task = TASKS[self.manifest.task]
+        for what, given, fits in (
+            ("second texts", text_pairs, task.takes_pairs),
+            ("candidates", candidates, task.fills_words),
+        ):
+            if given is not None and not fits:
+                raise UnsupportedError(f"the bundle's task does not use {what}", got=task.name)
+        if top_k < 1:
+            raise ConfigError("top_k must be at least 1", got=top_k)
+        return task, *self._choose(candidates)
 
     def _choose(
         self, candidates: Sequence[str] | None

@@ -120,6 +120,14 @@ class TowerTokens:
             return rows
         return [row + [facts.pad_token_id] * (limit - len(row)) for row in rows]
 
+    def name_tokens(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Return the text of each token up to the end token; of what is no whole letter the token's name."""
+        end = self._facts.end_token_id
+        real = ids[: ids.index(end) + 1] if end in ids else ids
+        decoded = [self._tokenizer.decode([token], skip_special_tokens=False).strip() for token in real]
+        names = [self._tokenizer.id_to_token(token) for token in real]
+        return tuple(text or name or "" for text, name in zip(decoded, names, strict=True))
+
     def pad(self, rows: Sequence[Sequence[int]]) -> Int64Array:
         """Return B rows of ids as one array, padded to the longest of them."""
         return _padded(rows, self._facts.pad_token_id)
@@ -171,6 +179,10 @@ class TextEncoder:
         other = copy.copy(self)
         other._clip = None
         return other
+
+    def clip_tokens(self, clip_input_ids: Sequence[int]) -> tuple[str, ...]:
+        """Return the text of each CLIP token of a row, without padding; nothing where there is no CLIP."""
+        return () if self._clip is None else self._clip.name_tokens(clip_input_ids)
 
     def encode(
         self,

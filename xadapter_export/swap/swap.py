@@ -34,7 +34,7 @@ from xadapter_export.bundle.manifest import BankSpec, Manifest, ProvenBank
 from xadapter_export.bundle.signature import BundleSigner
 from xadapter_export.bundle.staging import staged_folder
 from xadapter_export.errors import BundleError, ConfigError, OutputExistsError, ParityError, UnsupportedError
-from xadapter_export.experts import reads_bank
+from xadapter_export.experts import V, reads_bank
 from xadapter_export.parity.compare import TOLERANCES, Place, compare_retrieved
 from xadapter_export.parity.prove import prove_bundle
 from xadapter_export.parity.recorded import record
@@ -231,6 +231,12 @@ def _check_fits(old: Bundle, kept: Manifest, reader: BankReader, *, assume_clip:
             got=reader.num_pictures,
         )
     _check_clip(kept, bank, reader, assume_clip=assume_clip)
+    if bank.retrieval == "static" and any(spec.explains(V.name) for spec in kept.expert_sets.values()):
+        raise UnsupportedError(
+            "explanations of a static bank have a place for each of its prototypes, so it cannot be swapped",
+            where=old.folder,
+            hint="export again with the new bank, or without explanations",
+        )
     if bank.retrieval == "static" and not (old.folder / PROJECTIONS_NAME).is_file():
         raise UnsupportedError(
             "the static bank of this bundle cannot be swapped: its keys were learned for its prototypes, "

@@ -201,9 +201,8 @@ def make_probe(
     Raises:
         InputTextError: If a text is empty, has no mask where one is needed, or has masks too far apart.
     """
-    names = [tensor.name for tensor in spec.inputs]
-    feeds = calibration_feeds(encoder, texts.by_length(), names)
-    asked = [] if questions is None else calibration_feeds(encoder, questions.texts, names)
+    feeds = calibration_feeds(encoder, texts.by_length(), spec.inputs)
+    asked = [] if questions is None else calibration_feeds(encoder, questions.texts, spec.inputs)
     retrieves = any(tensor.name == "retrieved" for tensor in spec.outputs)
     return Probe(task, tuple(feeds), retrieves, questions, tuple(asked))
 

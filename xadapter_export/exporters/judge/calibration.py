@@ -11,11 +11,12 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from xadapter_export.bundle.manifest import Task
+from xadapter_export.bundle.manifest import Task, TensorSpec
 from xadapter_export.errors import ConfigError, InputTextError
 from xadapter_export.evaluation.labeled import GLUE_TASKS
 from xadapter_export.evaluation.tables import parse_json_rows, read_lines, read_sentences, read_table
 from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.runtime.feed import keep_everything
 from xadapter_export.runtime.text import GENERIC_MASK, TextEncoder, TruncationWarning, check_texts
 from xadapter_export.sessions.session import Array
 from xadapter_export.tasks import TASKS
@@ -251,20 +252,21 @@ def read_text_table(path: Path) -> list[dict[str, Any]]:
 
 
 def calibration_feeds(
-    encoder: TextEncoder, texts: CalibrationTexts, input_names: Sequence[str]
+    encoder: TextEncoder, texts: CalibrationTexts, inputs: Sequence[TensorSpec]
 ) -> list[dict[str, Array]]:
     """Return the inputs of a graph for the texts, in their order, in batches of 1, 4, 8 and 2 in turn.
 
     Args:
         encoder: Both tokenizers, as the bundle will have them; what is too long is cut without a warning.
         texts: The texts.
-        input_names: The graph's inputs.
+        inputs: The graph's inputs.
 
     Raises:
         InputTextError: If a text is empty, has no mask where the graph takes ``mask_positions``, or has masks
             too far apart.
     """
     feeds: list[dict[str, Array]] = []
+    require_mask = any(tensor.name == "mask_positions" for tensor in inputs)
     sizes, start = cycle(_BATCH_SIZES), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
@@ -273,9 +275,10 @@ def calibration_feeds(
             arrays = encoder.encode(
                 texts.texts[batch],
                 None if texts.pairs is None else texts.pairs[batch],
-                require_mask="mask_positions" in input_names,
+                require_mask=require_mask,
             )
-            feeds.append({name: arrays[name] for name in input_names})
+            complete = keep_everything(arrays, inputs)
+            feeds.append({tensor.name: complete[tensor.name] for tensor in inputs})
             start = batch.stop
     return feeds
 

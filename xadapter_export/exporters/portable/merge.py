@@ -7,15 +7,16 @@ Dimensions: B batch, T PLM tokens, S CLIP tokens, P masks per text, H hidden siz
 R adapter width, K retrieved pictures, N bank size, D CLIP embedding size.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Literal, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from xadapter_export.bundle.manifest import Expert, ExpertSet, Task
-from xadapter_export.experts import KINDS, Read, V, reads_bank, reads_text
+from xadapter_export.experts import V, keep_name, length_names, reads_bank, reads_text
 from xadapter_export.exporters.request import Retrieval, Step
+from xadapter_export.model.explanation import Lengths, Reading, is_on, measure_lengths
 from xadapter_export.model.export_layers import PackedLayer, additive_mask
 from xadapter_export.model.pooling import take_positions, unit_length
 from xadapter_export.model.tasks import States, task_head
@@ -32,6 +33,18 @@ def tap_name(layer: int, expert: Expert) -> str:
     return f"x_adapter.{layer}.{expert}"
 
 
+class _Memory(NamedTuple):
+    """What an expert attends to: items, ``(B or 1, M, C)`` or None where they are folded, and how many.
+
+    The mask is as in ``Projected``; ``keep``, ``(B, M) int64``, is None where nothing can be left out.
+    """
+
+    items: Tensor | None
+    mask: Tensor | None
+    keep: Tensor | None
+    num_items: int
+
+
 class MergedModel(nn.Module):
     """One expert set of a checkpoint, ready to be traced.
 
@@ -43,6 +56,8 @@ class MergedModel(nn.Module):
         without: Steps to leave out.
         part: What a text asks CLIP and the bank, the answer that is given with it, or both in one graph.
         retrieval: Whether the bank is searched in the graph.
+        explains: Whether it also takes which memory items to keep, and gives how far each carries the
+            contributions.
     """
 
     def __init__(
@@ -54,6 +69,7 @@ class MergedModel(nn.Module):
         without: Collection[Step] = (),
         part: Part = "whole",
         retrieval: Retrieval = "in-graph",
+        explains: bool = False,
     ) -> None:
         super().__init__()
         self._made_with, self._without = (expert_set, task, candidate_ids), frozenset(without)
@@ -65,6 +81,8 @@ class MergedModel(nn.Module):
         self.searches = self.retrieves and part != "answer" and retrieval == "in-graph"
         reads_clip = self.retrieves or reads_text(self.active)
         self.answers = part != "query"
+        self.explained = self.active if explains and self.answers else ()
+        self.num_bank_items = model.num_bank_items if reads_bank(self.active) else 0
         self.width_v = model.bank_features.shape[1] if reads_bank(self.active) else 0
         self.width_t = model.clip.width if model.clip is not None else 0
         if self.answers:
@@ -176,7 +194,8 @@ class MergedModel(nn.Module):
         names += ["token_type_ids"] if self.plm.has_token_type_ids else []
         names += ["clip_input_ids"] if self.clip is not None else []
         names += ["mask_positions"] if self.task.reads_masks else []
-        return names if self.part == "whole" else [*names, *self._memory_names]
+        names += [] if self.part == "whole" else self._memory_names
+        return [*names, *map(keep_name, self.explained)]
 
     @property
     def input_axes(self) -> dict[str, tuple[str | int, ...]]:
@@ -188,6 +207,8 @@ class MergedModel(nn.Module):
             "memory_t": ("batch", "clip_seq", self.width_t),
             "memory_t_mask": ("batch", "clip_seq"),
         }
+        for expert in self.explained:
+            axes[keep_name(expert)] = ("batch", self.num_bank_items if reads_bank([expert]) else "clip_seq")
         return {name: axes.get(name, ("batch", "seq")) for name in self.input_names}
 
     @property
@@ -204,7 +225,8 @@ class MergedModel(nn.Module):
             outside = ["query"] if self.retrieves and not self.searches else []
             memory = [name for name in self._memory_names if name != "memory_v" or self.searches]
             return [*outside, *memory, *found]
-        return [*(output.name for output in self.task.outputs), *found]
+        lengths = [name for expert in self.explained for name in length_names(expert)]
+        return [*(output.name for output in self.task.outputs), *found, *lengths]
 
     @property
     def taps(self) -> list[tuple[int, Expert]]:
@@ -220,35 +242,31 @@ class MergedModel(nn.Module):
             inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` ``(B, T)``, ``clip_input_ids``
                 ``(B, S)``, ``mask_positions`` ``(B, P)``, all int64; of a set that is split ``memory_v``
                 ``(B, K, D) float32``, ``memory_t`` ``(B, S, W) float32`` and ``memory_t_mask`` ``(B, S)
-                int64``; those of ``input_names``.
+                int64``; with explanations ``keep_v`` ``(B, K or N)`` and ``keep_t`` ``(B, S)``, int64; those
+                of ``input_names``.
 
         Returns:
-            Tensors of ``output_names``, then ``(B, T, H) float32`` for each of ``taps``.
+            Tensors of ``output_names``, among them for each explained expert ``(B, P, layers, M) float32``
+            and ``(B, P, layers, 2) float32`` as ``explanation.Lengths`` has them; then ``(B, T, H) float32``
+            for each of ``taps``.
         """
         if self.part == "query":
             named = self._ask(inputs["clip_input_ids"])
             return tuple(named[name] for name in self.output_names)
         mask = additive_mask(inputs["attention_mask"])
         asked = self._ask(inputs["clip_input_ids"]) if self.clip is not None else inputs
-        memory: dict[Read, tuple[Tensor, Tensor | None]] = {}
-        if self.retrieves:
-            memory["bank"] = asked["memory_v"], None
-        elif reads_bank(self.active) and not self.folds_bank:
-            memory["bank"] = cast(Tensor, self.bank)[None], None
-        if reads_text(self.active):
-            token_mask = asked["memory_t_mask"]
-            token_mask = token_mask if self.part == "whole" else additive_mask(token_mask)
-            memory["text"] = asked["memory_t"], token_mask
+        memory = {expert: self._memory(expert, asked, inputs) for expert in self.active}
         hidden = self.plm.embed(inputs["input_ids"], inputs.get("token_type_ids"))
         context = self.plm.prepare(hidden, inputs["attention_mask"])
         positions = inputs.get("mask_positions", torch.zeros_like(inputs["input_ids"][:, :1]))
+        reading = Reading(inputs["attention_mask"], mask, positions if self.reads_positions else None)
         contributions: list[Tensor] = []
+        lengths: list[Tensor] = []
         for index, layer in enumerate(self.plm_layers):
             if str(index) in self.adapters:
-                added = [
-                    self._contribution(index, expert, hidden, memory.get(KINDS[expert].reads), mask)
-                    for expert in self.active
-                ]
+                made = [self._contribution(index, e, hidden, memory[e], reading) for e in self.active]
+                added = [contribution for contribution, _ in made]
+                lengths += [number for _, measured in made for number in measured]
                 contributions += added
                 hidden = sum(added, start=hidden)
             at = positions if self.last_at_positions and index == len(self.plm_layers) - 1 else None
@@ -258,7 +276,23 @@ class MergedModel(nn.Module):
             hidden = take_positions(hidden, positions)
         answers = self.task_head.answer(States(hidden, inputs["attention_mask"], self._mlm_logits, self.head))
         found = [asked[name] for name in ("retrieved", "retrieved_scores") if self.searches]
-        return (*answers, *found, *contributions)
+        each = 2 * len(self.explained)  # numbers of a layer
+        stacked = [torch.stack(lengths[number::each], 2) for number in range(each)]  # (B, P, layers, ...)
+        return (*answers, *found, *stacked, *contributions)
+
+    def _memory(self, expert: Expert, asked: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> "_Memory":
+        """What an expert attends to, of what CLIP and the bank say of the text, and of what is kept of it."""
+        keep = inputs[keep_name(expert)] if expert in self.explained else None
+        if reads_bank([expert]):
+            mask = None if keep is None else additive_mask(keep)
+            if self.folds_bank:
+                return _Memory(None, mask, keep, self.num_bank_items)
+            bank = asked["memory_v"] if self.retrieves else cast(Tensor, self.bank)[None]
+            bank = bank if keep is None else bank.expand(keep.shape[0], -1, -1)
+            return _Memory(bank, mask, keep, self.num_bank_items)
+        states, real = asked["memory_t"], asked["memory_t_mask"]
+        mask = additive_mask(real if keep is None else real * keep)
+        return _Memory(states, mask, keep, states.shape[1])
 
     def _ask(self, clip_input_ids: Tensor) -> dict[str, Tensor]:
         """What CLIP says of the text, and what is found in the bank, by the names of the graph's values."""
@@ -280,23 +314,27 @@ class MergedModel(nn.Module):
         if reads_text(self.active):
             asked["memory_t"] = states
             mask = clip.token_mask(clip_input_ids)
-            asked["memory_t_mask"] = additive_mask(mask) if self.part == "whole" else mask.to(torch.int64)
+            asked["memory_t_mask"] = mask if self.part == "whole" else mask.to(torch.int64)
         return asked
 
     def _contribution(
-        self,
-        layer: int,
-        expert: Expert,
-        hidden: Tensor,
-        memory: tuple[Tensor, Tensor | None] | None,
-        token_mask: Tensor,
-    ) -> Tensor:
+        self, layer: int, expert: Expert, hidden: Tensor, memory: "_Memory", reading: Reading
+    ) -> tuple[Tensor, Lengths | tuple[()]]:
+        """What an expert adds before a PLM layer, and how far its parts carry it, where that is asked for."""
         adapter = self.adapter(layer, expert)
-        if memory is not None:
-            projected = adapter.project_memory(*memory)
+        if memory.items is not None:
+            projected = adapter.project_memory(memory.items, memory.mask)
         else:
             projected = Projected(*(self.get_buffer(f"bank_{part}_{layer}") for part in ("keys", "values")))
-        return adapter.attend_in_graph(hidden, projected, token_mask)
+            mask, beside = memory.mask, projected.keys.shape[1] - memory.num_items
+            if mask is not None and beside:  # rows beside the memory are always there
+                mask = torch.cat([mask, torch.zeros_like(mask[..., :1]).expand(-1, -1, -1, beside)], -1)
+            projected = projected._replace(mask=mask)
+        added = adapter.attend_in_graph(hidden, projected, reading.token_mask)
+        if memory.keep is None:
+            return added, ()
+        added = added * is_on(memory.keep)
+        return added, measure_lengths(adapter, hidden, projected, added, memory.num_items, reading)
 
     def _mlm_logits(self, hidden: Tensor) -> Tensor:
         if self.candidate_decoder is None:

@@ -6,14 +6,18 @@ merge fails the proof like one of the trace.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xadapter_export.bundle.manifest import ExpertSet
+from xadapter_export.experts import T, V, keep_name, length_names, reads_bank
 from xadapter_export.exporters.portable.merge import MergedModel
-from xadapter_export.model.x_adapter_model import XAdapterModel
+from xadapter_export.model.explanation import Reading, measure_lengths
+from xadapter_export.model.export_layers import additive_mask
+from xadapter_export.model.x_adapter_model import XAdapterModel, XAdapterOutput
 from xadapter_export.runtime.text import TextEncoder, TruncationWarning
 from xadapter_export.sessions.session import Array
 
@@ -44,6 +48,25 @@ def reference_inputs(encoder: TextEncoder, *, with_masks: bool) -> dict[str, dic
         return {case: dict(encoder.encode(texts, require_mask=with_masks)) for case, texts in cases.items()}
 
 
+def leave_some_out(model: XAdapterModel, cases: Mapping[str, dict[str, Array]]) -> None:
+    """Adds to every case which memory items are kept.
+
+    A single text keeps all. In a batch each text lacks another item; the last text of a padded one lacks all.
+    """
+    for case, inputs in cases.items():
+        batch = len(inputs["input_ids"])
+        sizes = {T.name: inputs["clip_input_ids"].shape[1]} if "clip_input_ids" in inputs else {}
+        if reads_bank(model.config.experts):
+            sizes[V.name] = model.num_bank_items
+        for expert, size in sizes.items():
+            keep = np.ones((batch, size), np.int64)
+            if batch > 1:
+                keep[np.arange(batch), np.arange(batch) % size] = 0
+            if case == "batch_padded":
+                keep[-1] = 0
+            inputs[keep_name(expert)] = keep
+
+
 def reference_outputs(
     model: XAdapterModel,
     merged: MergedModel,
@@ -64,12 +87,15 @@ def reference_outputs(
             for name, array in inputs.items()
             if name in merged.input_names
         }
+        keep = {expert: tensors.pop(keep_name(expert)) for expert in merged.explained}
         with torch.no_grad():
-            output = model(**tensors, experts=expert_set)
+            memory = replace(model.memory(tensors.get("clip_input_ids"), expert_set), keep=keep)
+            output = model(**tensors, experts=expert_set, memory=memory)
         answers = output.answers
         if merged.task.name != model.config.task:
             answers = model.answers(merged.task, output.last_hidden_state, tensors["attention_mask"])
         values: dict[str, Tensor | None] = {**answers}
+        values |= _lengths(model, output, merged, tensors)
         values |= {"retrieved": output.memory.retrieved, "retrieved_scores": output.memory.retrieved_scores}
         if candidate_ids is not None:
             words = [answer.name for answer in merged.task.outputs if answer.axes[-1] == "words"]
@@ -79,6 +105,32 @@ def reference_outputs(
         for layer, expert in merged.taps:
             arrays[f"{case}/{expert_set}/tap/{layer}.{expert}"] = _array(output.contributions[layer, expert])
     return arrays
+
+
+@torch.no_grad()
+def _lengths(
+    model: XAdapterModel, output: XAdapterOutput, merged: MergedModel, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """How far items, and the rest, carry each contribution, by the names of the graph's outputs."""
+    mask, positions = tensors["attention_mask"], tensors.get("mask_positions")
+    if merged.task.reads == "first":
+        positions = torch.zeros_like(mask[:, :1])
+    reading = Reading(mask, additive_mask(mask), positions if merged.reads_positions else None)
+    found: dict[str, Tensor] = {}
+    for expert in merged.explained:
+        items, items_mask = output.memory.of(expert)
+        assert items is not None  # it is active
+        measured = []
+        for layer in [layer for layer, of in output.contributions if of == expert]:
+            adapter, entering = model.adapter(layer, expert), output.entering[layer]
+            projected = adapter.project_memory(items, items_mask)
+            contribution = output.contributions[layer, expert]
+            measured.append(
+                measure_lengths(adapter, entering, projected, contribution, items.shape[1], reading)
+            )
+        stacked = (torch.stack(numbers, 2) for numbers in zip(*measured, strict=True))
+        found |= dict(zip(length_names(expert), stacked, strict=True))
+    return found
 
 
 def _array(tensor: Tensor | None) -> Array:
