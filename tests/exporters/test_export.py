@@ -339,8 +339,9 @@ def test_a_graph_that_is_wrong_is_rejected(
     model: XAdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OffByFivePercent(MergedModel):
-        def _contribution(self, *arguments: Any) -> torch.Tensor:
-            return 1.05 * super()._contribution(*arguments)
+        def _contribution(self, *arguments: Any) -> tuple[torch.Tensor, Any]:
+            added, lengths = super()._contribution(*arguments)
+            return 1.05 * added, lengths
 
     monkeypatch.setattr(pipeline, "MergedModel", OffByFivePercent)
     with pytest.raises(ParityError, match=r"outputs differ from PyTorch's .* kept in .*bundle\.rejected"):
