@@ -114,7 +114,7 @@ def test_what_is_no_set_is_one_clear_error() -> None:
         known_expert("vt")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_third_kind_is_a_line_in_the_table(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path

@@ -86,11 +86,17 @@ def test_a_weight_that_is_off_is_noticed_in_the_lengths(
     assert {"lengths_v", "x_adapter.1.v"} <= {cell.output for cell in report.failures}
 
 
-@pytest.mark.parametrize("mode", ["topk", "static"])
-@pytest.mark.parametrize("layer", ["token-query", "sentence-query", "null-rows"])
+@pytest.mark.parametrize(
+    ("layer", "mode"),
+    [
+        ("token-query", "static"),
+        ("null-rows", "topk"),
+        pytest.param("token-query", "topk", marks=pytest.mark.slow),
+        pytest.param("null-rows", "static", marks=pytest.mark.slow),
+        pytest.param("sentence-query", "static", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_memory(tmp_path: Path, layer: str, mode: str) -> None:
-    if layer == "sentence-query" and mode == "topk":
-        return  # it reads a static bank alone
     nulls: dict[str, Any] = {"null_rows": 2} if layer == "null-rows" else {}
     model = make_model(tmp_path, experts="v", layer=layer, retrieval={"mode": mode, "k": 3}, **nulls)
     result = export(model, tmp_path / "bundle", targets=("onnx", "cpu"), with_explanations=True)
@@ -109,6 +115,7 @@ def test_every_kind_of_memory(tmp_path: Path, layer: str, mode: str) -> None:
             swap_bank(result.folder, tmp_path / "bank", tmp_path / "swapped", assume_clip=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
 def test_the_other_tasks(tmp_path: Path, task: str) -> None:
     settings: dict[str, Any] = {}

@@ -186,7 +186,9 @@ def test_no_copy_of_the_weights_outlives_the_export(model: XAdapterModel, tmp_pa
     assert alive() == before
 
 
-@pytest.mark.parametrize(("opset", "experts"), [(18, "t"), (19, "v"), (21, "vt")])
+@pytest.mark.parametrize(
+    ("opset", "experts"), [(18, "t"), pytest.param(19, "v", marks=pytest.mark.slow), (21, "vt")]
+)
 def test_other_opsets(opset: int, experts: ExpertSet, model: XAdapterModel, tmp_path: Path) -> None:
     result = export(model, tmp_path / "bundle", experts, opset=opset)
     ((_, graph),) = graphs(result.folder)

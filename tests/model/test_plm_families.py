@@ -161,7 +161,9 @@ def make_plm(name: str, folder: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "mpnet" else ()) for name in MODELS]
+)
 def test_a_family_from_outside_is_loaded_exported_and_proven(name: str, tmp_path: Path) -> None:
     plm = make_plm(name, tmp_path)
     config = XAdapterConfig(experts="vt", layers=(1, 2), adapter_width=16, num_heads=2)

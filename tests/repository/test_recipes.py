@@ -161,6 +161,7 @@ distill_steps = 2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # a few objects separate anyhow
 def test_the_color_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -258,6 +259,7 @@ def table_of(markdown: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows}
 
 
+@pytest.mark.slow
 def test_the_recipe_of_sst2(tmp_path: Path) -> None:
     test = [*REVIEWS.items(), ("a film", 0), ("watch", 1)]  # whatever is said, not all of it is right
     for split, rows in (("train", REVIEWS.items()), ("dev", REVIEWS.items()), ("test", test)):

@@ -229,7 +229,7 @@ def test_the_first_bank_swapped_in_again_gives_the_first_bundle(
     ("experts", "settings"),
     [
         ("v", {"retrieval": "external"}),
-        ("v", {"split": True}),
+        pytest.param("v", {"split": True}, marks=pytest.mark.slow),
         ("vt", {"split": True}),  # static: the bank is in the answer graph
     ],
     ids=["external", "split", "split-static"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xadapter_export.bundle.manifest import ExpertSet
-from xadapter_export.experts import T, V, keep_name, length_names, reads_bank
+from xadapter_export.experts import experts_of, keep_name, length_names, reads_bank
 from xadapter_export.exporters.portable.merge import MergedModel
 from xadapter_export.model.explanation import Reading, measure_lengths
 from xadapter_export.model.export_layers import additive_mask
@@ -55,10 +55,8 @@ def leave_some_out(model: XAdapterModel, cases: Mapping[str, dict[str, Array]]) 
     """
     for case, inputs in cases.items():
         batch = len(inputs["input_ids"])
-        sizes = {T.name: inputs["clip_input_ids"].shape[1]} if "clip_input_ids" in inputs else {}
-        if reads_bank(model.config.experts):
-            sizes[V.name] = model.num_bank_items
-        for expert, size in sizes.items():
+        for expert in experts_of(model.config.experts):
+            size = model.num_bank_items if reads_bank([expert]) else inputs["clip_input_ids"].shape[1]
             keep = np.ones((batch, size), np.int64)
             if batch > 1:
                 keep[np.arange(batch), np.arange(batch) % size] = 0
