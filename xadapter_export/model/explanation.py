@@ -95,9 +95,7 @@ def _split_mean(
     layer: XAdapterLayer, hidden: Tensor, weights: Tensor, values: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``XAdapterLayer.split``, of the mean of all tokens, of which each counts ``(B, T, 1) float32``."""
-    if (
-        type(layer).contribute is XAdapterLayer.contribute
-    ):  # the same for each token, so weights can be averaged
+    if type(layer).contribute is XAdapterLayer.contribute:  # linear, so the weights can be averaged
         return layer.split(hidden[:, :1], (weights * mean[:, None]).sum(2, keepdim=True), values)
     parts, bias = layer.split(hidden, weights, values)  # (B, T, M, H), (B, T, H)
     return (parts * mean[..., None]).sum(1, keepdim=True), (bias * mean).sum(1, keepdim=True)

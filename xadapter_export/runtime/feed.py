@@ -14,7 +14,7 @@ _KEEPS: Final = tuple(map(keep_name, KINDS))
 
 
 def keep_everything(arrays: Mapping[str, Array], inputs: Iterable[TensorSpec]) -> dict[str, Array]:
-    """Return inputs of a graph with ones in those that say which memory items are kept, where they lack.
+    """Return inputs of a graph and ones for those that say which memory items are kept.
 
     Args:
         arrays: Inputs by name.
@@ -33,7 +33,7 @@ def keep_everything(arrays: Mapping[str, Array], inputs: Iterable[TensorSpec]) -
 def check_feed(inputs: Mapping[str, Array], spec: ExpertSetSpec, manifest: Manifest) -> dict[str, Array]:
     """Return what the graph takes of the inputs, each checked against the contract.
 
-    Inputs that say which memory items are kept may lack: then all are.
+    Inputs that say which memory items are kept may be missing: then all items are kept.
 
     Raises:
         ShapeError: If an input is missing, or has another dtype or shape than the contract says.
